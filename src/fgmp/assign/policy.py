@@ -1,0 +1,110 @@
+"""Which blocks get FP8.
+
+A policy is two plain facts: what a squared difference counts (``sensitivity``) and over what a
+threshold is taken (``per_layer``). Everything else, scores, quantiles and masks, is shared, so
+that policies can be compared on one calibration.
+
+================  ===================================================  =========
+policy            score of a block                                     threshold
+================  ===================================================  =========
+fisher            sum F (Q4 - Q8)^2, the paper's                       one for all
+fisher-per-layer  the same                                             each its own
+error             sum (Q4 - Q8)^2                                      one for all
+random            arbitrary                                            one for all
+fp8, nvfp4        none: every block FP8, or FP4                        -
+================  ===================================================  =========
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fgmp.formats.activation import Site, fl32, multiplier, sensitivity_codes
+from fgmp.formats.spec import E4M3, SCALE_MAX_CODE, SCORE_BITS
+from fgmp.formats.weight import WeightCodes
+from fgmp.assign.impact import weight_impact
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """See the module; ``fraction`` fixes the share of FP4 blocks whatever the recipe asks."""
+
+    sensitivity: str  # "fisher", "none" or "random"
+    per_layer: bool = False
+    fraction: float | None = None
+
+
+POLICIES = {
+    "fisher": Policy(sensitivity="fisher"),
+    "fisher-per-layer": Policy(sensitivity="fisher", per_layer=True),
+    "error": Policy(sensitivity="none"),
+    "random": Policy(sensitivity="random"),
+    "fp8": Policy(sensitivity="none", fraction=0.0),
+    "nvfp4": Policy(sensitivity="none", fraction=1.0),
+}
+
+
+def weight_scores(
+    policy: Policy, codes: WeightCodes, fisher: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Scores of a weight's blocks, float64 (N, G)."""
+    if policy.sensitivity == "random":
+        return torch.rand(codes.scale.shape, generator=generator, dtype=torch.float64)
+    return weight_impact(codes, fisher if policy.sensitivity == "fisher" else torch.ones_like(fisher))
+
+
+def weight_masks(
+    policy: Policy, scores: dict[str, Tensor], fp4_fraction: float
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """FP8 masks and thresholds of all weights: a block is FP8 if its score exceeds the threshold.
+
+    Args:
+        policy: decides whether thresholds are global.
+        scores: float64 (N, G) by linear.
+        fp4_fraction: share of blocks to keep in FP4.
+
+    Returns:
+        masks, bool (N, G), and the threshold of each linear.
+    """
+    if policy.per_layer:
+        thresholds = {name: quantile([s], fp4_fraction) for name, s in scores.items()}
+    else:
+        thresholds = dict.fromkeys(scores, quantile(list(scores.values()), fp4_fraction))
+    return {name: s > thresholds[name] for name, s in scores.items()}, thresholds
+
+
+def quantile(scores: list[Tensor], fp4_fraction: float) -> float:
+    """The smallest score that at least this share of all scores does not exceed.
+
+    -inf for a share of 0 and inf for 1.
+    """
+    count = sum(s.numel() for s in scores)
+    kept = round(fp4_fraction * count)
+    if kept == 0:
+        return -torch.inf
+    if kept == count:
+        return torch.inf
+    flat = torch.cat([s.flatten() for s in scores])
+    return torch.kthvalue(flat, kept).values.item()
+
+
+def site_record(policy: Policy, g2: Tensor, amax: float, headroom: float) -> Site:
+    """A site's constants before its threshold is known.
+
+    Args:
+        policy: what a squared difference counts.
+        g2: F_x, (K,).
+        amax: largest calibrated magnitude.
+        headroom: factor on ``amax``.
+    """
+    r = multiplier(amax * headroom)
+    if policy.sensitivity == "fisher":
+        codes, gamma = sensitivity_codes(g2)
+        return Site(r, codes, gamma, 0)
+    codes = torch.full(g2.shape, SCALE_MAX_CODE, dtype=torch.uint8, device=g2.device)
+    if policy.sensitivity == "none":
+        return Site(r, codes, fl32(1 / E4M3.max), 0)
+    # An arbitrary score has no unit: gamma makes one count of S worth 1.
+    t = Site(r, codes, 1.0, 0).t
+    return Site(r, codes, fl32(2.0**SCORE_BITS / t**2), 0, rule="random")

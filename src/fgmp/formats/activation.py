@@ -1,0 +1,275 @@
+"""Activations to codes, online (docs/numerics.md, sections 3 to 5).
+
+    x  is rounded to bf16 first
+    u  = x * r                        exact in fp32: 8 bits times 12
+    FP8 code = E4M3(u)                value 6 * e4m3 * t        with t = fl32(1 / (6 r))
+    s  = the FP8 code of max |u|      at least 2**-9
+    FP4 code = E2M1(6 u / s)          value e2m1 * s * t
+    S  = sum g_int * (q4 - q8)**2     an exact integer of at most 60 bits
+    the block is FP8  <=>  S > T_site
+
+q4 and q8 are the decoded values in units of 2**-10 * t, g_int the sensitivity in units of
+2**-9. Sums of floats depend on their order, so no two machines would agree on a float S; the
+integer one they do. :func:`quantize` is the definition. :func:`fake_quantize` returns the
+same values faster: it decides on an fp32 estimate of S where that is provably safe and on the
+integer elsewhere.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from fgmp.formats.codec import (
+    decode_e2m1,
+    decode_e4m3,
+    encode_e2m1,
+    encode_e4m3,
+    from_blocks,
+    round_e2m1,
+    to_blocks,
+)
+from fgmp.formats.spec import (
+    BLOCK,
+    E4M3,
+    FP8_FACTOR,
+    SCALE_MAX_CODE,
+    SCALE_MIN_CODE,
+    SCORE_BITS,
+    SENSITIVITY_BITS,
+    THRESHOLD_ALL_FP4,
+    THRESHOLD_ALL_FP8,
+    UNIT_BITS,
+)
+
+MULTIPLIER_BITS = 12
+"""Significant bits of r, so that r times a bf16 value is exact in fp32."""
+
+_MULTIPLIER_LIMIT = 2.0**100
+
+# The fp32 estimate of S sums 16 non-negative terms that carry two roundings each, over at most
+# 15 additions: its relative error is below (1 + 2**-24)**17 - 1 < 2**-19. Twice that is the band.
+_ESTIMATE_BAND = 2.0**-18
+
+
+@dataclass(frozen=True)
+class Site:
+    """What quantizing one activation tensor needs; constants of a checkpoint.
+
+    Attributes:
+        r: multiplier from :func:`multiplier`, an fp32 value of 12 significant bits.
+        sensitivity: E4M3 codes, uint8 (K,), 0x01 to 0x7E.
+        gamma: fp32 value of a sensitivity of 1, in the loss's unit over the activation's squared.
+        threshold: T_site, -1 to 2**63 - 1.
+        rule: what S is, a key of :data:`RULES`.
+    """
+
+    r: float
+    sensitivity: Tensor
+    gamma: float
+    threshold: int
+    rule: str = "difference"
+
+    @property
+    def t(self) -> float:
+        """The tensor scale fl32(1 / (6 r))."""
+        return fl32(1 / (FP8_FACTOR * Fraction(self.r)))
+
+
+def fl32(x: Fraction | float) -> float:
+    """``x`` rounded once to fp32."""
+    # float() rounds a Fraction to 53 bits first; a double rounding would need x within 2**-53 of
+    # an fp32 midpoint, which fl32 below repairs by looking at both neighbours exactly.
+    near = torch.tensor(float(x), dtype=torch.float32)
+    ends = [torch.nextafter(near, near.new_tensor(e)).item() for e in (-torch.inf, torch.inf)]
+    candidates = [near.item(), *(e for e in ends if abs(e) != torch.inf)]
+    exact = Fraction(x)
+    return min(candidates, key=lambda c: abs(Fraction(c) - exact))
+
+
+def multiplier(amax: float) -> float:
+    """r: the largest value of 12 significant bits with r * amax <= 448.
+
+    Clamped to [2**-100, 2**100]; 1 where ``amax`` is 0, a site that calibration never reached.
+    ``amax`` includes whatever headroom the caller wants.
+    """
+    if amax == 0:
+        return 1.0
+    exact = Fraction(E4M3.max) / Fraction(amax)
+    exponent = exact.numerator.bit_length() - exact.denominator.bit_length() - MULTIPLIER_BITS + 1
+    unit = Fraction(2) ** exponent
+    while exact / unit >= 2**MULTIPLIER_BITS:
+        unit *= 2
+    while exact / unit < 2 ** (MULTIPLIER_BITS - 1):
+        unit /= 2
+    r = float(exact // unit * unit)
+    return min(max(r, 1 / _MULTIPLIER_LIMIT), _MULTIPLIER_LIMIT)
+
+
+def sensitivity_codes(g2: Tensor) -> tuple[Tensor, float]:
+    """Mean squared gradients a channel to (codes, gamma): g2 is about e4m3 * gamma.
+
+    Args:
+        g2: non-negative fp32 or wider, (K,).
+
+    Returns:
+        codes, uint8 (K,), E4M3(g2 / gamma) floored at 0x01; gamma = fl32(max(g2) / 448), 0 where
+        no gradient ever arrived.
+    """
+    gamma = fl32(g2.max().item() / E4M3.max)
+    if gamma == 0:
+        return torch.full(g2.shape, SCALE_MIN_CODE, dtype=torch.uint8, device=g2.device), 0.0
+    codes = encode_e4m3((g2.double() / gamma).float())
+    return codes.clamp(SCALE_MIN_CODE, SCALE_MAX_CODE), gamma
+
+
+def site_threshold(threshold: float, r: float, gamma: float) -> int:
+    """T_site: the global threshold in the site's integer unit, by exact rationals.
+
+    ``threshold`` is in the unit of the scores; -inf means all FP8 and inf all FP4. A site without
+    gradient (gamma 0) has only scores of zero, which no threshold of zero or more exceeds.
+    """
+    if threshold == -torch.inf:
+        return THRESHOLD_ALL_FP8
+    if threshold == torch.inf or gamma == 0:
+        return THRESHOLD_ALL_FP4
+    t = Fraction(Site(r, torch.empty(0), gamma, 0).t)
+    scaled = Fraction(threshold) * 2**SCORE_BITS / (t * t * Fraction(gamma))
+    return min(max(scaled.__floor__(), THRESHOLD_ALL_FP8), THRESHOLD_ALL_FP4)
+
+
+def score_unit(site: Site) -> float:
+    """What one count of S is worth, in the loss's unit: t**2 * gamma * 2**-29."""
+    return site.t**2 * site.gamma * 2.0**-SCORE_BITS
+
+
+@dataclass(frozen=True)
+class ActivationCodes:
+    """One activation tensor in both formats, with the decision.
+
+    Attributes:
+        fp4: E2M1 codes, uint8 (..., G, 16).
+        scale: E4M3 codes of the FP4 block scales, uint8 (..., G).
+        fp8: E4M3 codes, uint8 (..., G, 16); 0x7F where the input was not finite.
+        score: S, int64 (..., G); the largest int64 for a block that is not finite.
+        is_fp8: the decision, bool (..., G).
+    """
+
+    fp4: Tensor
+    scale: Tensor
+    fp8: Tensor
+    score: Tensor
+    is_fp8: Tensor
+
+    def units(self, k: int) -> Tensor:
+        """The quantized tensor in units of t, fp32 (..., k)."""
+        fp4 = decode_e2m1(self.fp4) * decode_e4m3(self.scale).unsqueeze(-1)
+        fp8 = decode_e4m3(self.fp8) * FP8_FACTOR
+        return from_blocks(torch.where(self.is_fp8.unsqueeze(-1), fp8, fp4), k)
+
+
+def quantize(x: Tensor, site: Site) -> ActivationCodes:
+    """Quantize an activation: the definition, slow and obvious.
+
+    Args:
+        x: (..., K), any float dtype; rounded to bf16 first.
+        site: the record of this tensor.
+    """
+    x = to_blocks(x.to(torch.bfloat16).float())
+    finite = x.isfinite()
+    u = torch.where(finite, x, 0.0) * site.r
+    fp8 = encode_e4m3(u, x)
+    scale = encode_e4m3(u.abs().amax(-1)).clamp(SCALE_MIN_CODE, SCALE_MAX_CODE)
+    fp4 = encode_e2m1(FP8_FACTOR * u / decode_e4m3(scale).unsqueeze(-1), x)
+    q4 = decode_e2m1(fp4) * decode_e4m3(scale).unsqueeze(-1) * 2**UNIT_BITS
+    q8 = decode_e4m3(fp8) * FP8_FACTOR * 2**UNIT_BITS
+    score = RULES[site.rule](q4.long() - q8.long(), _sensitivities(site).long(), fp8)
+    broken = ~finite.all(-1)
+    return ActivationCodes(
+        fp4=fp4,
+        scale=scale,
+        fp8=torch.where(finite, fp8, torch.full_like(fp8, E4M3.nan_code)),
+        score=torch.where(broken, torch.full_like(score, THRESHOLD_ALL_FP4), score),
+        is_fp8=(score > site.threshold) | broken,
+    )
+
+
+def fake_quantize(x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+    """The values and flags of :func:`quantize`, without the codes.
+
+    Returns:
+        units, fp32 (..., K), exact in bf16: the quantized tensor over t;
+        is_fp8, bool (..., G).
+    """
+    k = x.shape[-1]
+    if site.rule != "difference":
+        exact = quantize(x, site)
+        return exact.units(k), exact.is_fp8
+    u = to_blocks(x.to(torch.bfloat16).float()) * site.r
+    amax = u.abs().amax(-1, keepdim=True)
+    if not amax.isfinite().all():
+        exact = quantize(x, site)
+        return exact.units(k), exact.is_fp8
+    fp8 = u.clamp(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn).float().mul_(FP8_FACTOR)
+    if site.threshold == THRESHOLD_ALL_FP8:
+        return from_blocks(fp8, k), torch.ones_like(amax[..., 0], dtype=torch.bool)
+    scale = amax.clamp_(max=E4M3.max).to(torch.float8_e4m3fn).float().clamp_(min=E4M3.smallest)
+    fp4 = round_e2m1(u.mul_(FP8_FACTOR).div_(scale)).mul_(scale)
+    if site.threshold == THRESHOLD_ALL_FP4:
+        return from_blocks(fp4, k), torch.zeros_like(amax[..., 0], dtype=torch.bool)
+    difference = fp4 - fp8
+    sensitivity = _sensitivities(site)
+    estimate = (difference.square() * (sensitivity * 2.0 ** (2 * UNIT_BITS))).sum(-1).double()
+    is_fp8 = estimate > site.threshold
+    unsure = (estimate - site.threshold).abs() <= estimate * _ESTIMATE_BAND
+    if unsure.any():
+        rows, block = unsure.nonzero()[:, :-1], unsure.nonzero()[:, -1]
+        integer = (difference[(*rows.unbind(-1), block)] * 2**UNIT_BITS).long()
+        is_fp8[unsure] = _weighted_difference(integer, sensitivity.long()[block]) > site.threshold
+    return from_blocks(torch.where(is_fp8.unsqueeze(-1), fp8, fp4), k), is_fp8
+
+
+def saturated(x: Tensor, site: Site) -> Tensor:
+    """How many elements of ``x`` exceed the largest FP8 value; int64 scalar."""
+    return (x.to(torch.bfloat16).float().abs() * site.r > E4M3.max).sum()
+
+
+def is_multiplier(r: float) -> bool:
+    """Whether ``r`` is positive, finite and has at most 12 significant bits."""
+    if not 0 < r < float("inf"):
+        return False
+    numerator = Fraction(r).numerator
+    odd_part = numerator // (numerator & -numerator)
+    return odd_part.bit_length() <= MULTIPLIER_BITS
+
+
+def _sensitivities(site: Site) -> Tensor:
+    """g_int, fp32 (G, 16): sensitivities in units of 2**-9, zero in the padding."""
+    return to_blocks(decode_e4m3(site.sensitivity) * 2.0**SENSITIVITY_BITS)
+
+
+def _weighted_difference(difference: Tensor, sensitivity: Tensor, _: Tensor | None = None) -> Tensor:
+    """S = sum g_int (q4 - q8)**2; int64 (..., G, 16) and (G, 16) to (..., G). Below 2**60."""
+    return (difference.square() * sensitivity).sum(-1)
+
+
+def _arbitrary(_: Tensor, __: Tensor, fp8: Tensor) -> Tensor:
+    """A hash of the block's FP8 codes, uniform over 0 to 2**60 - 1: a choice without reason."""
+    multipliers = torch.tensor(_HASH_MULTIPLIERS, device=fp8.device)
+    mixed = (fp8.long() * multipliers).sum(-1)
+    mixed = (mixed ^ (mixed >> 31)) * _HASH_MULTIPLIERS[0]
+    return (mixed ^ (mixed >> 29)) & (2**60 - 1)
+
+
+# Odd 63-bit constants: fractional parts of the golden ratio's multiples.
+_HASH_MULTIPLIERS = [(i * 0x9E3779B97F4A7C15 | 1) & (2**63 - 1) for i in range(1, BLOCK + 1)]
+
+RULES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "difference": _weighted_difference,
+    "random": _arbitrary,
+}
+"""Scores by name: (q4 - q8 int64, g_int int64, FP8 codes) of blocks to S int64 >= 0.
+
+``difference`` is the paper's; ``random`` exists to compare with."""

@@ -1,0 +1,92 @@
+"""Encode and decode single E2M1 and E4M3 values, and cut rows into blocks.
+
+Rounding is to nearest, ties to the even code, saturating at the largest magnitude. Encoders
+take finite fp32; the sign bit of a code is the sign bit of the value *being represented*,
+except that a zero of either sign is code 0. A small negative value thus becomes negative zero,
+which is why encoders take the sign from a second argument where the first is a quotient.
+"""
+
+import torch
+from torch import Tensor
+
+from fgmp.formats.spec import BLOCK, E2M1, E4M3, Minifloat
+
+
+def _table(fmt: Minifloat) -> Tensor:
+    positive = torch.tensor(fmt.magnitudes)
+    if fmt.has_nan:
+        positive = torch.cat([positive, torch.tensor([torch.nan])])
+    return torch.cat([positive, -positive])
+
+
+_E2M1_VALUES = _table(E2M1)
+_E4M3_VALUES = _table(E4M3)
+
+# Halfway points between neighbours, in code order. A quotient on a halfway point goes to the
+# even code, so it passes the midpoint above an odd code and stays below that above an even one.
+E2M1_MIDPOINTS = tuple(
+    (low + high) / 2 for low, high in zip(E2M1.magnitudes, E2M1.magnitudes[1:], strict=False)
+)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """E2M1 codes, uint8 0..15, to fp32 of the same shape."""
+    return _E2M1_VALUES.to(codes.device)[codes.int()]
+
+
+def decode_e4m3(codes: Tensor) -> Tensor:
+    """E4M3 codes, uint8, to fp32 of the same shape; 0x7F and 0xFF give NaN."""
+    return _E4M3_VALUES.to(codes.device)[codes.int()]
+
+
+def encode_e4m3(x: Tensor, sign_of: Tensor | None = None) -> Tensor:
+    """fp32 to E4M3 codes, uint8: to nearest even, saturating at 448, NaN to 0x7F.
+
+    Args:
+        x: fp32. The clamp makes saturation ours: PyTorch's cast saturates on some devices only.
+        sign_of: fp32 of the same shape; a code gets the sign bit where this is negative, even
+            if ``x`` underflowed to zero. Default: ``x``.
+    """
+    codes = x.abs().clamp(max=E4M3.max).to(torch.float8_e4m3fn).view(torch.uint8)
+    codes = codes | ((x if sign_of is None else sign_of) < 0).to(torch.uint8) << (E4M3.bits - 1)
+    return torch.where(x.isnan(), torch.full_like(codes, E4M3.nan_code), codes)
+
+
+def encode_e2m1(quotient: Tensor, sign_of: Tensor) -> Tensor:
+    """fp32 quotients to E2M1 codes, uint8 0..15, by seven compares.
+
+    Args:
+        quotient: fp32, the value over its scale; its own sign is ignored.
+        sign_of: broadcastable fp32; a code gets the sign bit where this is negative.
+    """
+    magnitude = quotient.abs()
+    codes = torch.zeros(quotient.shape, dtype=torch.uint8, device=quotient.device)
+    for below, midpoint in enumerate(E2M1_MIDPOINTS):
+        passed = magnitude >= midpoint if below % 2 else magnitude > midpoint
+        codes += passed
+    return codes | (sign_of < 0).to(torch.uint8) << (E2M1.bits - 1)
+
+
+def round_e2m1(quotient: Tensor) -> Tensor:
+    """fp32 quotients to the nearest E2M1 value, ties to even, saturating; fp32, same shape.
+
+    The fast twin of ``decode_e2m1(encode_e2m1(q, q))``: the step of the grid is read off the
+    exponent, and dividing by a power of two is exact.
+    """
+    clamped = quotient.clamp(-E2M1.max, E2M1.max)
+    exponent = clamped.view(torch.int32).bitwise_and(0x7F80_0000).clamp_(min=0x3F80_0000)
+    step = (exponent - 0x0080_0000).view(torch.float32)
+    return clamped.div_(step).round_().mul_(step)
+
+
+def to_blocks(x: Tensor) -> Tensor:
+    """(..., K) to (..., G, 16) with G = ceil(K / 16), zeros in the missing places."""
+    ragged = -x.shape[-1] % BLOCK
+    if ragged:
+        x = torch.nn.functional.pad(x, (0, ragged))
+    return x.unflatten(-1, (-1, BLOCK))
+
+
+def from_blocks(blocks: Tensor, k: int) -> Tensor:
+    """The first ``k`` values of (..., G, 16) as (..., k)."""
+    return blocks.flatten(-2)[..., :k]

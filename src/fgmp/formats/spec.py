@@ -1,0 +1,115 @@
+"""What the numbers are: records that software and hardware read. No torch in here.
+
+E2M1 and E4M3 are described by their bits; grids, maxima and the integer unit of the decision
+are computed from those. Nothing else in the project writes 6, 448 or 2688 down.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Final
+
+
+@dataclass(frozen=True, kw_only=True)
+class Minifloat:
+    """A sign-magnitude float of at most eight bits: sign, exponent, mantissa, high to low.
+
+    The exponent is biased and 0 means subnormal. There is no infinity; where ``has_nan``, the
+    code with all exponent and mantissa bits set is not a number and everything else is finite.
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    bias: int
+    has_nan: bool
+
+    @property
+    def bits(self) -> int:
+        """Width of a code, the sign included."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def sign_bit(self) -> int:
+        """The code of negative zero."""
+        return 1 << (self.exponent_bits + self.mantissa_bits)
+
+    @cached_property
+    def magnitudes(self) -> tuple[float, ...]:
+        """Value of every finite code without its sign bit, in code order, hence ascending."""
+        finite = self.sign_bit - (1 if self.has_nan else 0)
+        return tuple(float(self.magnitude(code)) for code in range(finite))
+
+    def magnitude(self, code: int) -> Fraction:
+        """Exact value of the finite code ``code``, given without its sign bit."""
+        exponent, mantissa = divmod(code, 1 << self.mantissa_bits)
+        if exponent:
+            mantissa += 1 << self.mantissa_bits
+        return mantissa * Fraction(2) ** (max(exponent, 1) - self.bias - self.mantissa_bits)
+
+    @property
+    def max(self) -> float:
+        """Largest finite value."""
+        return self.magnitudes[-1]
+
+    @property
+    def max_code(self) -> int:
+        """Code of the largest finite value."""
+        return len(self.magnitudes) - 1
+
+    @property
+    def smallest(self) -> float:
+        """Smallest positive value, a subnormal."""
+        return self.magnitudes[1]
+
+    @property
+    def nan_code(self) -> int:
+        """The positive code that is not a number."""
+        if not self.has_nan:
+            raise ValueError(f"{self.name} has no NaN")
+        return self.sign_bit - 1
+
+
+E2M1: Final = Minifloat(name="E2M1", exponent_bits=2, mantissa_bits=1, bias=1, has_nan=False)
+E4M3: Final = Minifloat(name="E4M3", exponent_bits=4, mantissa_bits=3, bias=7, has_nan=True)
+
+BLOCK: Final = 16
+"""Values in a block, consecutive along the dot-product dimension K."""
+
+FP8_FACTOR: Final = int(E2M1.max)
+"""An FP8 element is worth FP8_FACTOR * e4m3 * t. With this factor the largest value of a
+tensor is exactly E4M3's maximum while an FP4 element is e2m1 * s * t for the same t."""
+
+UNIT_MAX: Final = E2M1.max * E4M3.max
+"""Largest decoded magnitude in units of the tensor scale t: 2688."""
+
+UNIT_BITS: Final = 10
+"""Decoded values are integers in units of 2**-UNIT_BITS * t: E2M1's smallest magnitude is
+2**-1, that of a block scale 2**-9."""
+
+SENSITIVITY_BITS: Final = 9
+"""A sensitivity code is an integer in units of 2**-SENSITIVITY_BITS: E4M3's smallest value."""
+
+SCORE_BITS: Final = 2 * UNIT_BITS + SENSITIVITY_BITS
+"""An integer score S is worth S * 2**-SCORE_BITS * t**2 * gamma in units of the loss."""
+
+SCALE_MIN_CODE: Final = 0x01
+SCALE_MAX_CODE: Final = E4M3.max_code
+"""FP4 block scales and sensitivities are positive finite E4M3 codes, 0x01 to 0x7E."""
+
+FP8_BLOCK: Final = E4M3.sign_bit
+"""The scale byte that marks an FP8 block: 0x80, a value no block scale can have."""
+
+THRESHOLD_ALL_FP8: Final = -1
+THRESHOLD_ALL_FP4: Final = 2**63 - 1
+"""A block is FP8 if and only if S > threshold; the two ends decide for every S."""
+
+FP4_BITS: Final = E2M1.bits + E4M3.bits / BLOCK
+FP8_BITS: Final = float(E4M3.bits)
+FLAG_BITS: Final = 1 / BLOCK
+"""Bits a value in the streamed image: FP4 with its block scale, FP8, and the flag."""
+
+
+def stream_bits(fp4_fraction: float) -> float:
+    """Bits a value of a mixed stream with this share of FP4 blocks (arXiv 2504.14152)."""
+    return fp4_fraction * FP4_BITS + (1 - fp4_fraction) * FP8_BITS + FLAG_BITS

@@ -1,0 +1,158 @@
+"""Running a packed layer: a linear that holds planes, and the activation site it reads.
+
+A site quantizes its tensor once, however many linears read it: the result is kept for as long
+as the tensor lives. Its constants are buffers of the first linear that reads it; the others
+refer to that one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fgmp.formats import activation, linear
+from fgmp.formats.activation import Site
+from fgmp.pack.planes import PackedWeight, unpack_units
+
+
+class ActivationSite(nn.Module):
+    """The record of one activation tensor and what it has quantized last.
+
+    Buffers: ``r`` and ``gamma`` float32 (), ``sensitivity`` uint8 (K,), ``threshold`` int64 ().
+    ``counts`` (FP4 blocks, blocks, saturated elements) grows while ``counting`` is on.
+    """
+
+    r: Tensor
+    gamma: Tensor
+    sensitivity: Tensor
+    threshold: Tensor
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.rule = site.rule
+        self.register_buffer("r", torch.tensor(site.r, dtype=torch.float32))
+        self.register_buffer("gamma", torch.tensor(site.gamma, dtype=torch.float32))
+        self.register_buffer("sensitivity", site.sensitivity)
+        self.register_buffer("threshold", torch.tensor(site.threshold, dtype=torch.int64))
+        self.counting = False
+        self.counts = [0, 0, 0]
+        self._forget()
+
+    def _forget(self) -> None:
+        self._quantized = WeakTensorKeyDictionary()
+        self._record: Site | None = None
+
+    @property
+    def record(self) -> Site:
+        """The constants as the arithmetic takes them."""
+        if self._record is None or self._record.sensitivity is not self.sensitivity:
+            self._record = Site(
+                r=self.r.item(),
+                sensitivity=self.sensitivity,
+                gamma=self.gamma.item(),
+                threshold=int(self.threshold.item()),
+                rule=self.rule,
+            )
+        return self._record
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize ``x`` (..., K) to units of t, fp32 of the same shape."""
+        units: Tensor | None = self._quantized.get(x)
+        if units is None:
+            units, is_fp8 = activation.fake_quantize(x, self.record)
+            self._quantized[x] = units
+            if self.counting:
+                self.counts[0] += is_fp8.numel() - int(is_fp8.sum())
+                self.counts[1] += is_fp8.numel()
+                self.counts[2] += int(activation.saturated(x, self.record))
+        return units
+
+    # The cache and the record are derived: neither is copied nor moved with the module.
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ActivationSite":
+        super()._apply(_device_only(fn), recurse)
+        self._forget()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_quantized", "_record")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()
+
+    def extra_repr(self) -> str:
+        return f"K={len(self.sensitivity)}, rule={self.rule}"
+
+
+class MixedLinear(nn.Module):
+    """A linear layer with a packed weight and an online-quantized input.
+
+    Args:
+        packed: the planes; they become the buffers ``weight_low``, ``weight_scale``, ...
+        bias: (N,) or None.
+        site: quantizes the input; a linear that owns its site keeps it as a submodule.
+        owns_site: whether this is the first linear that reads the site.
+    """
+
+    def __init__(
+        self, packed: PackedWeight, bias: Tensor | None, site: ActivationSite, *, owns_site: bool
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = packed.n, packed.k
+        self._planes = tuple(packed.tensors())
+        for name, tensor in packed.tensors().items():
+            self.register_buffer(f"weight_{name}", tensor)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        if owns_site:
+            self.input_site = site
+        else:
+            object.__setattr__(self, "input_site", site)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The planes of the weight."""
+        return PackedWeight(**{name: getattr(self, f"weight_{name}") for name in self._planes})
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MixedLinear":
+        super()._apply(_device_only(fn), recurse)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) to (..., N) of the same dtype."""
+        units = self.input_site(x)
+        packed = self.packed
+        t_x, t_w = self.input_site.record.t, packed.t.item()
+        return linear.linear(units, unpack_units(packed), t_x, t_w, self.bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, mode={self.packed.mode}"
+        )
+
+
+def _device_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Let ``model.half()`` and the like move codes and scales but never round them."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+    return apply
+
+
+def sites(model: nn.Module) -> dict[str, ActivationSite]:
+    """The activation sites of a quantized model, by the name of the linear that owns each."""
+    return {
+        name.removesuffix(".input_site"): module
+        for name, module in model.named_modules()
+        if isinstance(module, ActivationSite)
+    }
+
+
+def mixed_linears(model: nn.Module) -> dict[str, MixedLinear]:
+    """The packed linears of a quantized model, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, MixedLinear)}

@@ -1,0 +1,219 @@
+"""One packed weight: planes that are addressed directly (docs/format.md, section 2).
+
+    low        uint8 (N, Kp / 2)    a nibble an element, element 2i in the low half of byte i
+    scale      uint8 (N, Kp / 16)   a byte a block: the FP4 block's E4M3 scale, or 0x80 for FP8
+    overflow   uint8 (n_fp8, 8)     the other nibble of FP8 elements, FP8 blocks in row-major order
+    row_ptr    int32 (N + 1)        FP8 blocks before each row
+    t          float32 ()           one tensor scale for both formats
+
+Kp is K rounded up to whole blocks; the padding is zero. An FP4 element's nibble is its E2M1
+code. An FP8 element ``s eeee mmm`` has ``s mmm`` in the low plane and ``eeee`` in the overflow
+plane: both formats keep the sign in the same bit, and the exponent comes as one nibble.
+
+All-FP4 weights have neither overflow nor row_ptr, all-FP8 ones only ``fp8`` uint8 (N, Kp).
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from fgmp.errors import CheckpointError
+from fgmp.formats.codec import decode_e2m1, decode_e4m3, from_blocks
+from fgmp.formats.spec import BLOCK, E4M3, FP8_BLOCK, FP8_FACTOR, SCALE_MAX_CODE, SCALE_MIN_CODE
+from fgmp.formats.weight import WeightCodes
+
+MODES = {
+    "mixed": ("low", "scale", "overflow", "row_ptr"),
+    "fp4": ("low", "scale"),
+    "fp8": ("fp8",),
+}
+"""Planes present in each mode, beside ``shape`` and ``t``."""
+
+_MANTISSA = (1 << E4M3.mantissa_bits) - 1
+_EXPONENT = (1 << E4M3.exponent_bits) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedWeight:
+    """The planes of one weight; see the module. ``shape`` is int64 (2,): N and K."""
+
+    shape: Tensor
+    t: Tensor
+    low: Tensor | None = None
+    scale: Tensor | None = None
+    overflow: Tensor | None = None
+    row_ptr: Tensor | None = None
+    fp8: Tensor | None = None
+
+    @property
+    def mode(self) -> str:
+        """``mixed``, ``fp4`` or ``fp8``."""
+        if self.fp8 is not None:
+            return "fp8"
+        return "mixed" if self.overflow is not None else "fp4"
+
+    @property
+    def n(self) -> int:
+        """Rows: output features."""
+        return int(self.shape[0])
+
+    @property
+    def k(self) -> int:
+        """Columns before padding: input features."""
+        return int(self.shape[1])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are present, by field name."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, scalars included."""
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def is_fp8(self) -> Tensor:
+        """Which blocks are FP8: bool (N, G)."""
+        if self.scale is not None:
+            return self.scale == FP8_BLOCK
+        groups = -(-self.k // BLOCK)
+        return torch.ones(self.n, groups, dtype=torch.bool, device=self.shape.device)
+
+
+def pack(codes: WeightCodes, is_fp8: Tensor) -> PackedWeight:
+    """Planes of a weight whose blocks are FP8 where ``is_fp8``, bool (N, G)."""
+    n = codes.scale.shape[0]
+    common = {
+        "shape": torch.tensor([n, codes.k], dtype=torch.int64),
+        "t": torch.tensor(codes.t, dtype=torch.float32),
+    }
+    if is_fp8.all():
+        return PackedWeight(fp8=codes.fp8.flatten(-2).contiguous(), **common)
+    if not is_fp8.any():
+        return PackedWeight(low=_join(codes.fp4.flatten(-2)), scale=codes.scale, **common)
+    low_half = (codes.fp8 >> 4 & ~_MANTISSA & 0xF) | (codes.fp8 & _MANTISSA)
+    high_half = codes.fp8 >> E4M3.mantissa_bits & _EXPONENT
+    row_ptr = torch.zeros(n + 1, dtype=torch.int32, device=is_fp8.device)
+    row_ptr[1:] = is_fp8.sum(-1).cumsum(0)
+    return PackedWeight(
+        low=_join(torch.where(is_fp8.unsqueeze(-1), low_half, codes.fp4).flatten(-2)),
+        scale=torch.where(is_fp8, torch.full_like(codes.scale, FP8_BLOCK), codes.scale),
+        overflow=_join(high_half[is_fp8]),
+        row_ptr=row_ptr,
+        **common,
+    )
+
+
+@dataclass(frozen=True)
+class BlockCodes:
+    """What a packed weight holds, a block at a time.
+
+    Attributes:
+        is_fp8: bool (N, G).
+        codes: uint8 (N, G, 16), E4M3 codes where ``is_fp8``, else E2M1 codes.
+        scale: uint8 (N, G), E4M3 codes of FP4 block scales; 0x80 where ``is_fp8``.
+    """
+
+    is_fp8: Tensor
+    codes: Tensor
+    scale: Tensor
+
+
+def unpack(packed: PackedWeight) -> BlockCodes:
+    """The codes of a packed weight: the inverse of :func:`pack`."""
+    is_fp8 = packed.is_fp8()
+    if packed.fp8 is not None:
+        scale = torch.full(is_fp8.shape, FP8_BLOCK, dtype=torch.uint8, device=packed.fp8.device)
+        return BlockCodes(is_fp8, packed.fp8.unflatten(-1, (-1, BLOCK)), scale)
+    assert packed.low is not None and packed.scale is not None
+    codes = _split(packed.low).unflatten(-1, (-1, BLOCK))
+    if packed.overflow is not None:
+        low = codes[is_fp8]
+        high = _split(packed.overflow) << E4M3.mantissa_bits
+        codes[is_fp8] = (low & ~_MANTISSA & 0xF) << 4 | high | (low & _MANTISSA)
+    return BlockCodes(is_fp8, codes, packed.scale)
+
+
+def unpack_units(packed: PackedWeight) -> Tensor:
+    """The weight in units of t, fp32 (N, K), exact in bf16."""
+    blocks = unpack(packed)
+    if packed.fp8 is not None:
+        return from_blocks(decode_e4m3(blocks.codes) * FP8_FACTOR, packed.k)
+    # 0x80 decodes to zero, so FP8 blocks are zero here until they are filled in.
+    units = decode_e2m1(blocks.codes & 0xF) * decode_e4m3(blocks.scale).unsqueeze(-1)
+    if packed.overflow is not None:
+        units[blocks.is_fp8] = decode_e4m3(blocks.codes[blocks.is_fp8]) * FP8_FACTOR
+    return from_blocks(units, packed.k)
+
+
+def validate(name: str, packed: PackedWeight) -> None:
+    """Check every rule of docs/format.md, section 2.
+
+    Raises:
+        CheckpointError: naming the plane, the rule and the value that breaks it.
+    """
+
+    def require(holds: bool, plane: str, rule: str, value: object) -> None:
+        if not holds:
+            raise CheckpointError(f"{name}.{plane}: {rule}, got {value}")
+
+    def require_tensor(plane: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensor = packed.tensors()[plane]
+        require(tensor.dtype == dtype, plane, f"must be {dtype}", tensor.dtype)
+        require(tuple(tensor.shape) == shape, plane, f"must have shape {shape}", tuple(tensor.shape))
+        require(tensor.is_contiguous(), plane, "must be contiguous", tensor.stride())
+        return tensor
+
+    present = set(packed.tensors()) - {"shape", "t"}
+    require(present == set(MODES[packed.mode]), "*", f"planes must be one of {MODES}", present)
+    shape = require_tensor("shape", (2,), torch.int64)
+    require(bool((shape > 0).all()), "shape", "must be positive", shape.tolist())
+    t = require_tensor("t", (), torch.float32).item()
+    require(torch.finfo(torch.float32).tiny <= t < float("inf"), "t", "must be a normal number", t)
+    n, k, groups = packed.n, packed.k, -(-packed.k // BLOCK)
+    if packed.mode == "fp8":
+        codes = require_tensor("fp8", (n, groups * BLOCK), torch.uint8)
+        nans = (codes & E4M3.nan_code) == E4M3.nan_code
+        require(not nans.any(), "fp8", "must hold no NaN code", "0x7F or 0xFF" + _where(nans))
+        require(not codes[:, k:].any(), "fp8", "padding must be zero", _where(codes[:, k:] != 0))
+        return
+    require_tensor("low", (n, groups * BLOCK // 2), torch.uint8)
+    scale = require_tensor("scale", (n, groups), torch.uint8)
+    fp8 = scale == FP8_BLOCK
+    valid = (scale >= SCALE_MIN_CODE) & (scale <= SCALE_MAX_CODE) | fp8
+    if not valid.all():
+        first = (~valid).nonzero()[0].tolist()
+        byte = f"0x{scale[tuple(first)].item():02X} at {first}"
+        require(False, "scale", "bytes must be 0x01 to 0x7E, or 0x80 for an FP8 block", byte)
+    if packed.mode == "fp4":
+        require(not fp8.any(), "scale", "an all-FP4 weight has no byte 0x80", _where(fp8))
+    else:
+        row_ptr = require_tensor("row_ptr", (n + 1,), torch.int32)
+        wanted = torch.zeros_like(row_ptr)
+        wanted[1:] = fp8.sum(-1).cumsum(0)
+        wrong = row_ptr != wanted
+        require(not wrong.any(), "row_ptr", "must count the 0x80 bytes before each row", _where(wrong))
+        count = int(row_ptr[-1])
+        require(0 < count < fp8.numel(), "scale", "mixed means blocks of both formats", count)
+        require_tensor("overflow", (count, BLOCK // 2), torch.uint8)
+    codes = unpack(packed).codes
+    nans = ((codes & E4M3.nan_code) == E4M3.nan_code) & fp8.unsqueeze(-1)
+    require(not nans.any(), "overflow", "must hold no NaN code", "0x7F or 0xFF" + _where(nans))
+    padding = codes.flatten(-2)[:, k:]
+    require(not padding.any(), "low", "padding must be zero", _where(padding != 0))
+
+
+def _join(nibbles: Tensor) -> Tensor:
+    """(..., 2m) nibbles to (..., m) bytes, the even element low."""
+    return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).contiguous()
+
+
+def _split(packed: Tensor) -> Tensor:
+    """(..., m) bytes to (..., 2m) nibbles."""
+    return torch.stack([packed & 0xF, packed >> 4], -1).flatten(-2)
+
+
+def _where(mask: Tensor) -> str:
+    found = mask.nonzero()
+    return f" at {found[0].tolist()}" if len(found) else ""

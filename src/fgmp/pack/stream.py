@@ -1,0 +1,74 @@
+"""The streamed image that hardware reads (docs/format.md, section 5).
+
+A weight's blocks in row-major order, twice:
+
+    flags   one bit a block, 1 for FP8, bit i % 8 of byte i // 8, zero-filled to a whole byte
+    blocks  FP4: its scale byte, then 8 bytes of E2M1 codes, element 2i in the low nibble: 9 bytes
+            FP8: 16 bytes of E4M3 codes
+
+That is the paper's size, 4.5 bits an FP4 value, 8 an FP8 value and 1/16 a flag. The tensor scale
+and the shape travel beside the image. It can only be walked in order, which is what a datapath
+does and a CPU should not.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fgmp.errors import CheckpointError
+from fgmp.formats.spec import BLOCK, FP8_BLOCK
+from fgmp.pack.planes import BlockCodes, PackedWeight, unpack
+
+FP4_BLOCK_BYTES = 1 + BLOCK // 2
+FP8_BLOCK_BYTES = BLOCK
+
+
+def image_bytes(blocks: int, fp8_blocks: int) -> int:
+    """Size of an image with this many blocks, this many of them FP8."""
+    fp4_blocks = blocks - fp8_blocks
+    return -(-blocks // 8) + FP4_BLOCK_BYTES * fp4_blocks + FP8_BLOCK_BYTES * fp8_blocks
+
+
+def to_image(packed: PackedWeight) -> bytes:
+    """The image of a packed weight."""
+    content = unpack(packed)
+    flags = content.is_fp8.flatten().cpu().numpy()
+    codes = content.codes.flatten(0, 1).cpu().numpy()
+    scale = content.scale.flatten().cpu().numpy()
+    wide = np.zeros((len(flags), FP8_BLOCK_BYTES), dtype=np.uint8)
+    wide[flags] = codes[flags]
+    nibbles = codes[~flags]
+    wide[~flags, 0] = scale[~flags]
+    wide[~flags, 1:FP4_BLOCK_BYTES] = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    used = np.arange(FP8_BLOCK_BYTES) < np.where(flags, FP8_BLOCK_BYTES, FP4_BLOCK_BYTES)[:, None]
+    return np.packbits(flags, bitorder="little").tobytes() + wide[used].tobytes()
+
+
+def from_image(image: bytes, n: int, k: int) -> BlockCodes:
+    """The codes in an image of an (n, k) weight; the inverse of :func:`to_image`.
+
+    Raises:
+        CheckpointError: the image is not as long as its flags say.
+    """
+    groups = -(-k // BLOCK)
+    blocks = n * groups
+    data = np.frombuffer(image, dtype=np.uint8)
+    flag_bytes = -(-blocks // 8)
+    if len(data) < flag_bytes:
+        raise CheckpointError(f"image: {blocks} blocks need {flag_bytes} flag bytes, got {len(data)}")
+    flags = np.unpackbits(data[:flag_bytes], bitorder="little")[:blocks].astype(bool)
+    wanted = image_bytes(blocks, int(flags.sum()))
+    if len(data) != wanted:
+        raise CheckpointError(f"image: its flags call for {wanted} bytes, got {len(data)}")
+    used = np.arange(FP8_BLOCK_BYTES) < np.where(flags, FP8_BLOCK_BYTES, FP4_BLOCK_BYTES)[:, None]
+    wide = np.zeros((blocks, FP8_BLOCK_BYTES), dtype=np.uint8)
+    wide[used] = data[flag_bytes:]
+    codes = wide.copy()
+    packed = wide[~flags, 1:FP4_BLOCK_BYTES]
+    codes[~flags] = np.stack([packed & 0xF, packed >> 4], -1).reshape(-1, BLOCK)
+    scale = np.where(flags, FP8_BLOCK, wide[:, 0]).astype(np.uint8)
+
+    def shaped(array: np.ndarray, *tail: int) -> Tensor:
+        return torch.from_numpy(array.reshape(n, groups, *tail).copy())
+
+    return BlockCodes(shaped(flags), shaped(codes, BLOCK), shaped(scale))

@@ -1,0 +1,112 @@
+"""The one user configuration: what a checkpoint will be, and nothing about machines.
+
+A recipe is frozen, never edited after construction, and stored with its result. As a file it is
+YAML with the same keys; a key that does not exist is an error, so is a value out of range.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fgmp.errors import InputError
+
+CLIP_CHOICES = ("auto", "on", "off")
+POLICY_NAMES = ("fisher", "fisher-per-layer", "error", "random", "fp8", "nvfp4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to quantize a model.
+
+    Attributes:
+        fp4: share of weight blocks kept in FP4, 0 to 1.
+        fp4_activations: share of activation blocks kept in FP4, on the calibration tokens;
+            None: the same as ``fp4``.
+        policy: which blocks get FP8; see ``fgmp.assign.policy``.
+        clip: search the block scale of FP4 weight blocks: ``on``, ``off``, or ``auto``, kept only
+            if it lowers perplexity on a held-out slice of the calibration text.
+        samples: calibration sequences.
+        seq_len: tokens in a calibration sequence; capped at the model's context.
+        seed: chooses the calibration sequences.
+        headroom: activations up to this multiple of the largest calibrated one do not saturate.
+        include: name patterns (shell style) of the linears to quantize. A pattern other than
+            ``*`` may name an output head or router, which are otherwise left alone.
+        exclude: name patterns of linears to leave alone.
+    """
+
+    fp4: float = 0.7
+    fp4_activations: float | None = None
+    policy: str = "fisher"
+    clip: str = "auto"
+    samples: int = 512
+    seq_len: int = 512
+    seed: int = 0
+    headroom: float = 1.0
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):  # a YAML list arrives here as a list
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(p, str) for p in value):
+                raise InputError(f"recipe: {name} must be a list of name patterns, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        for name in ("fp4", "fp4_activations"):
+            value = getattr(self, name)
+            if value is None and name == "fp4_activations":
+                continue
+            if not _is_number(value) or not 0 <= value <= 1:
+                raise InputError(f"recipe: {name} must be a fraction from 0 to 1, got {value!r}")
+        if self.policy not in POLICY_NAMES:
+            raise InputError(
+                f"recipe: policy must be one of {', '.join(POLICY_NAMES)}, got {self.policy!r}"
+            )
+        if self.clip not in CLIP_CHOICES:
+            raise InputError(f"recipe: clip must be auto, on or off, got {self.clip!r}")
+        for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(
+                    f"recipe: {name} must be an integer of at least {least}, got {value!r}"
+                )
+        if not _is_number(self.headroom) or not 1 <= self.headroom <= 1024:
+            raise InputError(f"recipe: headroom must be from 1 to 1024, got {self.headroom!r}")
+
+    @property
+    def activation_fraction(self) -> float:
+        """The asked share of FP4 activation blocks."""
+        return self.fp4 if self.fp4_activations is None else self.fp4_activations
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, in field order."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "recipe") -> "Recipe":
+        """A recipe from plain types; unknown keys are refused with the known ones listed."""
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise InputError(f"{source}: unknown key {key!r}; the keys are {', '.join(known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> "Recipe":
+        """Read a recipe file."""
+        try:
+            values = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise InputError(f"recipe {path}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"recipe {path}: not YAML: {error}") from error
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise InputError(f"recipe {path}: must be a mapping, got {type(values).__name__}")
+        return cls.from_dict(values, source=f"recipe {path}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,307 @@
+"""Calibration: the empirical Fisher information of weights and activations.
+
+With L the summed token losses of one sequence and n all predicted tokens (nats^2 a token):
+
+    F_w    = (1/n) sum over sequences (dL/dw)^2                       one value a weight
+    F_x[k] = (1/n) sum over sequences, tokens (dL/dx[token, k])^2     one value a channel
+
+Squares of sums need one sequence's gradient at a time, so sequences go through the model one by
+one: that is right for every architecture, also those that flatten tokens (experts), and makes
+the result independent of any batch size. Parameters are frozen and only activations carry
+gradients; each linear's weight gradient is formed in a hook and squared on the spot, so no
+gradient of the whole model ever exists.
+
+A *site* is one activation tensor that one or more linears read. Sites are found by tensor
+identity: before the first linear that reads a tensor, the tensor is replaced by an alias whose
+gradient is the total that reaches it through those linears.
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fgmp.errors import InputError
+
+Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
+"""(model, sample) to (summed loss in nats of one sequence, number of predictions in it)."""
+
+SAVE_EVERY_SECONDS = 120
+
+
+@dataclass
+class SiteStatistics:
+    """What calibration learnt of one activation tensor.
+
+    Attributes:
+        linears: names of the linears that read it, in the order they did.
+        g2: F_x, fp32 (K,).
+        amax: largest magnitude after rounding to bf16.
+        tokens: rows that passed through.
+    """
+
+    linears: list[str]
+    g2: Tensor
+    amax: float = 0.0
+    tokens: int = 0
+
+
+@dataclass
+class Calibration:
+    """The result: F_w by linear (fp32, the weight's shape), statistics by site, predictions n."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    sites: dict[str, SiteStatistics] = field(default_factory=dict)
+    predictions: int = 0
+
+    def site_of(self, linear: str) -> str:
+        """The name of the site that ``linear`` reads."""
+        return next(name for name, site in self.sites.items() if linear in site.linears)
+
+
+def causal_lm_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
+    """Summed next-token loss of one sequence, int64 (T,), in nats; T - 1 predictions."""
+    logits = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0, :-1]
+    loss = nn.functional.cross_entropy(logits.float(), tokens[1:], reduction="sum")
+    return loss, len(tokens) - 1
+
+
+def calibrate(
+    model: nn.Module,
+    linears: dict[str, nn.Linear],
+    samples: Sequence[Any],
+    loss: Loss = causal_lm_loss,
+    *,
+    groups: dict[str, list[str]] | None = None,
+    state: Path | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> Calibration:
+    """Run ``samples`` forward and backward and collect the Fisher information.
+
+    Args:
+        model: any module; left as it was, also after an error.
+        linears: the linears to calibrate, by name.
+        samples: each one sequence, given to ``loss`` as it is.
+        loss: summed loss and predictions of a sample.
+        groups: sites that override those found by tensor identity: a name and its linears.
+        state: file that keeps the sums now and then and on an interruption; a later call with
+            the same model and samples goes on from there. Removed at the end.
+        advance: called after each sample.
+
+    Raises:
+        InputError: an activation or the loss is not finite, or sites are inconsistent.
+    """
+    recorder = _Recorder(linears, groups or {})
+    fingerprint = _fingerprint(linears, samples) if state else ""
+    start = recorder.restore(state, fingerprint) if state else 0
+    for _ in range(start):
+        advance()
+    saved = time.monotonic()
+    done = start
+    try:
+        with _frozen(model), recorder.hooks():
+            for index in range(start, len(samples)):
+                recorder.begin()
+                total, predictions = loss(model, samples[index])
+                if not total.isfinite():
+                    raise InputError(f"calibration: the loss of sequence {index} is {total.item()}")
+                total.backward()
+                recorder.end(predictions)
+                done = index + 1
+                advance()
+                if state and time.monotonic() - saved > SAVE_EVERY_SECONDS:
+                    recorder.store(state, fingerprint, done)
+                    saved = time.monotonic()
+    except KeyboardInterrupt:
+        if state:
+            recorder.store(state, fingerprint, done)
+        raise
+    if state:
+        state.unlink(missing_ok=True)
+    return recorder.result()
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter takes a gradient and no dropout drops, for a while."""
+    was_training = model.training
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+class _Recorder:
+    """Hooks on the linears and the sums that they feed."""
+
+    def __init__(self, linears: dict[str, nn.Linear], groups: dict[str, list[str]]) -> None:
+        self.linears = linears
+        self.forced: dict[str, str] = {}
+        for group, members in groups.items():
+            for name in members:
+                if name not in linears:
+                    raise InputError(f"site {group}: {name!r} is not a quantized linear")
+                self.forced[name] = group
+        self.sums = Calibration(
+            weights={
+                name: torch.zeros_like(linear.weight, dtype=torch.float32)
+                for name, linear in linears.items()
+            }
+        )
+        self.site_by_linear: dict[str, str] = {}
+
+    # One sequence: begin, forward (pre hook, then hook, of every linear), backward, end.
+
+    def begin(self) -> None:
+        self.aliases: dict[tuple[Any, ...], tuple[str, Tensor, Tensor]] = {}
+        self.calls = dict.fromkeys(self.linears, 0)
+        self.gradients: dict[str, Tensor] = {}
+
+    def before(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        key = (x.data_ptr(), x.shape, x.stride(), x._version, self.forced.get(name))
+        if key not in self.aliases:
+            site = self._site(name)
+            alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+            alias.register_hook(partial(self._site_gradient, site))
+            self._site_input(site, x)
+            self.aliases[key] = (site, alias, x)  # x stays alive, so its address stays taken
+        site, alias, _x = self.aliases[key]
+        if name not in self.site_by_linear:
+            self.site_by_linear[name] = site
+            self.sums.sites[site].linears.append(name)
+        elif self.site_by_linear[name] != site:
+            raise InputError(
+                f"{name} read the tensor of site {site}, earlier that of "
+                f"{self.site_by_linear[name]}; name the sites explicitly"
+            )
+        return (alias, *args[1:])
+
+    def after(self, name: str, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        self.calls[name] += 1
+        out.register_hook(partial(self._weight_gradient, name, args[0].detach()))
+
+    def end(self, predictions: int) -> None:
+        for name, gradient in self.gradients.items():
+            self.sums.weights[name].addcmul_(gradient, gradient)
+        self.sums.predictions += predictions
+        self.aliases.clear()
+        self.gradients.clear()
+
+    def _site(self, name: str) -> str:
+        site = self.forced.get(name) or self.site_by_linear.get(name) or name
+        if site not in self.sums.sites:
+            k = self.linears[name].in_features
+            device = self.linears[name].weight.device
+            self.sums.sites[site] = SiteStatistics(linears=[], g2=torch.zeros(k, device=device))
+        return site
+
+    def _site_input(self, site: str, x: Tensor) -> None:
+        statistics = self.sums.sites[site]
+        if x.numel() == 0:
+            return
+        amax = x.detach().to(torch.bfloat16).abs().max().item()
+        if not amax < float("inf"):
+            raise InputError(f"calibration: the activations of {site} are not finite")
+        statistics.amax = max(statistics.amax, amax)
+        statistics.tokens += x.numel() // x.shape[-1]
+
+    def _site_gradient(self, site: str, gradient: Tensor) -> None:
+        flat = gradient.flatten(0, -2).float()
+        self.sums.sites[site].g2 += flat.square().sum(0)
+
+    def _weight_gradient(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        g = gradient.flatten(0, -2).float().T @ x.flatten(0, -2).float()
+        if self.calls[name] == 1:
+            self.sums.weights[name].addcmul_(g, g)
+        elif name in self.gradients:  # a linear used more than once: square the sum
+            self.gradients[name] += g
+        else:
+            self.gradients[name] = g
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        handles = []
+        for name, linear in self.linears.items():
+            handles.append(linear.register_forward_pre_hook(partial(self.before, name)))
+            handles.append(linear.register_forward_hook(partial(self.after, name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def result(self) -> Calibration:
+        """Divide the sums by n and give linears that were never reached a site of their own."""
+        n = max(self.sums.predictions, 1)
+        for weight in self.sums.weights.values():
+            weight /= n
+        for site in self.sums.sites.values():
+            site.g2 /= n
+        for name in self.linears:
+            if name not in self.site_by_linear:
+                self.sums.sites[self._site(name)].linears.append(name)
+        return self.sums
+
+    # An interrupted run's sums, as one safetensors file.
+
+    def store(self, state: Path, fingerprint: str, done: int) -> None:
+        tensors = {f"weight.{name}": f for name, f in self.sums.weights.items()}
+        tensors |= {f"site.{name}": site.g2 for name, site in self.sums.sites.items()}
+        facts = {
+            "fingerprint": fingerprint,
+            "done": done,
+            "predictions": self.sums.predictions,
+            "sites": {n: [s.linears, s.amax, s.tokens] for n, s in self.sums.sites.items()},
+        }
+        state.parent.mkdir(parents=True, exist_ok=True)
+        temporary = state.with_suffix(".tmp")
+        save_file(tensors, temporary, metadata={"state": json.dumps(facts)})
+        temporary.replace(state)
+
+    def restore(self, state: Path, fingerprint: str) -> int:
+        """Load an interrupted run's sums if they are of this very run; samples already done."""
+        if not state.exists():
+            return 0
+        try:
+            with safe_open(state, framework="pt") as file:
+                facts = json.loads(file.metadata()["state"])
+                if facts["fingerprint"] != fingerprint:
+                    return 0
+                for name, f in self.sums.weights.items():
+                    f.copy_(file.get_tensor(f"weight.{name}"))
+                for name, (linears, amax, tokens) in facts["sites"].items():
+                    self.sums.sites[name] = SiteStatistics(
+                        linears, file.get_tensor(f"site.{name}").to(f.device), amax, tokens
+                    )
+                    self.site_by_linear |= dict.fromkeys(linears, name)
+        except (SafetensorError, KeyError) as error:
+            raise InputError(f"{state}: not a calibration state ({error}); delete it") from error
+        self.sums.predictions = facts["predictions"]
+        return int(facts["done"])
+
+
+def _fingerprint(linears: dict[str, nn.Linear], samples: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+    for name, linear in linears.items():
+        digest.update(name.encode())
+        digest.update(linear.weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for sample in samples:
+        digest.update(sample.cpu().numpy() if isinstance(sample, Tensor) else repr(sample).encode())
+    return digest.hexdigest()
