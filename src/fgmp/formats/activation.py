@@ -207,21 +207,19 @@ def fake_quantize(x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     if site.rule != "difference":
         exact = quantize(x, site)
         return exact.units(k), exact.is_fp8
-    u = to_blocks(x.to(torch.bfloat16).float()) * site.r
-    amax = u.abs().amax(-1, keepdim=True)
+    u, amax = _multiplied(x, site)
     if not amax.isfinite().all():
         exact = quantize(x, site)
         return exact.units(k), exact.is_fp8
-    fp8 = u.clamp(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn).float().mul_(FP8_FACTOR)
+    fp8 = _fp8_units(u)
     if site.threshold == THRESHOLD_ALL_FP8:
         return from_blocks(fp8, k), torch.ones_like(amax[..., 0], dtype=torch.bool)
-    scale = amax.clamp_(max=E4M3.max).to(torch.float8_e4m3fn).float().clamp_(min=E4M3.smallest)
-    fp4 = round_e2m1(u.mul_(FP8_FACTOR).div_(scale)).mul_(scale)
+    fp4 = _fp4_units(u, amax)
     if site.threshold == THRESHOLD_ALL_FP4:
         return from_blocks(fp4, k), torch.zeros_like(amax[..., 0], dtype=torch.bool)
     difference = fp4 - fp8
     sensitivity = _sensitivities(site)
-    estimate = (difference.square() * (sensitivity * 2.0 ** (2 * UNIT_BITS))).sum(-1).double()
+    estimate = _estimate(difference, sensitivity)
     is_fp8 = estimate > site.threshold
     unsure = (estimate - site.threshold).abs() <= estimate * _ESTIMATE_BAND
     if unsure.any():
@@ -229,6 +227,42 @@ def fake_quantize(x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
         integer = (difference[(*rows.unbind(-1), block)] * 2**UNIT_BITS).long()
         is_fp8[unsure] = _weighted_difference(integer, sensitivity.long()[block]) > site.threshold
     return from_blocks(torch.where(is_fp8.unsqueeze(-1), fp8, fp4), k), is_fp8
+
+
+def scores(x: Tensor, site: Site) -> Tensor:
+    """The scores of :func:`quantize`, without the codes: what calibration counts.
+
+    Returns:
+        S, float64 (..., G), good to 2**-19: the estimate that :func:`fake_quantize` decides on.
+    """
+    if site.rule == "difference":
+        u, amax = _multiplied(x, site)
+        if amax.isfinite().all():
+            fp8 = _fp8_units(u)
+            return _estimate(_fp4_units(u, amax) - fp8, _sensitivities(site))
+    return quantize(x, site).score.double()
+
+
+def _multiplied(x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+    """u, fp32 (..., G, 16), and its largest magnitudes, (..., G, 1)."""
+    u = to_blocks(x.to(torch.bfloat16).float()) * site.r
+    return u, u.abs().amax(-1, keepdim=True)
+
+
+def _fp8_units(u: Tensor) -> Tensor:
+    clamped = u.clamp(-E4M3.max, E4M3.max)
+    return clamped.to(torch.float8_e4m3fn).float().mul_(FP8_FACTOR)
+
+
+def _fp4_units(u: Tensor, amax: Tensor) -> Tensor:
+    """Consumes ``u`` and ``amax``: a pass over memory less."""
+    scale = amax.clamp_(max=E4M3.max).to(torch.float8_e4m3fn).float().clamp_(min=E4M3.smallest)
+    return round_e2m1(u.mul_(FP8_FACTOR).div_(scale)).mul_(scale)
+
+
+def _estimate(difference: Tensor, sensitivity: Tensor) -> Tensor:
+    """S in fp32 arithmetic, returned as float64; within half of _ESTIMATE_BAND of the integer."""
+    return (difference.square() * (sensitivity * 2.0 ** (2 * UNIT_BITS))).sum(-1).double()
 
 
 def saturated(x: Tensor, site: Site) -> Tensor:
@@ -250,7 +284,9 @@ def _sensitivities(site: Site) -> Tensor:
     return to_blocks(decode_e4m3(site.sensitivity) * 2.0**SENSITIVITY_BITS)
 
 
-def _weighted_difference(difference: Tensor, sensitivity: Tensor, _: Tensor | None = None) -> Tensor:
+def _weighted_difference(
+    difference: Tensor, sensitivity: Tensor, _: Tensor | None = None
+) -> Tensor:
     """S = sum g_int (q4 - q8)**2; int64 (..., G, 16) and (G, 16) to (..., G). Below 2**60."""
     return (difference.square() * sensitivity).sum(-1)
 
