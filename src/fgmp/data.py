@@ -1,0 +1,154 @@
+"""Text to token windows for calibration and evaluation.
+
+Sources: a text file, JSON lines with a ``text`` field, or the name of a Hugging Face dataset
+(``NAME``, ``NAME:CONFIG`` or ``NAME:CONFIG:SPLIT``, where the package ``datasets`` is installed).
+A text file is one document unless ``<|endoftext|>`` lines part it into several. Documents are
+tokenized with the tokenizer's own special tokens, joined by its end-of-sequence token where it
+has one, and cut into windows that do not overlap. There is no padding; the tail is dropped.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fgmp.errors import InputError
+
+SEPARATOR = "<|endoftext|>"
+HELD_OUT_SHARE = 8
+"""The held-out slice of a calibration text is one window for this many calibration windows."""
+
+
+def read_documents(source: str | Path) -> list[str]:
+    """The documents of a text file, a JSON-lines file or a Hugging Face dataset."""
+    path = Path(source)
+    if not path.exists():
+        return _read_dataset(str(source))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except IsADirectoryError as error:
+        raise InputError(f"text {path}: is a folder, not a file") from error
+    except OSError as error:
+        raise InputError(f"text {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"text {path}: not UTF-8 at byte {error.start}") from error
+    if path.suffix in (".jsonl", ".ndjson"):
+        documents = [_text_of(line, path, i + 1) for i, line in enumerate(text.splitlines()) if line]
+    else:
+        documents = text.split(SEPARATOR)
+    return [d for d in documents if d.strip()]
+
+
+def tokenize(documents: list[str], tokenizer: Any) -> Tensor:
+    """One stream of token ids, int64 (T,)."""
+    # Over-long input is the point here, so the tokenizer's own remark about it is switched off.
+    encoded = tokenizer(documents, return_attention_mask=False, verbose=False)["input_ids"]
+    end = getattr(tokenizer, "eos_token_id", None)
+    stream: list[int] = []
+    for i, ids in enumerate(encoded):
+        if i and end is not None:
+            stream.append(end)
+        stream.extend(ids)
+    return torch.tensor(stream, dtype=torch.int64)
+
+
+def windows(stream: Tensor, length: int) -> Tensor:
+    """Cut a stream into windows: int64 (B, length), the tail dropped."""
+    count = len(stream) // length
+    return stream[: count * length].view(count, length)
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token windows of a calibration text.
+
+    Attributes:
+        samples: int64 (B, L), the calibration sequences.
+        held_out: int64 (B', L), windows of the same text that are not among them.
+        fingerprint: SHA-256 of the samples' token ids.
+        asked: how many samples were asked for; fewer are there if the text is short.
+    """
+
+    samples: Tensor
+    held_out: Tensor
+    fingerprint: str
+    asked: int
+
+
+def calibration_text(
+    source: str | Path, tokenizer: Any, *, samples: int, seq_len: int, seed: int
+) -> CalibrationText:
+    """Choose calibration windows at random, and a held-out slice beside them.
+
+    Raises:
+        InputError: the text does not give two windows.
+    """
+    stream = tokenize(read_documents(source), tokenizer)
+    return choose_windows(stream, samples=samples, seq_len=seq_len, seed=seed, source=str(source))
+
+
+def choose_windows(
+    stream: Tensor, *, samples: int, seq_len: int, seed: int, source: str = "text"
+) -> CalibrationText:
+    """:func:`calibration_text` from a token stream, int64 (T,)."""
+    cut = windows(stream, seq_len)
+    if len(cut) < 2:
+        raise InputError(
+            f"text {source}: calibration needs at least 2 sequences of {seq_len} tokens, "
+            f"got {len(stream)} tokens"
+        )
+    order = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))
+    held = max(1, min(samples, len(cut)) // HELD_OUT_SHARE)
+    chosen = cut[order[: min(samples, len(cut) - held)].sort().values]
+    kept_apart = cut[order[len(chosen) : len(chosen) + held].sort().values]
+    fingerprint = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
+    return CalibrationText(chosen, kept_apart, fingerprint, samples)
+
+
+def evaluation_windows(source: str | Path, tokenizer: Any, seq_len: int) -> Tensor:
+    """All windows of an evaluation text, int64 (B, seq_len); a shorter text is one window.
+
+    Raises:
+        InputError: the text has fewer than two tokens, so nothing can be predicted.
+    """
+    stream = tokenize(read_documents(source), tokenizer)
+    if len(stream) < 2:
+        raise InputError(f"text {source}: nothing to predict in {len(stream)} tokens")
+    return windows(stream, min(seq_len, len(stream)))
+
+
+def _text_of(line: str, path: Path, number: int) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"text {path}: line {number} is not JSON: {error}") from error
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise InputError(f'text {path}: line {number} has no string field "text"')
+    return text
+
+
+def _read_dataset(source: str) -> list[str]:
+    looks_local = source.startswith((".", "/", "~")) or Path(source).suffix != ""
+    if looks_local:
+        raise InputError(f"text {source}: no such file")
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"text {source}: no such file, and to read it as a Hugging Face dataset "
+            "the package `datasets` is needed (pip install 'fgmp[datasets]')"
+        ) from error
+    name, _, rest = source.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # the library raises many kinds, all meaning "cannot be had"
+        raise InputError(f"text {source}: no such file, and as a dataset: {error}") from error
+    if "text" not in loaded.column_names:
+        raise InputError(f'dataset {source}: no column "text", only {loaded.column_names}')
+    return [text for text in loaded["text"] if text.strip()]

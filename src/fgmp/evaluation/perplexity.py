@@ -1,0 +1,69 @@
+"""Perplexity: the exponential of the mean next-token loss over non-overlapping windows.
+
+A text is tokenized once and cut into windows of L tokens; each window is a context of its own
+and gives L - 1 predictions; the mean is over all predictions. Losses are kept by window, so that
+two models can be compared window by window.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_TOKENS_A_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Summed loss of each window in nats, float64 (B,), and predictions in a window."""
+
+    by_window: Tensor
+    predictions: int
+
+    @property
+    def tokens(self) -> int:
+        """Predictions in all windows."""
+        return self.predictions * len(self.by_window)
+
+    @property
+    def nll(self) -> float:
+        """Mean loss in nats a prediction."""
+        return float(self.by_window.sum()) / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll)."""
+        return math.exp(self.nll)
+
+
+def batches(windows: Tensor) -> tuple[Tensor, ...]:
+    """Split windows (B, L) into batches of about 4,096 tokens."""
+    return windows.split(max(1, _TOKENS_A_BATCH // windows.shape[1]))
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, batch: Tensor) -> Tensor:
+    """Next-token log-probabilities, fp32 (B, L - 1, V), of windows int64 (B, L)."""
+    device = next(model.parameters()).device
+    logits = model(input_ids=batch.to(device), use_cache=False).logits[:, :-1]
+    return logits.float().log_softmax(-1)
+
+
+def loss_of(log_probabilities: Tensor, batch: Tensor) -> Tensor:
+    """Summed loss of each window, float64 (B,)."""
+    targets = batch[:, 1:, None].to(log_probabilities.device)
+    return -log_probabilities.gather(-1, targets).double().sum((1, 2)).cpu()
+
+
+def evaluate(
+    model: nn.Module, windows: Tensor, advance: Callable[[], None] = lambda: None
+) -> Losses:
+    """Losses of a causal LM on windows, int64 (B, L); ``advance`` is called after each batch."""
+    model.eval()
+    found = []
+    for batch in batches(windows):
+        found.append(loss_of(logits_of(model, batch), batch))
+        advance()
+    return Losses(torch.cat(found), windows.shape[1] - 1)

@@ -1,0 +1,69 @@
+"""Put packed weights and sites into a model, in place of its linears."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from fgmp.errors import CheckpointError
+from fgmp.formats.activation import Site
+from fgmp.model.linear import ActivationSite, MixedLinear
+from fgmp.model.select import linearize, replace_module
+from fgmp.pack.checkpoint import CheckpointConfig, Reader
+from fgmp.pack.planes import PackedWeight
+
+
+def install(
+    model: nn.Module,
+    weights: Mapping[str, PackedWeight],
+    records: Mapping[str, Site],
+    linears_of: Mapping[str, list[str]],
+) -> None:
+    """Replace linears of a linearized model by packed ones, in place.
+
+    Args:
+        model: its linears may be empty (meta) or hold weights, which are dropped.
+        weights: by linear.
+        records: by site.
+        linears_of: names of the linears that read a site; the first one owns it.
+    """
+    for site_name, names in linears_of.items():
+        site = ActivationSite(records[site_name])
+        for position, name in enumerate(names):
+            old = model.get_submodule(name)
+            assert isinstance(old, nn.Linear | MixedLinear)
+            new = MixedLinear(weights[name], None, site, owns_site=position == 0)
+            if not weights[name].shape.is_meta and old.bias is not None:
+                new.bias = nn.Parameter(old.bias.detach(), requires_grad=False)
+            new.train(old.training)
+            replace_module(model, name, new)
+
+
+def install_from(model: nn.Module, config: CheckpointConfig, reader: Reader) -> None:
+    """Give an empty model the packed linears and sites of a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint names a linear that the model lacks or has in another
+            shape, or breaks a rule of the format.
+    """
+    linearize(model)
+    weights, records = {}, {}
+    with torch.device("cpu"):
+        for owner, site in config.sites.items():
+            for name in site.linears:
+                weights[name] = reader.packed(name)
+                _check_shape(model, name, weights[name])
+            records[owner] = reader.site(owner, site.rule, weights[owner].k)
+        install(model, weights, records, {o: s.linears for o, s in config.sites.items()})
+
+
+def _check_shape(model: nn.Module, name: str, packed: PackedWeight) -> None:
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError as error:
+        raise CheckpointError(f"{name}: the model has no such layer") from error
+    if not isinstance(linear, nn.Linear):
+        raise CheckpointError(f"{name}: must be a linear layer, got {type(linear).__name__}")
+    wanted, found = (linear.out_features, linear.in_features), (packed.n, packed.k)
+    if wanted != found:
+        raise CheckpointError(f"{name}.weight_shape: must be {wanted} for this model, got {found}")

@@ -1,0 +1,112 @@
+"""Save a quantized model and load it again."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from fgmp.errors import CheckpointError, InputError
+from fgmp.model.convert import install_from
+from fgmp.pack import checkpoint
+from fgmp.pack.checkpoint import CheckpointConfig, Reader
+
+CONFIG_ATTRIBUTE = "fgmp_config"
+"""Where a quantized model keeps its :class:`CheckpointConfig`."""
+
+
+def config_of(model: nn.Module) -> CheckpointConfig:
+    """The configuration of a quantized model, whichever way it came about."""
+    config = getattr(model, CONFIG_ATTRIBUTE, None)
+    if config is None:
+        quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+        if quantization is None or quantization.to_dict().get("quant_method") != "fgmp":
+            raise InputError(f"{type(model).__name__} is not a model that fgmp quantized")
+        config = CheckpointConfig.from_dict(quantization.to_dict())
+    return config
+
+
+def save(
+    model: nn.Module, directory: str | Path, tokenizer: Any = None, max_shard_size: str = "5GB"
+) -> None:
+    """Write a quantized model as a checkpoint folder.
+
+    Args:
+        model: from :func:`fgmp.quantize` or :func:`fgmp.load`. A Transformers model is saved with
+            its configuration; any other module with the quantization alone.
+        directory: must not exist, or be empty. It appears complete or not at all.
+        tokenizer: saved beside the model if given.
+        max_shard_size: larger checkpoints are split into files of this size.
+
+    Raises:
+        InputError: not a quantized model, a target in use, or a full disk.
+    """
+    config: dict[str, Any] = {}
+    if hasattr(model, "config"):
+        config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    config["quantization_config"] = config_of(model).to_dict()
+
+    def write_extra(folder: Path) -> None:
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    checkpoint.write(
+        Path(directory), _tensors_to_save(model), config, write_extra, max_shard_size
+    )
+
+
+def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load a checkpoint folder.
+
+    Args:
+        directory: written by :func:`save`.
+        model: an unquantized module to load into, for modules that are not of Transformers;
+            its own weights are replaced.
+
+    Raises:
+        CheckpointError: the checkpoint breaks a rule; the message says which, and where.
+    """
+    directory = Path(directory)
+    raw = checkpoint.read_config(directory)
+    config = CheckpointConfig.from_dict(raw["quantization_config"], f"{directory / 'config.json'}")
+    if model is None:
+        return _load_transformers(directory, raw)
+    reader = Reader(checkpoint.tensor_files(directory))
+    install_from(model, config, reader)
+    tensors = {name: reader.tensor(name) for name in reader.names}
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    unfilled = [name for name in missing if model.get_parameter_or_buffer(name).is_meta]  # type: ignore[operator]
+    if unfilled or unexpected:
+        raise CheckpointError(f"{directory}: tensors do not fit the model: {unfilled + unexpected}")
+    setattr(model, CONFIG_ATTRIBUTE, config)
+    return model
+
+
+def _load_transformers(directory: Path, raw: dict[str, Any]) -> nn.Module:
+    architectures = raw.get("architectures") or [None]
+    cls = getattr(transformers, str(architectures[0]), None)
+    if cls is None:
+        raise CheckpointError(
+            f"{directory / 'config.json'}: architectures must name a Transformers model class, "
+            f"got {architectures}; pass `model` to load into another module"
+        )
+    loaded: nn.Module = cls.from_pretrained(directory)
+    return loaded
+
+
+def _tensors_to_save(model: nn.Module) -> dict[str, Tensor]:
+    """The state, without the copies that tied parameters would make."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    state = {name: t for name, t in model.state_dict().items() if name not in tied}
+    seen: set[tuple[int, torch.Size]] = set()
+    unique = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        unique[name] = tensor
+    return unique

@@ -1,0 +1,75 @@
+"""``AutoModelForCausalLM.from_pretrained`` for fgmp checkpoints.
+
+Importing this module registers ``quant_method: "fgmp"`` with Transformers, which has no other way
+to discover it. Before Transformers loads a model's tensors, our own reader puts validated packed
+linears in place; Transformers then fills in what is left and finds the same names.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fgmp.errors import CheckpointError
+from fgmp.model.convert import install_from
+from fgmp.pack.checkpoint import QUANT_METHOD, CheckpointConfig, Reader
+
+
+@register_quantization_config(QUANT_METHOD)
+class FgmpConfig(QuantizationConfigMixin):
+    """``quantization_config`` as Transformers carries it around: our dictionary, unchanged."""
+
+    def __init__(self, **values: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.values = {**values, "quant_method": QUANT_METHOD}
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.values)
+
+
+@register_quantizer(QUANT_METHOD)
+class FgmpQuantizer(HfQuantizer):
+    """Loads packed models; quantizing is ``fgmp.quantize``'s, saving ``fgmp.save``'s."""
+
+    requires_calibration = True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse an unknown format before anything is built."""
+        CheckpointConfig.from_dict(self.quantization_config.to_dict())
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise CheckpointError("an fgmp checkpoint must be loaded from safetensors files")
+        config = CheckpointConfig.from_dict(self.quantization_config.to_dict())
+        reader = Reader(checkpoint_files)
+        reader.verify()
+        install_from(model, config, reader)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if empty:
+            raise CheckpointError(f"tensor {empty[0]} is missing from the checkpoint")
+        model.requires_grad_(False)
+        return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Never: the checkpoint is quantized already."""
+        return False
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of what is not quantized; codes and scales keep theirs."""
+        return dtype
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` would drop the checksums; ``fgmp.save`` writes checkpoints."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False

@@ -1,0 +1,321 @@
+"""A checkpoint on disk: safetensors that are written at once and read with suspicion.
+
+``docs/format.md`` is the specification. Writing goes to a folder beside the target that is
+renamed at the end, so a killed run leaves no half checkpoint. Every file carries the CRC-32 of
+its tensors; reading checks them and every rule of the format, and names the file, the tensor,
+the rule and the value of the first fault.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fgmp.errors import CheckpointError, InputError
+from fgmp.formats.activation import RULES, Site, is_multiplier
+from fgmp.formats.spec import (
+    BLOCK,
+    SCALE_MAX_CODE,
+    SCALE_MIN_CODE,
+    THRESHOLD_ALL_FP8,
+)
+from fgmp.pack.planes import PackedWeight, validate
+
+QUANT_METHOD = "fgmp"
+FORMAT_VERSION = 1
+NUMERICS = "fgmp-1"
+SCALE_CONVENTION = "multiplier"
+CHECKSUMS = "fgmp_crc32"
+"""Key of a file's metadata: a JSON map from tensor name to CRC-32, eight hex digits."""
+
+_FIXED = {
+    "quant_method": QUANT_METHOD,
+    "format_version": FORMAT_VERSION,
+    "numerics": NUMERICS,
+    "scale_convention": SCALE_CONVENTION,
+    "block_size": BLOCK,
+}
+_SITE_TENSORS = ("r", "gamma", "sensitivity", "threshold")
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """One site: the linears that read it, its decision rule, its FP4 share at calibration."""
+
+    linears: list[str]
+    rule: str
+    fp4_fraction: float
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """``quantization_config`` of a checkpoint.
+
+    Attributes:
+        sites: by the linear that owns the site's tensors.
+        recipe: ``Recipe.to_dict()``.
+        calibration: where the numbers came from: fingerprint, sequences, tokens.
+        result: what was reached: fractions, the clipping decision and its two perplexities.
+    """
+
+    sites: dict[str, SiteConfig]
+    recipe: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+    producer: dict[str, str] = field(
+        default_factory=lambda: {"name": "fgmp", "version": version("fgmp")}
+    )
+
+    @property
+    def linears(self) -> list[str]:
+        """Names of all quantized linears."""
+        return [name for site in self.sites.values() for name in site.linears]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**_FIXED, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config.json") -> "CheckpointConfig":
+        """Read ``quantization_config``.
+
+        Raises:
+            CheckpointError: an unknown format version, or a key that is missing or malformed.
+        """
+        where = f"{source}: quantization_config"
+        for key, wanted in _FIXED.items():
+            if values.get(key) != wanted:
+                raise CheckpointError(
+                    f"{where}.{key} must be {wanted!r}, got {values.get(key)!r}; this is fgmp "
+                    f"{version('fgmp')}, which reads format version {FORMAT_VERSION}"
+                )
+        try:
+            sites = {name: SiteConfig(**site) for name, site in values["sites"].items()}
+            rest = {k: dict(values[k]) for k in ("recipe", "calibration", "result", "producer")}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"{where} is malformed: {error!r}") from error
+        for name, site in sites.items():
+            if site.rule not in RULES:
+                raise CheckpointError(
+                    f"{where}.sites.{name}.rule must be one of {sorted(RULES)}, got {site.rule!r}"
+                )
+            if name not in site.linears:
+                raise CheckpointError(f"{where}.sites.{name}.linears must hold its owner")
+        return cls(sites=sites, **rest)
+
+
+def write(
+    directory: Path,
+    tensors: dict[str, Tensor],
+    config: dict[str, Any],
+    write_extra: Callable[[Path], None] = lambda folder: None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a checkpoint folder; it appears complete or not at all.
+
+    Args:
+        directory: must not exist, or be an empty folder.
+        tensors: by full name; no two may share memory.
+        config: what ``config.json`` will hold, ``quantization_config`` included.
+        write_extra: writes further files, such as the tokenizer, into the folder it is given.
+        max_shard_size: a larger checkpoint is sharded like any Hugging Face model.
+
+    Raises:
+        InputError: the target is in use, or the disk is full; nothing is left behind then.
+    """
+    require_free(directory)
+    total = sum(t.nbytes for t in tensors.values())
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory.parent).free
+    if free < total:
+        raise InputError(
+            f"{directory}: the disk is full: the checkpoint needs {total:,} bytes, "
+            f"{free:,} are free"
+        )
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
+    try:
+        _write_files(partial, tensors, config, max_shard_size)
+        write_extra(partial)
+        partial.chmod(0o755)
+        if directory.exists():
+            directory.rmdir()
+        partial.rename(directory)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{directory}: could not be written ({error}); nothing was left behind"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_free(directory: Path) -> None:
+    """Refuse a target folder that already holds something."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory}: already exists; choose another folder or remove it")
+
+
+def _write_files(
+    folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], max_shard_size: str
+) -> None:
+    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    for filename, names in split.filename_to_tensors.items():
+        part = {name: tensors[name].cpu() for name in names}
+        sums = {name: checksum(tensor) for name, tensor in part.items()}
+        metadata = {"format": "pt", CHECKSUMS: json.dumps(sums)}
+        save_file(part, folder / filename, metadata=metadata)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(folder / "model.safetensors.index.json", index)
+    _write_json(folder / "config.json", config)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def checksum(tensor: Tensor) -> str:
+    """CRC-32 of a tensor's bytes, eight hex digits."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return f"{zlib.crc32(flat.view(torch.uint8).numpy()):08x}"
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.json`` of a checkpoint folder, checked to be one of ours."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(config, dict) or "quantization_config" not in config:
+        raise InputError(f"{directory}: not an fgmp checkpoint: no quantization_config in {path}")
+    return config
+
+
+def tensor_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, as its index lists them."""
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        return [directory / "model.safetensors"]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index}: malformed ({error!r})") from error
+    return [directory / name for name in names]
+
+
+class Reader:
+    """Lazy, checked access to the tensors of some safetensors files.
+
+    Every tensor that is read is compared with the checksum its file holds.
+    """
+
+    def __init__(self, files: Iterable[str | os.PathLike[str]]) -> None:
+        self._files: dict[str, Path] = {}
+        self._sums: dict[str, str] = {}
+        for file in map(Path, files):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    names = list(opened.keys())
+                    metadata = opened.metadata() or {}
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file}: unreadable or truncated: {error}") from error
+            try:
+                sums = json.loads(metadata[CHECKSUMS])
+                self._sums |= {name: str(sums[name]) for name in names}
+            except (KeyError, ValueError, TypeError) as error:
+                raise CheckpointError(
+                    f"{file}: its metadata must hold {CHECKSUMS} for every tensor, got {error!r}"
+                ) from error
+            missing = set(sums) - set(names)
+            if missing:
+                raise CheckpointError(f"{file}: tensor {sorted(missing)[0]} is missing")
+            self._files |= dict.fromkeys(names, file)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._files)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor and compare its checksum."""
+        if name not in self._files:
+            raise CheckpointError(f"{self._where()}: tensor {name} is missing")
+        file = self._files[name]
+        with torch.device("cpu"):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    tensor: Tensor = opened.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file}: tensor {name}: {error}") from error
+            found = checksum(tensor)
+        if found != self._sums[name]:
+            raise CheckpointError(
+                f"{file}: tensor {name}: its bytes must have CRC-32 {self._sums[name]}, got {found}"
+            )
+        return tensor
+
+    def verify(self) -> None:
+        """Read every tensor once."""
+        for name in self._files:
+            self.tensor(name)
+
+    def packed(self, linear: str) -> PackedWeight:
+        """The planes of one linear, validated."""
+        prefix = f"{linear}.weight_"
+        planes = {n.removeprefix(prefix): self.tensor(n) for n in self._files if n.startswith(prefix)}
+        file = self._files.get(prefix + "shape", self._where())
+        try:
+            packed = PackedWeight(**planes)
+        except TypeError as error:
+            raise CheckpointError(f"{file}: {linear}: planes are missing or unknown: {error}") from error
+        try:
+            validate(f"{linear}.weight", packed)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+        return packed
+
+    def site(self, owner: str, rule: str, k: int) -> Site:
+        """The record of one activation site, validated; ``k`` is the width of its linears."""
+        prefix = f"{owner}.input_site."
+        r, gamma, sensitivity, threshold = (self.tensor(prefix + n) for n in _SITE_TENSORS)
+
+        def require(holds: bool, name: str, rule: str, value: object) -> None:
+            if not holds:
+                raise CheckpointError(
+                    f"{self._files[prefix + name]}: {prefix}{name}: {rule}, got {value}"
+                )
+
+        for name, tensor, dtype, shape in (
+            ("r", r, torch.float32, ()),
+            ("gamma", gamma, torch.float32, ()),
+            ("sensitivity", sensitivity, torch.uint8, (k,)),
+            ("threshold", threshold, torch.int64, ()),
+        ):
+            found = (tensor.dtype, tuple(tensor.shape))
+            require(found == (dtype, shape), name, f"must be {dtype} of shape {shape}", found)
+        require(is_multiplier(r.item()), "r", "must be positive with at most 12 bits", r.item())
+        require(0 <= gamma.item() < float("inf"), "gamma", "must be finite, 0 or more", gamma.item())
+        valid = (sensitivity >= SCALE_MIN_CODE) & (sensitivity <= SCALE_MAX_CODE)
+        require(bool(valid.all()), "sensitivity", "codes must be 0x01 to 0x7E", sensitivity[~valid])
+        require(threshold.item() >= THRESHOLD_ALL_FP8, "threshold", "must be -1 or more", threshold)
+        return Site(r.item(), sensitivity, gamma.item(), int(threshold.item()), rule)
+
+    def _where(self) -> str:
+        return ", ".join(sorted({str(f) for f in self._files.values()}))

@@ -1,0 +1,136 @@
+"""How much memory a run will take, before it starts, and what it took.
+
+The peak of a calibration is the sum of four parts: what the process holds already (the model),
+one fp32 F per quantized parameter, the block scores and packed planes, and the working set of one
+sequence: the tensors that its backward pass keeps, the logits' gradients and one weight gradient.
+The working set is measured on a short prefix of one sequence and scaled up.
+"""
+
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from fgmp.errors import MemoryLimitError
+from fgmp.formats.spec import BLOCK
+from fgmp.sensitivity.fisher import Loss
+
+_PROBE_TOKENS = 64
+_FISHER_BYTES = 4
+_SCORE_BYTES = 8 / BLOCK
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes: ``held`` already, ``fisher``, ``packed`` planes and scores, ``working`` set."""
+
+    held: int
+    fisher: int
+    packed: int
+    working: int
+
+    @property
+    def peak(self) -> int:
+        """The largest amount that is held at once: calibration's, or packing's."""
+        return self.held + self.fisher + max(self.packed, self.working)
+
+
+def estimate(
+    model: nn.Module,
+    linears: dict[str, nn.Linear],
+    sample: Any,
+    loss: Loss,
+    packed_bytes_per_parameter: float,
+) -> MemoryEstimate:
+    """Predict the peak of quantizing ``model``; ``sample`` is one calibration sequence."""
+    parameters = sum(linear.weight.numel() for linear in linears.values())
+    device = next(model.parameters()).device
+    largest = max(linear.weight.numel() for linear in linears.values())
+    return MemoryEstimate(
+        held=held_bytes(device),
+        fisher=_FISHER_BYTES * parameters,
+        packed=int((packed_bytes_per_parameter + _SCORE_BYTES) * parameters),
+        working=_working_set(model, sample, loss) + 2 * _FISHER_BYTES * largest,
+    )
+
+
+def require(estimate: MemoryEstimate, device: torch.device) -> None:
+    """Refuse a run that cannot fit."""
+    extra, free = estimate.peak - estimate.held, free_bytes(device)
+    if extra > free:
+        raise MemoryLimitError(
+            f"quantizing needs {extra / 1e9:.2f} GB more on {device}, {free / 1e9:.2f} GB are free; "
+            "use a shorter seq_len or a machine with more memory"
+        )
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes this process holds now: resident set, or allocated memory of a GPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be had: also within a container's limit, where there is one."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak so far, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The largest amount held since :func:`reset_peak`."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _working_set(model: nn.Module, sample: Any, loss: Loss) -> int:
+    """Bytes that one sequence's backward pass keeps, with the gradients on top."""
+    short, ratio = sample, 1.0
+    if isinstance(sample, Tensor) and sample.ndim == 1 and len(sample) > _PROBE_TOKENS:
+        short, ratio = sample[:_PROBE_TOKENS], len(sample) / _PROBE_TOKENS
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    # Parameters are kept by the model anyway; only what depends on the sequence counts.
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total, _ = loss(model, short)
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    del total
+    return int(sum(kept.values()) * ratio)
+
+
+def samples_bytes(samples: Sequence[Any]) -> int:
+    """Bytes of the samples themselves, where they are tensors."""
+    return sum(s.nbytes for s in samples if isinstance(s, Tensor))
