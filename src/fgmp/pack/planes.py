@@ -20,7 +20,15 @@ from torch import Tensor
 
 from fgmp.errors import CheckpointError
 from fgmp.formats.codec import decode_e2m1, decode_e4m3, from_blocks
-from fgmp.formats.spec import BLOCK, E4M3, FP8_BLOCK, FP8_FACTOR, SCALE_MAX_CODE, SCALE_MIN_CODE
+from fgmp.formats.spec import (
+    BLOCK,
+    E2M1,
+    E4M3,
+    FP8_BLOCK,
+    FP8_FACTOR,
+    SCALE_MAX_CODE,
+    SCALE_MIN_CODE,
+)
 from fgmp.formats.weight import WeightCodes
 
 MODES = {
@@ -94,13 +102,11 @@ def pack(codes: WeightCodes, is_fp8: Tensor) -> PackedWeight:
         return PackedWeight(low=_join(codes.fp4.flatten(-2)), scale=codes.scale, **common)
     low_half = (codes.fp8 >> 4 & ~_MANTISSA & 0xF) | (codes.fp8 & _MANTISSA)
     high_half = codes.fp8 >> E4M3.mantissa_bits & _EXPONENT
-    row_ptr = torch.zeros(n + 1, dtype=torch.int32, device=is_fp8.device)
-    row_ptr[1:] = is_fp8.sum(-1).cumsum(0)
     return PackedWeight(
         low=_join(torch.where(is_fp8.unsqueeze(-1), low_half, codes.fp4).flatten(-2)),
         scale=torch.where(is_fp8, torch.full_like(codes.scale, FP8_BLOCK), codes.scale),
         overflow=_join(high_half[is_fp8]),
-        row_ptr=row_ptr,
+        row_ptr=_row_ptr(is_fp8),
         **common,
     )
 
@@ -125,9 +131,9 @@ def unpack(packed: PackedWeight) -> BlockCodes:
     is_fp8 = packed.is_fp8()
     if packed.fp8 is not None:
         scale = torch.full(is_fp8.shape, FP8_BLOCK, dtype=torch.uint8, device=packed.fp8.device)
-        return BlockCodes(is_fp8, packed.fp8.unflatten(-1, (-1, BLOCK)), scale)
+        return BlockCodes(is_fp8, packed.fp8.reshape(packed.n, -1, BLOCK), scale)
     assert packed.low is not None and packed.scale is not None
-    codes = _split(packed.low).unflatten(-1, (-1, BLOCK))
+    codes = _split(packed.low).reshape(packed.n, -1, BLOCK)
     if packed.overflow is not None:
         low = codes[is_fp8]
         high = _split(packed.overflow) << E4M3.mantissa_bits
@@ -148,7 +154,7 @@ def unpack_units(packed: PackedWeight) -> Tensor:
 
 
 def validate(name: str, packed: PackedWeight) -> None:
-    """Check every rule of docs/format.md, section 2.
+    """Check every rule of docs/format.md, section 2; ``name`` is that of the weight.
 
     Raises:
         CheckpointError: naming the plane, the rule and the value that breaks it.
@@ -156,52 +162,90 @@ def validate(name: str, packed: PackedWeight) -> None:
 
     def require(holds: bool, plane: str, rule: str, value: object) -> None:
         if not holds:
-            raise CheckpointError(f"{name}.{plane}: {rule}, got {value}")
+            raise CheckpointError(f"{name}_{plane}: {rule}, got {value}")
 
     def require_tensor(plane: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         tensor = packed.tensors()[plane]
         require(tensor.dtype == dtype, plane, f"must be {dtype}", tensor.dtype)
-        require(tuple(tensor.shape) == shape, plane, f"must have shape {shape}", tuple(tensor.shape))
-        require(tensor.is_contiguous(), plane, "must be contiguous", tensor.stride())
+        found = tuple(tensor.shape)
+        require(found == shape, plane, f"must have shape {list(shape)}", list(found))
+        require(tensor.is_contiguous(), plane, "must be contiguous", f"strides {tensor.stride()}")
         return tensor
 
-    present = set(packed.tensors()) - {"shape", "t"}
-    require(present == set(MODES[packed.mode]), "*", f"planes must be one of {MODES}", present)
+    present = [plane for plane in packed.tensors() if plane not in ("shape", "t")]
+    if set(present) != set(MODES[packed.mode]):
+        choices = " or ".join("+".join(planes) for planes in MODES.values())
+        raise CheckpointError(f"{name}: planes must be {choices}, got {'+'.join(present)}")
     shape = require_tensor("shape", (2,), torch.int64)
     require(bool((shape > 0).all()), "shape", "must be positive", shape.tolist())
     t = require_tensor("t", (), torch.float32).item()
-    require(torch.finfo(torch.float32).tiny <= t < float("inf"), "t", "must be a normal number", t)
-    n, k, groups = packed.n, packed.k, -(-packed.k // BLOCK)
+    normal = torch.finfo(torch.float32).tiny <= t < float("inf")
+    require(normal, "t", "must be a positive normal number", t)
+    n, groups = packed.n, -(-packed.k // BLOCK)
     if packed.mode == "fp8":
-        codes = require_tensor("fp8", (n, groups * BLOCK), torch.uint8)
-        nans = (codes & E4M3.nan_code) == E4M3.nan_code
-        require(not nans.any(), "fp8", "must hold no NaN code", "0x7F or 0xFF" + _where(nans))
-        require(not codes[:, k:].any(), "fp8", "padding must be zero", _where(codes[:, k:] != 0))
-        return
-    require_tensor("low", (n, groups * BLOCK // 2), torch.uint8)
-    scale = require_tensor("scale", (n, groups), torch.uint8)
-    fp8 = scale == FP8_BLOCK
-    valid = (scale >= SCALE_MIN_CODE) & (scale <= SCALE_MAX_CODE) | fp8
-    if not valid.all():
-        first = (~valid).nonzero()[0].tolist()
-        byte = f"0x{scale[tuple(first)].item():02X} at {first}"
-        require(False, "scale", "bytes must be 0x01 to 0x7E, or 0x80 for an FP8 block", byte)
-    if packed.mode == "fp4":
-        require(not fp8.any(), "scale", "an all-FP4 weight has no byte 0x80", _where(fp8))
+        require_tensor("fp8", (n, groups * BLOCK), torch.uint8)
     else:
-        row_ptr = require_tensor("row_ptr", (n + 1,), torch.int32)
-        wanted = torch.zeros_like(row_ptr)
-        wanted[1:] = fp8.sum(-1).cumsum(0)
-        wrong = row_ptr != wanted
-        require(not wrong.any(), "row_ptr", "must count the 0x80 bytes before each row", _where(wrong))
-        count = int(row_ptr[-1])
-        require(0 < count < fp8.numel(), "scale", "mixed means blocks of both formats", count)
-        require_tensor("overflow", (count, BLOCK // 2), torch.uint8)
-    codes = unpack(packed).codes
-    nans = ((codes & E4M3.nan_code) == E4M3.nan_code) & fp8.unsqueeze(-1)
-    require(not nans.any(), "overflow", "must hold no NaN code", "0x7F or 0xFF" + _where(nans))
-    padding = codes.flatten(-2)[:, k:]
-    require(not padding.any(), "low", "padding must be zero", _where(padding != 0))
+        require_tensor("low", (n, groups * BLOCK // 2), torch.uint8)
+        scale = require_tensor("scale", (n, groups), torch.uint8)
+        fp8 = scale == FP8_BLOCK
+        check_scale(f"{name}_scale", scale, fp8)
+        if packed.mode == "fp4":
+            _forbid(fp8, scale, f"{name}_scale: an all-FP4 weight has no byte 0x80")
+        else:
+            count = int(fp8.sum())
+            rule = f"a mixed weight has 1 to {fp8.numel() - 1} bytes 0x80"
+            require(0 < count < fp8.numel(), "scale", rule, count)
+            row_ptr = require_tensor("row_ptr", (n + 1,), torch.int32)
+            _forbid(
+                row_ptr != _row_ptr(fp8),
+                row_ptr,
+                f"{name}_row_ptr: must count the bytes 0x80 of scale before each row",
+            )
+            require_tensor("overflow", (count, BLOCK // 2), torch.uint8)
+    check_codes(name, unpack(packed), packed.k)
+
+
+def check_scale(name: str, scale: Tensor, is_fp8: Tensor) -> None:
+    """Refuse an FP4 block's byte that is not a block scale."""
+    valid = (scale >= SCALE_MIN_CODE) & (scale <= SCALE_MAX_CODE) | is_fp8
+    _forbid(~valid, scale, f"{name}: bytes must be 0x01 to 0x7E, or 0x80 for an FP8 block")
+
+
+def check_codes(name: str, content: BlockCodes, k: int) -> None:
+    """The rules for codes, in whatever layout they came.
+
+    Raises:
+        CheckpointError: naming the first offender by [row, block, element], or [row, element]
+            in the last block.
+    """
+    fp8, codes = content.is_fp8, content.codes
+    nan = (codes & E4M3.nan_code == E4M3.nan_code) & fp8.unsqueeze(-1)
+    _forbid(nan, codes, f"{name}: FP8 codes must not be NaN")
+    zero = ~(codes & (E2M1.sign_bit - 1)).any(-1) & ~fp8
+    _forbid(
+        zero & (content.scale != SCALE_MIN_CODE),
+        content.scale,
+        f"{name}: an FP4 block of zeros must have the scale 0x01",
+    )
+    last = codes[:, -1]
+    beyond = torch.arange(BLOCK, device=last.device) > (k - 1) % BLOCK
+    _forbid((last != 0) & beyond, last, f"{name}: padding of the last block must be zero")
+
+
+def _forbid(wrong: Tensor, values: Tensor, rule: str) -> None:
+    """Raise with the first of ``values`` that is ``wrong``; bytes are shown in hex."""
+    if wrong.any():
+        where = wrong.nonzero()[0].tolist()
+        value = int(values[tuple(where)])
+        shown = f"0x{value:02X}" if values.dtype == torch.uint8 else str(value)
+        raise CheckpointError(f"{rule}, got {shown} at {where}")
+
+
+def _row_ptr(is_fp8: Tensor) -> Tensor:
+    """int32 (N + 1): FP8 blocks before each row."""
+    row_ptr = torch.zeros(len(is_fp8) + 1, dtype=torch.int32, device=is_fp8.device)
+    row_ptr[1:] = is_fp8.sum(-1).cumsum(0)
+    return row_ptr
 
 
 def _join(nibbles: Tensor) -> Tensor:
@@ -212,8 +256,3 @@ def _join(nibbles: Tensor) -> Tensor:
 def _split(packed: Tensor) -> Tensor:
     """(..., m) bytes to (..., 2m) nibbles."""
     return torch.stack([packed & 0xF, packed >> 4], -1).flatten(-2)
-
-
-def _where(mask: Tensor) -> str:
-    found = mask.nonzero()
-    return f" at {found[0].tolist()}" if len(found) else ""

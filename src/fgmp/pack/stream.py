@@ -13,11 +13,10 @@ does and a CPU should not.
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fgmp.errors import CheckpointError
 from fgmp.formats.spec import BLOCK, FP8_BLOCK
-from fgmp.pack.planes import BlockCodes, PackedWeight, unpack
+from fgmp.pack.planes import BlockCodes, PackedWeight, check_codes, check_scale, unpack
 
 FP4_BLOCK_BYTES = 1 + BLOCK // 2
 FP8_BLOCK_BYTES = BLOCK
@@ -48,15 +47,21 @@ def from_image(image: bytes, n: int, k: int) -> BlockCodes:
     """The codes in an image of an (n, k) weight; the inverse of :func:`to_image`.
 
     Raises:
-        CheckpointError: the image is not as long as its flags say.
+        CheckpointError: naming the rule of docs/format.md that the image breaks.
     """
     groups = -(-k // BLOCK)
     blocks = n * groups
     data = np.frombuffer(image, dtype=np.uint8)
     flag_bytes = -(-blocks // 8)
     if len(data) < flag_bytes:
-        raise CheckpointError(f"image: {blocks} blocks need {flag_bytes} flag bytes, got {len(data)}")
-    flags = np.unpackbits(data[:flag_bytes], bitorder="little")[:blocks].astype(bool)
+        raise CheckpointError(
+            f"image: {blocks} blocks need {flag_bytes} flag bytes, got {len(data)}"
+        )
+    flags, beyond = np.split(np.unpackbits(data[:flag_bytes], bitorder="little"), [blocks])
+    flags = flags.astype(bool)
+    if beyond.any():
+        last = data[flag_bytes - 1]
+        raise CheckpointError(f"image: bits after the last flag must be zero, got 0x{last:02X}")
     wanted = image_bytes(blocks, int(flags.sum()))
     if len(data) != wanted:
         raise CheckpointError(f"image: its flags call for {wanted} bytes, got {len(data)}")
@@ -67,8 +72,11 @@ def from_image(image: bytes, n: int, k: int) -> BlockCodes:
     packed = wide[~flags, 1:FP4_BLOCK_BYTES]
     codes[~flags] = np.stack([packed & 0xF, packed >> 4], -1).reshape(-1, BLOCK)
     scale = np.where(flags, FP8_BLOCK, wide[:, 0]).astype(np.uint8)
-
-    def shaped(array: np.ndarray, *tail: int) -> Tensor:
-        return torch.from_numpy(array.reshape(n, groups, *tail).copy())
-
-    return BlockCodes(shaped(flags), shaped(codes, BLOCK), shaped(scale))
+    content = BlockCodes(
+        is_fp8=torch.from_numpy(flags).view(n, groups),
+        codes=torch.from_numpy(codes).view(n, groups, BLOCK),
+        scale=torch.from_numpy(scale).view(n, groups),
+    )
+    check_scale("image", content.scale, content.is_fp8)
+    check_codes("image", content, k)
+    return content
