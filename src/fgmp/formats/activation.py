@@ -97,7 +97,7 @@ def multiplier(amax: float) -> float:
     """
     if amax == 0:
         return 1.0
-    exact = Fraction(E4M3.max) / Fraction(amax)
+    exact = min(Fraction(E4M3.max) / Fraction(amax), Fraction(_MULTIPLIER_LIMIT))
     exponent = exact.numerator.bit_length() - exact.denominator.bit_length() - MULTIPLIER_BITS + 1
     unit = Fraction(2) ** exponent
     while exact / unit >= 2**MULTIPLIER_BITS:
@@ -105,7 +105,7 @@ def multiplier(amax: float) -> float:
     while exact / unit < 2 ** (MULTIPLIER_BITS - 1):
         unit /= 2
     r = float(exact // unit * unit)
-    return min(max(r, 1 / _MULTIPLIER_LIMIT), _MULTIPLIER_LIMIT)
+    return max(r, 1 / _MULTIPLIER_LIMIT)
 
 
 def sensitivity_codes(g2: Tensor) -> tuple[Tensor, float]:
@@ -128,10 +128,10 @@ def sensitivity_codes(g2: Tensor) -> tuple[Tensor, float]:
 def site_threshold(threshold: float, r: float, gamma: float) -> int:
     """T_site: the global threshold in the site's integer unit, by exact rationals.
 
-    ``threshold`` is in the unit of the scores; -inf means all FP8 and inf all FP4. A site without
-    gradient (gamma 0) has only scores of zero, which no threshold of zero or more exceeds.
+    ``threshold`` is in the unit of the scores; below zero means all FP8 and inf all FP4. A site
+    without gradient (gamma 0) has only scores of zero, which exceed no threshold of zero or more.
     """
-    if threshold == -torch.inf:
+    if threshold < 0:
         return THRESHOLD_ALL_FP8
     if threshold == torch.inf or gamma == 0:
         return THRESHOLD_ALL_FP4
