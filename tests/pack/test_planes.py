@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fgmp.errors import CheckpointError
+from fgmp.formats.codec import to_blocks
 from fgmp.formats.weight import WeightCodes, quantize_weight, tensor_scale
 from fgmp.pack.planes import MODES, PackedWeight, pack, unpack, unpack_units, validate
 
@@ -49,13 +50,14 @@ def same_planes(a: PackedWeight, b: PackedWeight) -> bool:
 
 
 def repacked(packed: PackedWeight) -> PackedWeight:
-    """The planes that ``pack`` makes of what ``packed`` holds."""
+    """The planes that ``pack`` makes of the N x K codes that ``packed`` holds."""
     held = unpack(packed)
     wide = held.is_fp8.unsqueeze(-1)
+    inner = to_blocks(held.codes.flatten(-2)[:, : packed.k])
     codes = WeightCodes(
-        fp4=held.codes.where(~wide, 0),
+        fp4=inner.where(~wide, 0),
         scale=held.scale.where(~held.is_fp8, 1),
-        fp8=held.codes.where(wide, 0),
+        fp8=inner.where(wide, 0),
         t=packed.t.item(),
         k=packed.k,
     )

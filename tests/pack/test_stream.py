@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fgmp.errors import CheckpointError
 from fgmp.formats.spec import stream_bits
@@ -147,17 +145,24 @@ def test_a_broken_image_is_named(fault: str) -> None:
     assert re.search(message, str(raised.value))
 
 
-@settings(max_examples=200, deadline=None)
-@given(at=st.integers(0, WHOLE - 1), flip=st.integers(1, 255))
-def test_a_corrupt_byte_is_refused_or_is_another_image(at: int, flip: int) -> None:
+def test_every_flipped_bit_is_refused_or_is_another_image() -> None:
     whole = unpack(pack(*a_weight(0.3)))
-    corrupt = edited(put(at, an_image()[at] ^ flip))
-    try:
-        read = from_image(corrupt, N, K)
-    except CheckpointError:
-        return
-    assert not (
-        torch.equal(read.is_fp8, whole.is_fp8)
-        and torch.equal(read.codes, whole.codes)
-        and torch.equal(read.scale, whole.scale)
-    )
+    valid = 0
+    for bit in range(8 * WHOLE):
+        image = an_image_with(bit)
+        try:
+            read = from_image(image, N, K)
+        except CheckpointError:
+            continue
+        valid += 1
+        assert not torch.equal(read.codes, whole.codes) or not torch.equal(read.scale, whole.scale)
+    assert 8 * (WHOLE - FLAG_BYTES) * 0.8 < valid < 8 * (WHOLE - FLAG_BYTES)  # few are caught
+
+
+IMAGE = bytes(an_image())
+
+
+def an_image_with(bit: int) -> bytes:
+    flipped = bytearray(IMAGE)
+    flipped[bit // 8] ^= 1 << bit % 8
+    return bytes(flipped)
