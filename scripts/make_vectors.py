@@ -39,7 +39,7 @@ ABOUT = [
     "Blocks of 16 in FGMP arithmetic (docs/numerics.md): inputs and every intermediate result.",
     "Hexadecimal strings hold the bits of 16 elements, element 0 first, all of the same width:",
     "bf16 4 digits, fp32 8, E4M3 2, E2M1 1. A single fp32 value is 8 digits, a code 2.",
-    "Sections 'activation' and 'weight' map kinds of blocks to rows; a row lists 'fields' in order.",
+    "Sections 'activation' and 'weight' map kinds of blocks to rows; a row is 'fields' in order.",
     "Regenerate and compare: python scripts/make_vectors.py --check",
 ]
 ACTIVATION_FIELDS = {
@@ -126,9 +126,9 @@ def fp4_ties(_: Bits) -> Iterator[Block]:
 
 def near_fp4_ties(bits: Bits) -> Iterator[Block]:
     """The same under an odd r, where 6u/s falls close to midpoints and not on them."""
-    for _ in range(300):
+    for index in range(3 * SCALE_MAX_CODE):
         r = bits.multiplier()
-        s = E4M3.magnitudes[SCALE_MIN_CODE + 7 + bits.below(SCALE_MAX_CODE - 7)]
+        s = E4M3.magnitudes[SCALE_MIN_CODE + index % SCALE_MAX_CODE]
         near = [bits.sign() * midpoint * s / FP8_FACTOR / r for midpoint in E2M1_MIDPOINTS]
         yield [bf16(s / r), *(bf16(v, d) for v in near for d in (0, bits.sign())), 0.0], r
 
