@@ -1,24 +1,33 @@
 """The distribution of activation scores, in little memory.
 
 A calibration run makes billions of block scores. Each site keeps a histogram of S over the bins
-of a float with eight mantissa bits, 65,536 counters, fine enough that the share of blocks below
-any threshold is off by a few hundredths of a point. One global threshold T then means a
-threshold T / unit in each site's own integer scale; it is found by bisection.
+of a float with eight mantissa bits: a bin is at most 2**-8 of its value wide, so with the counts
+taken as evenly spread inside it, shares come out within a few hundredths of a point. The
+exception are scores that many blocks have in common; those cannot be split by any threshold.
+
+One global threshold T means a threshold T / unit in each site's integer scale; T is found by
+bisection over all sites at once.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fgmp.formats.activation import Site, score_unit, scores, site_threshold
+from fgmp.formats.activation import Site, score_unit, scores
 
 _DROPPED_BITS = 15  # of fp32's 23 mantissa bits
 _BINS = 1 << (31 - _DROPPED_BITS)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def _bin_of(values: Tensor) -> Tensor:
     return values.float().view(torch.int32) >> _DROPPED_BITS
+
+
+def _lower_edge(index: int) -> float:
+    return (torch.tensor(index, dtype=torch.int32) << _DROPPED_BITS).view(torch.float32).item()
 
 
 @dataclass
@@ -30,9 +39,8 @@ class ScoreHistogram:
 
     def add(self, values: Tensor) -> None:
         """Count scores S, any shape, non-negative."""
-        bins = torch.bincount(_bin_of(values).flatten(), minlength=_BINS)
-        self.counts += bins.to(self.counts.device)
-        self._cumulative: Tensor | None = None
+        found = torch.bincount(_bin_of(values).flatten(), minlength=_BINS)
+        self.counts += found.to(self.counts.device)
 
     @property
     def total(self) -> int:
@@ -40,21 +48,26 @@ class ScoreHistogram:
         return int(self.counts.sum())
 
     def count_up_to(self, threshold: float) -> float:
-        """How many scores are at most ``threshold``, in units of S; linear within a bin."""
+        """How many scores are at most ``threshold``, in units of S."""
         if threshold < 0:
             return 0.0
-        if getattr(self, "_cumulative", None) is None:
-            self._cumulative = self.counts.cumsum(0)
-        edge = torch.tensor(min(threshold, 2.0**62), dtype=torch.float32)
-        index = int(_bin_of(edge))
-        low, high = (
-            torch.tensor([index, index + 1], dtype=torch.int32) << _DROPPED_BITS
-        ).view(torch.float32)
-        inside = float((edge - low) / (high - low))
-        below = float(self._cumulative[index - 1]) if index else 0.0
-        if index == 0:  # zero itself and subnormal scores, of which there are none but zero
-            return float(self.counts[0])
-        return below + inside * float(self.counts[index])
+        value = torch.tensor(min(threshold, _LARGEST), dtype=torch.float32)
+        index = int(_bin_of(value))
+        below, here = int(self.counts[:index].sum()), int(self.counts[index])
+        if index == 0:  # S is an integer, so zero is all there is in the first bin
+            return float(here)
+        low, high = _lower_edge(index), _lower_edge(index + 1)
+        return below + here * (value.item() - low) / (high - low)
+
+
+def new_histogram(site: Site) -> ScoreHistogram:
+    """An empty histogram in the unit of ``site``."""
+    return ScoreHistogram(unit=score_unit(site))
+
+
+def add_scores(histogram: ScoreHistogram, x: Tensor, site: Site) -> None:
+    """Score the blocks of one activation tensor and count them."""
+    histogram.add(scores(x, site))
 
 
 def global_threshold(histograms: list[ScoreHistogram], fp4_fraction: float) -> float:
@@ -68,38 +81,17 @@ def global_threshold(histograms: list[ScoreHistogram], fp4_fraction: float) -> f
     if fp4_fraction >= 1:
         return torch.inf
     wanted = fp4_fraction * sum(h.total for h in histograms)
-    live = [h for h in histograms if h.unit > 0 and h.total]
-    always = sum(h.total for h in histograms if h.unit == 0)
-    # Bisect on the exponent: scores span hundreds of octaves.
+    live = [h for h in histograms if h.unit > 0]
+    worthless = sum(h.total for h in histograms if h.unit == 0)  # FP4 under any threshold
+    # Bisect on the exponent: scores of different sites lie hundreds of octaves apart.
     low, high = -1000.0, 1000.0
     for _ in range(80):
         middle = (low + high) / 2
-        reached = always + sum(h.count_up_to(2.0**middle / h.unit) for h in live)
+        reached = worthless + sum(h.count_up_to(math.exp2(middle) / h.unit) for h in live)
         low, high = (middle, high) if reached < wanted else (low, middle)
-    return 2.0**high
-
-
-def add_scores(histogram: ScoreHistogram, x: Tensor, site: Site) -> None:
-    """Score the blocks of one activation tensor and count them."""
-    if x.numel():
-        histogram.add(scores(x, site))
-
-
-def new_histogram(site: Site) -> ScoreHistogram:
-    """An empty histogram in the unit of ``site``."""
-    return ScoreHistogram(unit=score_unit(site))
+    return math.exp2(high)
 
 
 def achieved_fraction(histogram: ScoreHistogram, threshold: int) -> float:
-    """Share of the counted blocks that T_site = ``threshold`` keeps in FP4."""
+    """Share of the counted blocks that T_site = ``threshold`` keeps in FP4; 0 without blocks."""
     return histogram.count_up_to(float(threshold)) / max(histogram.total, 1)
-
-
-__all__ = [
-    "ScoreHistogram",
-    "achieved_fraction",
-    "add_scores",
-    "global_threshold",
-    "new_histogram",
-    "site_threshold",
-]
