@@ -50,7 +50,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):  # a YAML list arrives here as a list
             value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(p, str) for p in value):
+            listed = isinstance(value, list | tuple) and all(isinstance(p, str) for p in value)
+            if not listed:
                 raise InputError(f"recipe: {name} must be a list of name patterns, got {value!r}")
             object.__setattr__(self, name, tuple(value))
         for name in ("fp4", "fp4_activations"):
@@ -96,7 +97,7 @@ class Recipe:
     def from_yaml(cls, path: Path) -> "Recipe":
         """Read a recipe file."""
         try:
-            values = yaml.safe_load(path.read_text())
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"recipe {path}: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -105,6 +106,8 @@ class Recipe:
             values = {}
         if not isinstance(values, dict):
             raise InputError(f"recipe {path}: must be a mapping, got {type(values).__name__}")
+        if isinstance(values.get("clip"), bool):  # YAML reads a bare on or off as a boolean
+            values["clip"] = "on" if values["clip"] else "off"
         return cls.from_dict(values, source=f"recipe {path}")
 
 

@@ -1,0 +1,142 @@
+"""A recipe refuses everything out of range by name, and survives its own file format."""
+
+import re
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fgmp.assign.policy import POLICIES
+from fgmp.errors import InputError
+from fgmp.recipe import CLIP_CHOICES, POLICY_NAMES, Recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"fp4": -0.01}, "recipe: fp4 must be a fraction from 0 to 1, got -0.01"),
+        ({"fp4": 70}, "recipe: fp4 must be a fraction from 0 to 1, got 70"),
+        ({"fp4": "70%"}, "recipe: fp4 must be a fraction from 0 to 1, got '70%'"),
+        ({"fp4": True}, "recipe: fp4 must be a fraction from 0 to 1, got True"),
+        ({"fp4": None}, "recipe: fp4 must be a fraction from 0 to 1, got None"),
+        ({"fp4": float("nan")}, "recipe: fp4 must be a fraction from 0 to 1, got nan"),
+        (
+            {"fp4_activations": 1.5},
+            "recipe: fp4_activations must be a fraction from 0 to 1, got 1.5",
+        ),
+        (
+            {"policy": "best"},
+            "recipe: policy must be one of fisher, fisher-per-layer, error, random, fp8, nvfp4, "
+            "got 'best'",
+        ),
+        ({"clip": "maybe"}, "recipe: clip must be auto, on or off, got 'maybe'"),
+        ({"clip": True}, "recipe: clip must be auto, on or off, got True"),
+        ({"samples": 0}, "recipe: samples must be an integer of at least 1, got 0"),
+        ({"samples": 1.5}, "recipe: samples must be an integer of at least 1, got 1.5"),
+        ({"samples": True}, "recipe: samples must be an integer of at least 1, got True"),
+        ({"seq_len": 1}, "recipe: seq_len must be an integer of at least 2, got 1"),
+        ({"seed": -1}, "recipe: seed must be an integer of at least 0, got -1"),
+        ({"headroom": 0.5}, "recipe: headroom must be from 1 to 1024, got 0.5"),
+        ({"headroom": 1025}, "recipe: headroom must be from 1 to 1024, got 1025"),
+        ({"headroom": "2"}, "recipe: headroom must be from 1 to 1024, got '2'"),
+        ({"include": "*"}, "recipe: include must be a list of name patterns, got '*'"),
+        ({"include": None}, "recipe: include must be a list of name patterns, got None"),
+        ({"exclude": [1]}, "recipe: exclude must be a list of name patterns, got [1]"),
+        ({"exclude": {"a": 1}}, "recipe: exclude must be a list of name patterns, got {'a': 1}"),
+    ],
+)
+def test_values_out_of_range_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        Recipe(**values)
+
+
+def test_the_ends_of_every_range_are_inside() -> None:
+    Recipe(fp4=0, fp4_activations=1, samples=1, seq_len=2, seed=0, headroom=1)
+    Recipe(fp4=1, fp4_activations=0.0, headroom=1024)
+    for policy in POLICY_NAMES:
+        for clip in CLIP_CHOICES:
+            Recipe(policy=policy, clip=clip)
+
+
+def test_policies_are_those_that_exist() -> None:
+    assert POLICY_NAMES == tuple(POLICIES)
+
+
+def test_activations_follow_weights_unless_told() -> None:
+    assert Recipe(fp4=0.9).activation_fraction == 0.9
+    assert Recipe(fp4=0.9, fp4_activations=0.0).activation_fraction == 0.0
+
+
+def test_a_recipe_is_final() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Recipe().fp4 = 0.5  # type: ignore[misc]
+
+
+EVERYTHING = Recipe(
+    fp4=0.9,
+    fp4_activations=0.5,
+    policy="error",
+    clip="on",
+    samples=3,
+    seq_len=64,
+    seed=7,
+    headroom=2.0,
+    include=("*", "lm_head"),
+    exclude=("*.down_proj",),
+)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), EVERYTHING], ids=["default", "everything"])
+def test_yaml_round_trip(recipe: Recipe, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.to_dict()))
+    assert Recipe.from_yaml(file) == recipe
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert list(recipe.to_dict()) == [field.name for field in fields(Recipe)]
+
+
+def test_everything_differs_from_the_default() -> None:
+    default = Recipe().to_dict()
+    assert not [key for key, value in EVERYTHING.to_dict().items() if value == default[key]]
+
+
+def from_text(tmp_path: Path, text: str) -> Recipe:
+    file = tmp_path / "r.yaml"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    return Recipe.from_yaml(file)
+
+
+def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
+    assert from_text(tmp_path, "# nothing\n") == Recipe()
+
+
+@pytest.mark.parametrize("clip", CLIP_CHOICES)
+def test_clip_may_be_written_bare(tmp_path: Path, clip: str) -> None:
+    # YAML 1.1 takes a bare on or off for a boolean.
+    assert from_text(tmp_path, f"clip: {clip}\n").clip == clip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fp5: 0.7\n", r"recipe .*r\.yaml: unknown key 'fp5'; the keys are fp4, fp4_activations, "),
+        ("1: 2\n", r"recipe .*r\.yaml: unknown key 1; the keys are fp4, "),
+        ("- fp4\n", r"recipe .*r\.yaml: must be a mapping, got list$"),
+        ("0.7\n", r"recipe .*r\.yaml: must be a mapping, got float$"),
+        ("fp4: [\n", r"recipe .*r\.yaml: not YAML: "),
+        ("fp4: \udcff\n", r"recipe .*r\.yaml: not YAML: 'utf-8' codec can't decode"),
+        ("fp4: 2\n", "recipe: fp4 must be a fraction from 0 to 1, got 2$"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError, match="^" + message):
+        from_text(tmp_path, text)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="none.yaml: No such file or directory$"):
+        Recipe.from_yaml(tmp_path / "none.yaml")
+    with pytest.raises(InputError, match="Is a directory$"):
+        Recipe.from_yaml(tmp_path)
