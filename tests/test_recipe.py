@@ -61,7 +61,7 @@ def test_the_ends_of_every_range_are_inside() -> None:
 
 
 def test_policies_are_those_that_exist() -> None:
-    assert POLICY_NAMES == tuple(POLICIES)
+    assert tuple(POLICIES) == POLICY_NAMES
 
 
 def test_activations_follow_weights_unless_told() -> None:
@@ -136,7 +136,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> No
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="none.yaml: No such file or directory$"):
+    with pytest.raises(InputError, match=r"none\.yaml: No such file or directory$"):
         Recipe.from_yaml(tmp_path / "none.yaml")
-    with pytest.raises(InputError, match="Is a directory$"):
+    with pytest.raises(InputError, match=r"Is a directory$"):
         Recipe.from_yaml(tmp_path)
