@@ -32,9 +32,7 @@ def install(
         for position, name in enumerate(names):
             old = model.get_submodule(name)
             assert isinstance(old, nn.Linear | MixedLinear)
-            new = MixedLinear(weights[name], None, site, owns_site=position == 0)
-            if not weights[name].shape.is_meta and old.bias is not None:
-                new.bias = nn.Parameter(old.bias.detach(), requires_grad=False)
+            new = MixedLinear(weights[name], old.bias, site, owns_site=position == 0)
             new.train(old.training)
             replace_module(model, name, new)
 

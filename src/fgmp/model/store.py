@@ -77,10 +77,14 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     reader = Reader(checkpoint.tensor_files(directory))
     install_from(model, config, reader)
     tensors = {name: reader.tensor(name) for name in reader.names}
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    unfilled = [name for name in missing if model.get_parameter_or_buffer(name).is_meta]  # type: ignore[operator]
-    if unfilled or unexpected:
-        raise CheckpointError(f"{directory}: tensors do not fit the model: {unfilled + unexpected}")
+    missing = set(_tensors_to_save(model)) - set(tensors)
+    unexpected = set(tensors) - set(model.state_dict())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{directory}: its tensors must fit {type(model).__name__}: "
+            f"missing {sorted(missing)}, unexpected {sorted(unexpected)}"
+        )
+    model.load_state_dict(tensors, strict=False)
     setattr(model, CONFIG_ATTRIBUTE, config)
     return model
 

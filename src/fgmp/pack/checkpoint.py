@@ -148,7 +148,7 @@ def write(
     try:
         _write_files(partial, tensors, config, max_shard_size)
         write_extra(partial)
-        partial.chmod(0o755)
+        _open_to_others(partial)
         if directory.exists():
             directory.rmdir()
         partial.rename(directory)
@@ -182,6 +182,15 @@ def _write_files(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
     _write_json(folder / "config.json", config)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give the folder and its files the modes that plain files of this process would have."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -279,12 +288,16 @@ class Reader:
     def packed(self, linear: str) -> PackedWeight:
         """The planes of one linear, validated."""
         prefix = f"{linear}.weight_"
-        planes = {n.removeprefix(prefix): self.tensor(n) for n in self._files if n.startswith(prefix)}
+        planes = {
+            n.removeprefix(prefix): self.tensor(n) for n in self._files if n.startswith(prefix)
+        }
         file = self._files.get(prefix + "shape", self._where())
         try:
             packed = PackedWeight(**planes)
         except TypeError as error:
-            raise CheckpointError(f"{file}: {linear}: planes are missing or unknown: {error}") from error
+            raise CheckpointError(
+                f"{file}: {linear}: planes are missing or unknown: {error}"
+            ) from error
         try:
             validate(f"{linear}.weight", packed)
         except CheckpointError as error:
@@ -311,7 +324,9 @@ class Reader:
             found = (tensor.dtype, tuple(tensor.shape))
             require(found == (dtype, shape), name, f"must be {dtype} of shape {shape}", found)
         require(is_multiplier(r.item()), "r", "must be positive with at most 12 bits", r.item())
-        require(0 <= gamma.item() < float("inf"), "gamma", "must be finite, 0 or more", gamma.item())
+        require(
+            0 <= gamma.item() < float("inf"), "gamma", "must be finite, 0 or more", gamma.item()
+        )
         valid = (sensitivity >= SCALE_MIN_CODE) & (sensitivity <= SCALE_MAX_CODE)
         require(bool(valid.all()), "sensitivity", "codes must be 0x01 to 0x7E", sensitivity[~valid])
         require(threshold.item() >= THRESHOLD_ALL_FP8, "threshold", "must be -1 or more", threshold)

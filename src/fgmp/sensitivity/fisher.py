@@ -94,8 +94,8 @@ def calibrate(
         samples: each one sequence, given to ``loss`` as it is.
         loss: summed loss and predictions of a sample.
         groups: sites that override those found by tensor identity: a name and its linears.
-        state: file that keeps the sums now and then and on an interruption; a later call with
-            the same model and samples goes on from there. Removed at the end.
+        state: file that keeps the sums, written now and then, on an interruption and at the end;
+            a later call with the same model and samples goes on from there. The caller removes it.
         advance: called after each sample.
 
     Raises:
@@ -122,12 +122,9 @@ def calibrate(
                 if state and time.monotonic() - saved > SAVE_EVERY_SECONDS:
                     recorder.store(state, fingerprint, done)
                     saved = time.monotonic()
-    except KeyboardInterrupt:
-        if state:
+    finally:
+        if state and done > start:
             recorder.store(state, fingerprint, done)
-        raise
-    if state:
-        state.unlink(missing_ok=True)
     return recorder.result()
 
 

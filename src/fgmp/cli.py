@@ -1,0 +1,308 @@
+"""The command line: parse, call, print. Progress goes to stderr, results to stdout."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fgmp.errors import FGMPError
+
+app = typer.Typer(
+    help=(
+        "Fine-grained mixed-precision quantization of language models.\n\n"
+        "Every block of 16 weights or activations along the dot product is NVFP4 or FP8. "
+        "Fisher-weighted impact decides which: one threshold for all weights, one for all "
+        "activations. MODEL is a folder or a hub name of a Hugging Face causal LM; DIR is a "
+        "folder that `quantize` wrote. TEXT is a text file, JSON lines with a `text` field, or "
+        "the name of a Hugging Face dataset."
+    ),
+    epilog="Start with `fgmp quickstart`: it needs no network and takes a few minutes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+_console = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Text = Annotated[str, typer.Option("--data", help="Evaluation text: file, JSON lines or dataset.")]
+SeqLen = Annotated[
+    int | None, typer.Option(help="Tokens in a window. [default: the model's context, at most 2048]")
+]
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Hugging Face causal LM: folder or hub name.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    fp4: Annotated[
+        float | None, typer.Option(help="Share of blocks kept in FP4, 0 to 1. [default: 0.7]")
+    ] = None,
+    fp4_activations: Annotated[
+        float | None, typer.Option(help="The same for activations. [default: as --fp4]")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file with any recipe keys; options override it.")
+    ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(help="Calibration TEXT. [default: docstrings of the Python library]"),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences. [default: 512]")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens in a calibration sequence. [default: 512]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Chooses the sequences. [default: 0]")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="fisher, fisher-per-layer, error, random, fp8 or nvfp4."),
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="Search FP4 block scales: auto, on or off. [default: auto]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL and write a packed checkpoint.
+
+    Calibrates (one forward and backward pass over the calibration text), chooses the format of
+    every block, and packs. Interrupt it with Ctrl-C and run the same command again: it goes on
+    where it stopped.
+    """
+    from fgmp.recipe import Recipe
+
+    given = {
+        "fp4": fp4,
+        "fp4_activations": fp4_activations,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "policy": policy,
+        "clip": clip,
+    }
+    chosen = Recipe.from_yaml(recipe) if recipe else Recipe()
+    chosen = replace(chosen, **{k: v for k, v in given.items() if v is not None})
+    from fgmp.workflow import quantize_to
+
+    summary = quantize_to(model, output, chosen, calib, _reporter())
+    _show(summary, as_json, _print_summary)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_DIR", help="Any causal LM.")],
+    data: Text,
+    seq_len: SeqLen = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a model on TEXT.
+
+    Windows do not overlap; the mean is over all predicted tokens.
+    """
+    from fgmp.workflow import evaluate_model
+
+    _show(evaluate_model(model, data, seq_len, _reporter()), as_json, _print_facts)
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="The original model.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Its fgmp checkpoint.")],
+    data: Text,
+    seq_len: SeqLen = None,
+    as_json: Json = False,
+) -> None:
+    """Original, all-FP8, all-NVFP4 and FGMP side by side on TEXT.
+
+    The gap is all-NVFP4 minus all-FP8, in perplexity and in KL from the original; "recovered" is
+    how much of it FGMP closes.
+    """
+    from fgmp.workflow import compare_models
+
+    rows = compare_models(model, directory, data, seq_len, _reporter())
+    _show({"rows": [row.to_dict() for row in rows]}, as_json, lambda _: _print_rows(rows))
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An fgmp checkpoint.")],
+    as_json: Json = False,
+) -> None:
+    """Check a checkpoint byte by byte and show where its FP8 blocks are."""
+    from fgmp.evaluation.inspect import inspect_checkpoint
+
+    _show(inspect_checkpoint(directory), as_json, _print_inspection)
+
+
+@app.command()
+def generate(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="An fgmp checkpoint or a model.")],
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to make.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Continue PROMPT, token by token as they come."""
+    from fgmp.workflow import generate_text
+
+    stream = None if as_json else _write
+    found = generate_text(directory, prompt, max_new_tokens, temperature, seed, stream)
+    _show(found, as_json, lambda facts: _write("\n"))
+
+
+@app.command()
+def quickstart(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder to write.")
+    ] = Path("fgmp-quickstart"),
+    as_json: Json = False,
+) -> None:
+    """The whole job on the model that ships with the package, offline.
+
+    Quantizes it at 70% FP4, compares it with FP8 and NVFP4 on the interpreter's own language
+    reference, and writes a checkpoint and a one-page report.
+    """
+    from fgmp.demo.quickstart import run
+
+    found = run(output, _reporter())
+    rows = found.pop("comparison")
+    facts = {**found, "rows": [row.to_dict() for row in rows]}
+
+    def show(_: dict[str, Any]) -> None:
+        _print_rows(rows)
+        _print_facts({k: v for k, v in found.items()})
+
+    _show(facts, as_json, show)
+
+
+def main() -> None:
+    """Run a command; an error of ours is one line, an interruption a short one."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app(standalone_mode=False)
+    except FGMPError as error:
+        _console.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _console.print("interrupted; the same command goes on where this one stopped")
+        sys.exit(130)
+
+
+def _reporter() -> Any:
+    from transformers.utils import logging
+
+    from fgmp.progress import bars
+    from fgmp.workflow import Reporter
+
+    logging.disable_progress_bar()
+    return Reporter(
+        stages=bars(_console), line=lambda text: _console.print(_escaped(text), highlight=False)
+    )
+
+
+def _show(facts: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
+    if as_json:
+        print(json.dumps(_finite(facts)))
+    else:
+        show(facts)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    grid = Table.grid(padding=(0, 2))
+    for key, value in facts.items():
+        if value is None or value == {} or value == []:
+            continue
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        grid.add_row(key.replace("_", " "), _escaped(shown))
+    Console().print(grid)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    fractions = summary["fp4_fraction"]
+    _print_facts(
+        {
+            "checkpoint": summary["output"],
+            "FP4 blocks": f"{fractions['weights']:.1%} of weights, "
+            f"{fractions['activations']:.1%} of activations",
+            "bits per weight": f"{summary['bits_per_weight']:.3f}",
+            "size": f"{summary['bytes']:,} bytes",
+            "quantized": f"{summary['quantized_share']:.1%} of matmul parameters; "
+            f"not: {', '.join(summary['unquantized']) or 'none'}",
+            "clipping": "on" if summary["clip"]["used"] else "off",
+            "time": f"{summary['seconds']:.1f} s",
+            "peak memory": f"{summary['peak_bytes'] / 1e9:.2f} GB",
+        }
+    )
+
+
+def _print_rows(rows: list[Any]) -> None:
+    from fgmp.evaluation.compare import table
+
+    header, *lines = table(rows)
+    shown = Table(*header)
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for line in lines:
+        shown.add_row(*line)
+    Console().print(shown)
+
+
+def _print_inspection(facts: dict[str, Any]) -> None:
+    bits, size = facts["bits_per_weight"], facts["bytes"]
+    _print_facts(
+        {
+            "checkpoint": facts["path"],
+            "integrity": f"{facts['tensors']} tensors intact",
+            "linears": f"{facts['linears']}, {facts['quantized_weights']:,} weights",
+            "planes": f"{bits['planes']:.3f} bits a weight, {size['planes']:,} bytes",
+            "streamed image": f"{bits['streamed_image']:.3f} bits a weight, "
+            f"{size['streamed_image']:,} bytes",
+            "unquantized": ", ".join(facts["unquantized"]) or "none",
+        }
+    )
+    shares = facts["fp8_share"]
+    for title, by in (("layer", shares["by_layer"]), ("kind of layer", shares["by_kind"])):
+        shown = Table(title, "FP8 blocks", "")
+        for name, share in by.items():
+            shown.add_row(_escaped(name), f"{share:.1%}", "█" * round(40 * share))
+        Console().print(shown)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

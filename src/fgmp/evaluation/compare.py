@@ -1,0 +1,227 @@
+"""The comparison that decides adoption: original, all-FP8, all-NVFP4 and FGMP, side by side.
+
+Every row sees the same windows in the same run. ``kl`` is the mean token KL divergence of the
+row's prediction from the original's: the steadier measure, since on overconfident small models
+quantization noise can *lower* perplexity. Intervals are paired: windows are resampled together
+for a row and the original, and the interval of the perplexity ratio is laid around the original's
+perplexity.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgmp.evaluation.perplexity import Losses, batches, logits_of, loss_of
+from fgmp.formats.spec import FP4_BITS, FP8_BITS, stream_bits
+from fgmp.model.linear import mixed_linears, sites
+from fgmp.progress import Stages, silent
+
+CONTEXT = 4096
+"""Tokens whose activations count beside the weights in ``compression``, the paper's axis."""
+
+_RESAMPLES = 2000
+_SMALLEST_GAP = 0.005
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the comparison.
+
+    Attributes:
+        name: ``original``, ``fp8``, ``nvfp4`` or ``fgmp``.
+        perplexity: exp of the mean next-token loss.
+        ci95: 95% interval of the perplexity, paired with the original's.
+        kl: mean token KL from the original, nats.
+        bits_per_weight: every byte stored for the quantized weights; of the original, its dtype's.
+        bits_per_activation: of the stream that hardware moves, flags included.
+        compression: 16 over the mean bits of weights and of 4,096 tokens' activations.
+        fp4_activations: share of activation blocks that ran in FP4; None of the original.
+        vs_fp8_percent: perplexity over all-FP8's, less one.
+        gap_recovered_percent: how much of the perplexity gap between all-NVFP4 and all-FP8 is
+            closed; None where that gap is under 0.5% of FP8.
+        kl_gap_recovered_percent: the same of the KL gap; None where there is none.
+    """
+
+    name: str
+    perplexity: float
+    ci95: tuple[float, float]
+    kl: float
+    bits_per_weight: float
+    bits_per_activation: float
+    compression: float
+    fp4_activations: float | None
+    vs_fp8_percent: float
+    gap_recovered_percent: float | None
+    kl_gap_recovered_percent: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**asdict(self), "ci95": list(self.ci95)}
+
+
+@dataclass
+class _Measured:
+    losses: Losses
+    kl: float
+    weight_bits: float
+    activation_bits: float
+    compression: float
+    fp4_activations: float | None
+
+
+def compare(
+    original: nn.Module,
+    models: dict[str, nn.Module],
+    windows: Tensor,
+    progress: Stages = silent,
+) -> list[Row]:
+    """Measure the original and quantized models on windows, int64 (B, L).
+
+    Args:
+        original: the unquantized causal LM.
+        models: by row name; must hold ``fp8`` and ``nvfp4``, the ends of the gap.
+        windows: evaluation windows.
+        progress: reports on long stages.
+    """
+    losses: dict[str, list[Tensor]] = {"original": [], **{name: [] for name in models}}
+    divergence = dict.fromkeys(models, 0.0)
+    for model in models.values():
+        start_counting(model)
+    original.eval()
+    with progress("comparing", len(batches(windows))) as advance:
+        for batch in batches(windows):
+            reference = logits_of(original, batch)
+            losses["original"].append(loss_of(reference, batch))
+            for name, model in models.items():
+                own = logits_of(model.eval(), batch)
+                losses[name].append(loss_of(own, batch))
+                divergence[name] += (reference.exp() * (reference - own)).double().sum().item()
+            advance()
+    found = {name: Losses(torch.cat(ls), windows.shape[1] - 1) for name, ls in losses.items()}
+    tokens = found["original"].tokens
+    per_token = windows.numel()
+    measured = {"original": _original_row(original, found["original"])}
+    for name, model in models.items():
+        fraction = activation_fraction(model)
+        measured[name] = _Measured(
+            found[name],
+            divergence[name] / tokens,
+            weight_bits(model),
+            activation_bits(name, fraction),
+            _compression(model, activation_bits(name, fraction), per_token),
+            fraction,
+        )
+    return [_row(name, m, measured) for name, m in measured.items()]
+
+
+def start_counting(model: nn.Module) -> None:
+    """Let every activation site count its FP4 blocks and saturated elements from now on."""
+    for site in sites(model).values():
+        site.counting = True
+        site.counts = [0, 0, 0]
+
+
+def activation_fraction(model: nn.Module) -> float:
+    """Share of activation blocks that ran in FP4 since :func:`start_counting`."""
+    counts = [site.counts for site in sites(model).values()]
+    return sum(c[0] for c in counts) / max(1, sum(c[1] for c in counts))
+
+
+def saturated_elements(model: nn.Module) -> int:
+    """Activation elements beyond the largest FP8 value since :func:`start_counting`."""
+    return sum(site.counts[2] for site in sites(model).values())
+
+
+def drift(model: nn.Module, calibrated: dict[str, float]) -> dict[str, float]:
+    """FP4 share of each site since :func:`start_counting`, less its share at calibration."""
+    return {
+        name: site.counts[0] / site.counts[1] - calibrated[name]
+        for name, site in sites(model).items()
+        if site.counts[1]
+    }
+
+
+def weight_bits(model: nn.Module) -> float:
+    """Bits a quantized weight, every stored byte of its planes counted."""
+    packed = [m.packed for m in mixed_linears(model).values()]
+    return 8 * sum(p.nbytes for p in packed) / sum(p.n * p.k for p in packed)
+
+
+def activation_bits(name: str, fp4_fraction: float) -> float:
+    """Bits an activation value; a uniform stream needs no flags."""
+    return {"fp8": FP8_BITS, "nvfp4": FP4_BITS}.get(name, stream_bits(fp4_fraction))
+
+
+def _compression(model: nn.Module, bits: float, tokens: int) -> float:
+    weights = sum(m.packed.n * m.packed.k for m in mixed_linears(model).values())
+    values = sum(s.counts[1] * 16 for s in sites(model).values()) / tokens * CONTEXT
+    return 16 * (weights + values) / (weight_bits(model) * weights + bits * values)
+
+
+def _original_row(original: nn.Module, losses: Losses) -> _Measured:
+    bits = 8.0 * next(original.parameters()).element_size()
+    return _Measured(losses, 0.0, bits, bits, 16 / bits, None)
+
+
+def _row(name: str, m: _Measured, measured: dict[str, _Measured]) -> Row:
+    original, fp8, nvfp4 = (measured[n] for n in ("original", "fp8", "nvfp4"))
+    ppl, ppl8, ppl4 = (x.losses.perplexity for x in (m, fp8, nvfp4))
+    gap, kl_gap = ppl4 - ppl8, nvfp4.kl - fp8.kl
+    return Row(
+        name=name,
+        perplexity=ppl,
+        ci95=_interval(m.losses, original.losses),
+        kl=m.kl,
+        bits_per_weight=m.weight_bits,
+        bits_per_activation=m.activation_bits,
+        compression=m.compression,
+        fp4_activations=m.fp4_activations,
+        vs_fp8_percent=100 * (ppl / ppl8 - 1),
+        gap_recovered_percent=100 * (ppl4 - ppl) / gap if gap >= _SMALLEST_GAP * ppl8 else None,
+        kl_gap_recovered_percent=100 * (nvfp4.kl - m.kl) / kl_gap if kl_gap > 0 else None,
+    )
+
+
+def _interval(losses: Losses, original: Losses) -> tuple[float, float]:
+    """95% bootstrap interval of the perplexity, windows resampled in pairs."""
+    difference = (losses.by_window - original.by_window) / losses.predictions
+    count = len(difference)
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(count, (_RESAMPLES, count), generator=generator)
+    means = difference[picks].mean(-1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return original.perplexity * math.exp(low), original.perplexity * math.exp(high)
+
+
+def table(rows: list[Row]) -> list[list[str]]:
+    """The rows as text, a header first."""
+    header = ["model", "perplexity", "95% interval", "KL (nats)", "bits/weight", "bits/act."]
+    header += ["compression", "FP4 act.", "vs FP8", "gap recovered", "KL gap recovered"]
+
+    def show(value: float | None, pattern: str, missing: str = "-") -> str:
+        return missing if value is None else pattern.format(value)
+
+    lines = [header]
+    for row in rows:
+        lines.append(
+            [
+                row.name,
+                f"{row.perplexity:.3f}",
+                f"{row.ci95[0]:.3f} - {row.ci95[1]:.3f}",
+                f"{row.kl:.4f}",
+                f"{row.bits_per_weight:.2f}",
+                f"{row.bits_per_activation:.2f}",
+                f"{row.compression:.2f}x",
+                show(row.fp4_activations, "{:.1%}"),
+                f"{row.vs_fp8_percent:+.2f}%",
+                show(row.gap_recovered_percent, "{:.0f}%"),
+                show(row.kl_gap_recovered_percent, "{:.0f}%"),
+            ]
+        )
+    return lines
+
+

@@ -1,0 +1,222 @@
+"""What the commands do, from names of models and texts to plain results.
+
+Each function is one command without its parsing and printing.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from fgmp.data import calibration_text, choose_windows, evaluation_windows, tokenize
+from fgmp.demo.text import docstrings, standard_library
+from fgmp.errors import InputError
+from fgmp.evaluation import compare as comparison
+from fgmp.evaluation.compare import Row
+from fgmp.evaluation.perplexity import batches
+from fgmp.evaluation.perplexity import evaluate as evaluate_windows
+from fgmp.model.linear import sites
+from fgmp.model.source import context_length, is_quantized, load_model, load_tokenizer
+from fgmp.model.store import config_of, save
+from fgmp.pack import checkpoint
+from fgmp.pipeline import quantize, uniform
+from fgmp.progress import Stages, silent
+from fgmp.recipe import Recipe
+
+_LONGEST_WINDOW = 2048
+_DRIFT_WARNING = 0.03
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Where progress and remarks go; the default is nowhere."""
+
+    stages: Stages = silent
+    line: Callable[[str], None] = lambda text: None
+
+
+def quantize_to(
+    model_name: str,
+    output: Path,
+    recipe: Recipe,
+    calibration: str | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Quantize a model by name and write the checkpoint; the summary that the command prints."""
+    reporter = reporter or Reporter()
+    started = time.perf_counter()
+    checkpoint.require_free(output)
+    if is_quantized(model_name):
+        raise InputError(f"model {model_name}: already quantized, by 'fgmp'")
+    tokenizer = load_tokenizer(model_name)
+    model = load_model(model_name)
+    seq_len = min(recipe.seq_len, context_length(model))
+    chosen = {"samples": recipe.samples, "seq_len": seq_len, "seed": recipe.seed}
+    if calibration is None:
+        stream = tokenize(list(docstrings(standard_library())), tokenizer)
+        text = choose_windows(stream, **chosen, source="docstrings of the Python library")
+    else:
+        text = calibration_text(calibration, tokenizer, **chosen)
+    if len(text.samples) < text.asked:
+        reporter.line(
+            f"the calibration text gives {len(text.samples)} sequences of {seq_len} tokens, "
+            f"fewer than the {text.asked} asked for"
+        )
+    state = output.parent / f".{output.name}.calibration.safetensors"
+    quantize(
+        model,
+        text.samples,
+        recipe,
+        held_out=text.held_out,
+        state=state,
+        progress=reporter.stages,
+        report=reporter.line,
+    )
+    config = config_of(model)
+    config.calibration.update(
+        text=calibration or "docstrings", fingerprint=text.fingerprint, seq_len=seq_len
+    )
+    save(model, output, tokenizer)
+    state.unlink(missing_ok=True)
+    result = config.result
+    return {
+        "output": str(output),
+        "fp4_fraction": {
+            "weights": result["fp4_weights"],
+            "activations": result["fp4_activations"],
+        },
+        "quantized_share": result["quantized_share"],
+        "unquantized": result["unquantized"],
+        "bits_per_weight": result["bits_per_weight"],
+        "bytes": sum(f.stat().st_size for f in checkpoint.tensor_files(output)),
+        "clip": result["clip"],
+        "seconds": time.perf_counter() - started,
+        "peak_bytes": result["peak_bytes"],
+    }
+
+
+def evaluate_model(
+    name: str, data: str, seq_len: int | None = None, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Perplexity of a model or checkpoint by name."""
+    reporter = reporter or Reporter()
+    tokenizer, model = load_tokenizer(name), load_model(name)
+    windows = evaluation_windows(data, tokenizer, _window_length(model, seq_len))
+    comparison.start_counting(model)
+    with reporter.stages("evaluating", len(batches(windows))) as advance:
+        losses = evaluate_windows(model, windows, advance)
+    quantized = bool(sites(model))
+    facts: dict[str, Any] = {
+        "perplexity": losses.perplexity,
+        "nll": losses.nll,
+        "tokens": losses.tokens,
+        "fp4_activations": comparison.activation_fraction(model) if quantized else None,
+    }
+    if quantized:
+        _warn_of_drift(model, reporter)
+        facts["saturated"] = comparison.saturated_elements(model)
+        facts["drift"] = comparison.drift(model, _calibrated(model))
+    return facts
+
+
+def compare_models(
+    model_name: str,
+    directory: Path,
+    data: str,
+    seq_len: int | None = None,
+    reporter: Reporter | None = None,
+) -> list[Row]:
+    """Original, all-FP8, all-NVFP4 and the checkpoint in ``directory``, on the same windows."""
+    reporter = reporter or Reporter()
+    checkpoint.read_config(directory)
+    if is_quantized(model_name):
+        raise InputError(f"model {model_name}: the original must not be quantized")
+    tokenizer = load_tokenizer(model_name)
+    original, mixed = load_model(model_name), load_model(str(directory))
+    windows = evaluation_windows(data, tokenizer, _window_length(original, seq_len))
+    models = {
+        "fp8": uniform(load_model(model_name), mixed, "fp8", 0.0),
+        "nvfp4": uniform(load_model(model_name), mixed, "nvfp4", 1.0),
+        "fgmp": mixed,
+    }
+    rows = comparison.compare(original, models, windows, reporter.stages)
+    _warn_of_drift(mixed, reporter)
+    return rows
+
+
+def generate_text(
+    name: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stream: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Continue a prompt with a KV cache; ``stream`` gets the text as it comes."""
+    tokenizer, model = load_tokenizer(name), load_model(name)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    length = inputs["input_ids"].shape[1]
+    room = context_length(model) - length
+    if length == 0 or room < 1:
+        raise InputError(f"the prompt has {length} tokens; it must have 1 to {length + room - 1}")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    started = time.perf_counter()
+    ids = model.generate(  # type: ignore[operator]
+        **inputs,
+        max_new_tokens=min(max_new_tokens, room),
+        streamer=_Streamer(tokenizer, stream) if stream else None,
+        pad_token_id=tokenizer.eos_token_id,
+        **(sampling or {"do_sample": False}),
+    )
+    seconds = time.perf_counter() - started
+    made = ids[0, length:]
+    return {
+        "text": tokenizer.decode(made, skip_special_tokens=True),
+        "tokens": len(made),
+        "tokens_per_second": len(made) / seconds,
+    }
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """Hands finished words to a function."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=False, skip_special_tokens=True)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._write(text)
+
+
+def _window_length(model: torch.nn.Module, asked: int | None) -> int:
+    if asked is not None and asked < 2:
+        raise InputError(f"seq-len must be at least 2, got {asked}")
+    context = context_length(model)
+    if asked is not None and asked > context:
+        raise InputError(f"seq-len must fit the model's context of {context}, got {asked}")
+    return asked or min(context, _LONGEST_WINDOW)
+
+
+def _calibrated(model: torch.nn.Module) -> dict[str, float]:
+    return {owner: site.fp4_fraction for owner, site in config_of(model).sites.items()}
+
+
+def _warn_of_drift(model: torch.nn.Module, reporter: Reporter) -> None:
+    """Say which sites keep far more or fewer blocks in FP4 here than on the calibration text."""
+    moved = {
+        name: by
+        for name, by in comparison.drift(model, _calibrated(model)).items()
+        if abs(by) > _DRIFT_WARNING and math.isfinite(by)
+    }
+    if moved:
+        worst = max(moved, key=lambda name: abs(moved[name]))
+        reporter.line(
+            f"warning: {len(moved)} sites run in FP4 for a share more than 3 points off their "
+            f"calibrated one; the furthest is {worst}, {100 * moved[worst]:+.1f} points"
+        )
