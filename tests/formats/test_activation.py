@@ -139,6 +139,7 @@ def test_headroom_is_the_room_before_saturation():
     assert saturated(x[:2], site) == 0
     assert saturated(x, site) == 1
     assert saturated(torch.full((2, 16), torch.inf), site) == 32
+    assert saturated(torch.tensor([448.0, 450.0]), replace(site, r=1.0)) == 1
 
 
 # Exactness of the products, and the one division

@@ -116,6 +116,15 @@ class MixedLinear(nn.Module):
         """The planes of the weight."""
         return PackedWeight(**{name: getattr(self, f"weight_{name}") for name in self._planes})
 
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, fp32 (N, K): made anew each time, writing to it changes nothing.
+
+        Model code that asks a linear for its weight, to initialize it or for its dtype, finds it.
+        """
+        packed = self.packed
+        return unpack_units(packed) * packed.t
+
     def _apply(self, fn: Any, recurse: bool = True) -> "MixedLinear":
         super()._apply(_device_only(fn), recurse)
         return self
