@@ -4,7 +4,11 @@ For every FP4 block the scale code s in 0x01..0x7E that minimises, in float64,
 
     E(s) = sum F_i (Q(v_i; s) - v_i)^2            F the Fisher information of the weight
 
-with the larger scale where two are equal. Two bounds make the search short. Write m = |v| / t:
+with the larger scale where two are equal. Two exceptions keep blocks meaningful: one in which
+no nonzero value has Fisher information, which would be indifferent to every scale, counts all
+values alike; and one that its best scale flushes to zeros gets 0x01, which is no worse.
+
+Two bounds make the search short. Write m = |v| / t:
 
 * a scale clips what exceeds 6 s:       E(s) >= sum F (m - 6 s)^2  over m > 6 s, falling in s;
 * a scale flushes what is below s / 4:  E(s) >= sum F m^2          over m < s / 4, rising in s.
@@ -19,7 +23,7 @@ from torch import Tensor
 
 from fgmp.formats.codec import decode_e4m3, round_e2m1, to_blocks
 from fgmp.formats.spec import E2M1, SCALE_MAX_CODE, SCALE_MIN_CODE
-from fgmp.formats.weight import nearest_scale_codes
+from fgmp.formats.weight import fp4_codes, nearest_scale_codes
 
 _CHUNK_BLOCKS = 1 << 16
 
@@ -32,18 +36,18 @@ def search_scale_codes(weight: Tensor, fisher: Tensor, t: float) -> Tensor:
 
     Args:
         weight: finite, (N, K).
-        fisher: non-negative, (N, K); all equal minimises the plain squared error, and so does a
-            block without any, which would otherwise be indifferent to every scale.
+        fisher: non-negative, (N, K); all equal minimises the plain squared error.
         t: tensor scale.
 
     Returns:
-        uint8 (N, G), E4M3 codes 0x01 to 0x7E; an all-zero block gets 0x01.
+        uint8 (N, G), E4M3 codes 0x01 to 0x7E.
     """
     weight = weight.float()
     start = nearest_scale_codes(weight, t)
     blocks = to_blocks(weight).flatten(0, 1)
     weights = to_blocks(fisher.double()).flatten(0, 1)
-    weights = torch.where(weights.any(-1, keepdim=True), weights, 1.0)
+    matters = ((weights > 0) & (blocks != 0)).any(-1, keepdim=True)
+    weights = torch.where(matters, weights, 1.0)
     best = [
         _search(b, f, s, t)
         for b, f, s in zip(
@@ -86,7 +90,8 @@ def _search(blocks: Tensor, fisher: Tensor, start: Tensor, t: float) -> Tensor:
             winners = alive[better]
             best[winners] = code[better].to(torch.uint8)
             best_error[winners] = e[better]
-    best[(blocks == 0).all(-1)] = SCALE_MIN_CODE
+    flushed = (fp4_codes(blocks, best, t) & (E2M1.sign_bit - 1) == 0).all(-1)
+    best[flushed] = SCALE_MIN_CODE
     return best
 
 

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fgmp.assign.impact import weight_impact
 from fgmp.formats.activation import Site, fl32, multiplier, sensitivity_codes
 from fgmp.formats.spec import E4M3, SCALE_MAX_CODE, SCORE_BITS
 from fgmp.formats.weight import WeightCodes
-from fgmp.assign.impact import weight_impact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,11 @@ def weight_scores(
 ) -> Tensor:
     """Scores of a weight's blocks, float64 (N, G)."""
     if policy.sensitivity == "random":
-        return torch.rand(codes.scale.shape, generator=generator, dtype=torch.float64)
-    return weight_impact(codes, fisher if policy.sensitivity == "fisher" else torch.ones_like(fisher))
+        drawn = torch.rand(codes.scale.shape, generator=generator, dtype=torch.float64)
+        return drawn.to(codes.scale.device)
+    return weight_impact(
+        codes, fisher if policy.sensitivity == "fisher" else torch.ones_like(fisher)
+    )
 
 
 def weight_masks(

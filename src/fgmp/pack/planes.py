@@ -221,7 +221,7 @@ def check_codes(name: str, content: BlockCodes, k: int) -> None:
     fp8, codes = content.is_fp8, content.codes
     nan = (codes & E4M3.nan_code == E4M3.nan_code) & fp8.unsqueeze(-1)
     _forbid(nan, codes, f"{name}: FP8 codes must not be NaN")
-    zero = ~(codes & (E2M1.sign_bit - 1)).any(-1) & ~fp8
+    zero = (codes & (E2M1.sign_bit - 1) == 0).all(-1) & ~fp8
     _forbid(
         zero & (content.scale != SCALE_MIN_CODE),
         content.scale,
