@@ -162,11 +162,11 @@ def underflow(bits: Bits) -> Iterator[Block]:
 
 
 def subnormal(bits: Bits) -> Iterator[Block]:
-    """bf16 subnormals beside normal values, and alone under the largest multiplier."""
+    """bf16 subnormals beside normal values, and alone under the two extreme multipliers."""
     for index in range(60):
         tiny = [bits.sign() * bits.below(128) * 2.0**-133 for _ in range(BLOCK)]
         if index % 2:
-            yield tiny, 2.0**100
+            yield tiny, 2.0 ** (100 if index % 4 == 1 else -100)
         else:
             r = bits.multiplier()
             yield [*tiny[:8], *(bf16(bits.significand(8) / r) for _ in range(8))], r

@@ -255,6 +255,18 @@ def test_fake_quantize_is_quantize(rule, k, share):
         assert units.shape == x.shape
 
 
+def test_fake_quantize_of_small_and_large_blocks():
+    """Largest values from far below the smallest scale to far above 448, a block an octave."""
+    levels = torch.exp2(torch.arange(-20.0, 20.0)).view(-1, 1)
+    x = torch.rand(40, 16, generator=torch.Generator().manual_seed(11)) * levels
+    for threshold in (0, 10**6, 10**10, THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8):
+        site = a_site(16, r=1.0, threshold=threshold)
+        exact = quantize(x, site)
+        units, is_fp8 = fake_quantize(x, site)
+        assert torch.equal(units, exact.units(16))
+        assert torch.equal(is_fp8, exact.is_fp8)
+
+
 def test_fake_quantize_at_every_score():
     """A block alone is FP4 under T = S and FP8 under T = S - 1, whatever fp32 makes of it."""
     x = heavy_tailed(300, 16, seed=3)
@@ -395,6 +407,14 @@ def test_overflowing_products_saturate():
     units, is_fp8 = fake_quantize(x, site)
     assert units[0, :3].tolist() == [2688, -2688, 2688]
     assert not is_fp8.any()
+
+
+def test_underflowing_products_keep_the_sign_of_x():
+    """x * r is minus zero in fp32, which is not below zero; the code's sign is that of x."""
+    x = torch.tensor([[-(2.0**-100), 2.0**-100] * 8])
+    site = a_site(16, r=2.0**-100)
+    check_against_model(x, site)
+    assert quantize(x, site).fp8[0, 0, :2].tolist() == [0x80, 0]
 
 
 def test_saturated_values_are_equal_in_both_formats():

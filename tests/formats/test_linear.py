@@ -63,13 +63,20 @@ def test_exact_linear_is_the_integer_sum(k):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_exact_linear_at_its_largest(sign):
-    """Every value 2688: A = 4096 (2688 * 2**10)**2 has 55 bits and a sign."""
-    k = 4096
-    a, w = torch.full((1, k), 2688.0), torch.full((1, k), sign * 2688.0)
-    a[0, 7] = 2.0**-10  # one unit: an fp32 accumulator would lose it
-    total = sign * ((k - 1) * (2688 * 2**10) ** 2 + 2688 * 2**10)
+    """Nearly all values 2688, so that A has 55 bits, and the last of them decides.
+
+    4,094 products of 2688^2 are a multiple of 2**34 units; 2**30 more is an fp32 midpoint, and a
+    single unit more rounds away from zero. No float64 holds the sum.
+    """
+    a, w = torch.full((1, 4096), 2688.0), torch.full((1, 4096), sign * 2688.0)
+    a[0, 7], w[0, 7] = 32.0, sign * 32.0
+    a[0, 9], w[0, 9] = 2.0**-10, sign * 2.0**-10
+    ((total,),) = accumulator(a, w)
     assert 2**54 < abs(total) < 2**55
-    assert exact_linear(a, w, 1.0, 1.0).item() == model.fl32(Fraction(total, 2**20))
+    assert float(total) != total
+    expected = model.fl32(Fraction(total, 2**20))
+    assert expected != model.fl32(Fraction(total - sign, 2**20))
+    assert exact_linear(a, w, 1.0, 1.0).item() == expected
 
 
 def test_cancellation_leaves_the_small_term():
@@ -108,8 +115,8 @@ def test_integers_beside_midpoints_round_once(exponent):
 def test_fp32_linear_meets_its_bound(k):
     """|y - y_exact| <= ((1 + u)**(K + 3) - 1) t sum |a w| with u = 2**-24.
 
-    At most K - 1 roundings touch a term whatever the order of summation; the exact one rounds A;
-    both round the product with t, which makes two more.
+    A term of the fp32 sum carries at most K - 1 roundings, whatever the order, and that of the
+    scaling; the exact result carries two; the product of the tensor scales is one more.
     """
     a, w = operand(8, k, seed=1), operand(16, k, seed=2)
     t_x, t_w = 0.5, float(model.fl32(Fraction(1, 3)))
