@@ -131,6 +131,14 @@ def test_a_subnormal_weight_keeps_a_normal_tensor_scale():
     assert codes.fp4_units().isfinite().all()
 
 
+def test_underflowing_quotients_keep_the_sign_of_the_weight():
+    """-2**-149 over 6 t or s t is minus zero in fp32; the codes are those of a negative value."""
+    weight = torch.tensor([[2688.0, -(2.0**-149), 2.0**-149, -0.0, *[0.0] * 12]])
+    codes = check_against_model(weight, 1.0)
+    assert codes.fp4[0, 0, :4].tolist() == [7, 8, 0, 0]
+    assert codes.fp8[0, 0, :4].tolist() == [0x7E, 0x80, 0, 0]
+
+
 def test_ragged_rows_are_padded_with_zero():
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(3, 172, generator=generator)
