@@ -74,7 +74,7 @@ def weight_masks(
         thresholds = {name: quantile([s], fp4_fraction) for name, s in scores.items()}
     else:
         thresholds = dict.fromkeys(scores, quantile(list(scores.values()), fp4_fraction))
-    return {name: s >= thresholds[name] for name, s in scores.items()}, thresholds
+    return {name: s > thresholds[name] for name, s in scores.items()}, thresholds
 
 
 def quantile(scores: list[Tensor], fp4_fraction: float) -> float:
