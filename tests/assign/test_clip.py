@@ -180,12 +180,16 @@ def test_search_never_does_worse_than_the_nearest_scale() -> None:
 def test_bounds_are_below_the_error_and_monotone(case: str, direction: int) -> None:
     weight, fisher = CASES[case]
     t = tensor_scale(weight.abs().max().item())
-    magnitude = to_blocks(weight).abs().double().unsqueeze(-2) / t
+    magnitude = to_blocks(weight).abs()
     f = to_blocks(fisher.double())
-    matters = ((f > 0) & (magnitude[..., 0, :] != 0)).any(-1, keepdim=True)
-    f = f.where(matters, 1.0).unsqueeze(-2)
-    scale = decode_e4m3(SCALES).double().view(1, 1, -1, 1)
-    bound = clip._bound(magnitude, f, scale, direction) * t**2
+    f = f.where(((f > 0) & (magnitude > 0)).any(-1, keepdim=True), 1.0)
+    bound = torch.stack(
+        [
+            clip._bound(magnitude, f, code.expand(magnitude.shape[:2]), t, direction)
+            for code in SCALES
+        ],
+        -1,
+    )
     assert (bound <= errors(weight, fisher, t) * clip._SLACK).all()
     assert (bound.diff(dim=-1) * direction >= 0).all()
     assert bound.max() > 0  # a bound of zero would be true and useless
