@@ -88,7 +88,7 @@ CASES = {
     "gaussian, plain error": (gaussian(48, 256), torch.ones(48, 256)),
     "heavy tails": (heavy(48, 256), spread(48, 256)),
     "ragged K": (gaussian(48, 172), spread(48, 172)),
-    "tiny": (gaussian(16, 64) * 1e-20, spread(16, 64)),
+    "tiny, t at its least": (gaussian(16, 64) * 1e-34, spread(16, 64)),
     "large": (gaussian(16, 64) * 1e20, spread(16, 64)),
     "on the grid": (on_the_grid(64, 128), spread(64, 128)),
     "on the grid, plain error": (on_the_grid(64, 128), torch.ones(64, 128)),

@@ -14,6 +14,7 @@ from fgmp.formats.activation import (
     multiplier,
     quantize,
     score_unit,
+    scores,
     sensitivity_codes,
     site_threshold,
 )
@@ -49,6 +50,20 @@ def decided(x: torch.Tensor, site: Site, threshold: float) -> torch.Tensor:
     """Which blocks are FP4 under a global threshold, by the definition."""
     t_site = site_threshold(threshold, site.r, site.gamma)
     return ~quantize(x, Site(site.r, site.sensitivity, site.gamma, t_site, site.rule)).is_fp8
+
+
+@pytest.mark.parametrize("rule", ["difference", "random"])
+def test_what_is_counted_is_what_quantize_compares(rule: str) -> None:
+    x, base = a_site(8, 1.0, 1e-6)
+    x[:5], x[5:10] = 0, x[5:10] * 1e-9  # zeros, and blocks that underflow
+    site = Site(base.r, base.sensitivity, base.gamma, 0, rule)
+    exact = quantize(x, site).score.double()
+    found = scores(x, site)
+    assert found.dtype == torch.float64 and found.shape == (600, 11)
+    # Two roundings a term and 15 additions in fp32: under 2**-19, and none at all elsewhere.
+    assert ((found - exact).abs() <= exact * (2.0**-19 if rule == "difference" else 0)).all()
+    x[7, 20] = torch.inf
+    assert scores(x, site)[7].tolist().index(2.0**63) == 1
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.3, 0.7, 0.9, 0.99])
