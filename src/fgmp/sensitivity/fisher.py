@@ -19,13 +19,16 @@ gradient is the total that reaches it through those linears.
 import contextlib
 import hashlib
 import json
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -71,6 +74,7 @@ class Calibration:
 
 def causal_lm_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
     """Summed next-token loss of one sequence, int64 (T,), in nats; T - 1 predictions."""
+    tokens = tokens.to(next(model.parameters()).device)
     logits = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0, :-1]
     loss = nn.functional.cross_entropy(logits.float(), tokens[1:], reduction="sum")
     return loss, len(tokens) - 1
@@ -95,14 +99,16 @@ def calibrate(
         loss: summed loss and predictions of a sample.
         groups: sites that override those found by tensor identity: a name and its linears.
         state: file that keeps the sums, written now and then, on an interruption and at the end;
-            a later call with the same model and samples goes on from there. The caller removes it.
+            a later call with the same model, samples and groups goes on from there. The caller
+            removes it.
         advance: called after each sample.
 
     Raises:
-        InputError: an activation or the loss is not finite, or sites are inconsistent.
+        InputError: an activation, the loss or a gradient is not finite, sites are inconsistent,
+            or ``state`` is not such a file.
     """
     recorder = _Recorder(linears, groups or {})
-    fingerprint = _fingerprint(linears, samples) if state else ""
+    fingerprint = _fingerprint(linears, samples, groups or {}) if state else ""
     start = recorder.restore(state, fingerprint) if state else 0
     for _ in range(start):
         advance()
@@ -111,19 +117,22 @@ def calibrate(
     try:
         with _frozen(model), recorder.hooks():
             for index in range(start, len(samples)):
-                recorder.begin()
-                total, predictions = loss(model, samples[index])
-                if not total.isfinite():
-                    raise InputError(f"calibration: the loss of sequence {index} is {total.item()}")
-                total.backward()
-                recorder.end(predictions)
-                done = index + 1
+                with _uninterrupted():
+                    recorder.begin()
+                    total, predictions = loss(model, samples[index])
+                    if not total.isfinite():
+                        raise InputError(
+                            f"calibration: the loss of sequence {index} is {total.item()}"
+                        )
+                    total.backward()
+                    recorder.end(predictions)
+                    done = index + 1
                 advance()
                 if state and time.monotonic() - saved > SAVE_EVERY_SECONDS:
                     recorder.store(state, fingerprint, done)
                     saved = time.monotonic()
     finally:
-        if state and done > start:
+        if state and done > start and recorder.whole:
             recorder.store(state, fingerprint, done)
     return recorder.result()
 
@@ -131,7 +140,7 @@ def calibrate(
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter takes a gradient and no dropout drops, for a while."""
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     wanted = [p for p in model.parameters() if p.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -139,9 +148,34 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end: sums of half a sequence could not be gone on from.
+
+    A second Ctrl-C does not wait.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # other threads get no signals
+        return
+    pressed = []
+
+    def note(*_: object) -> None:
+        pressed.append(True)
+        signal.signal(signal.SIGINT, usual)
+
+    usual = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
 
 
 class _Recorder:
@@ -162,10 +196,12 @@ class _Recorder:
             }
         )
         self.site_by_linear: dict[str, str] = {}
+        self.whole = True  # the sums hold no part of a sequence
 
     # One sequence: begin, forward (pre hook, then hook, of every linear), backward, end.
 
     def begin(self) -> None:
+        self.whole = False
         self.aliases: dict[tuple[Any, ...], tuple[str, Tensor, Tensor]] = {}
         self.calls = dict.fromkeys(self.linears, 0)
         self.gradients: dict[str, Tensor] = {}
@@ -200,6 +236,7 @@ class _Recorder:
         self.sums.predictions += predictions
         self.aliases.clear()
         self.gradients.clear()
+        self.whole = True
 
     def _site(self, name: str) -> str:
         site = self.forced.get(name) or self.site_by_linear.get(name) or name
@@ -247,9 +284,11 @@ class _Recorder:
     def result(self) -> Calibration:
         """Divide the sums by n and give linears that were never reached a site of their own."""
         n = max(self.sums.predictions, 1)
-        for weight in self.sums.weights.values():
+        for name, weight in self.sums.weights.items():
+            _check_gradient(name, weight)
             weight /= n
-        for site in self.sums.sites.values():
+        for name, site in self.sums.sites.items():
+            _check_gradient(name, site.g2)
             site.g2 /= n
         for name in self.linears:
             if name not in self.site_by_linear:
@@ -288,17 +327,46 @@ class _Recorder:
                         linears, file.get_tensor(f"site.{name}").to(f.device), amax, tokens
                     )
                     self.site_by_linear |= dict.fromkeys(linears, name)
-        except (SafetensorError, KeyError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{state}: not a calibration state ({error}); delete it") from error
         self.sums.predictions = facts["predictions"]
         return int(facts["done"])
 
 
-def _fingerprint(linears: dict[str, nn.Linear], samples: Sequence[Any]) -> str:
-    digest = hashlib.sha256()
+def _check_gradient(name: str, squares: Tensor) -> None:
+    if not squares.isfinite().all():
+        raise InputError(f"calibration: the gradient of {name} is not finite")
+
+
+def _fingerprint(
+    linears: dict[str, nn.Linear], samples: Sequence[Any], groups: dict[str, list[str]]
+) -> str:
+    digest = hashlib.sha256(json.dumps(groups).encode())
     for name, linear in linears.items():
         digest.update(name.encode())
-        digest.update(linear.weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(_bytes(linear.weight))
     for sample in samples:
-        digest.update(sample.cpu().numpy() if isinstance(sample, Tensor) else repr(sample).encode())
+        for part in _parts(sample):
+            digest.update(part)
     return digest.hexdigest()
+
+
+def _parts(sample: Any) -> Iterator[bytes]:
+    """All that a sample holds; the repr of a large tensor would leave out its middle."""
+    if isinstance(sample, np.ndarray):
+        sample = torch.from_numpy(sample)
+    if isinstance(sample, Tensor):
+        yield f"{sample.dtype} {tuple(sample.shape)}".encode()
+        yield _bytes(sample)
+    elif isinstance(sample, Mapping):
+        yield from _parts(list(sample.items()))
+    elif isinstance(sample, list | tuple):
+        for part in sample:
+            yield from _parts(part)
+    else:
+        yield repr(sample).encode()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
