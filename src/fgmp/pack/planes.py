@@ -135,9 +135,11 @@ def unpack(packed: PackedWeight) -> BlockCodes:
     assert packed.low is not None and packed.scale is not None
     codes = _split(packed.low).reshape(packed.n, -1, BLOCK)
     if packed.overflow is not None:
-        low = codes[is_fp8]
+        wide = _positions(is_fp8)
+        low = codes.flatten(0, 1).index_select(0, wide)
         high = _split(packed.overflow) << E4M3.mantissa_bits
-        codes[is_fp8] = (low & ~_MANTISSA & 0xF) << 4 | high | (low & _MANTISSA)
+        joined = (low & ~_MANTISSA & 0xF) << 4 | high | (low & _MANTISSA)
+        codes.flatten(0, 1).index_copy_(0, wide, joined)
     return BlockCodes(is_fp8, codes, packed.scale)
 
 
@@ -149,7 +151,9 @@ def unpack_units(packed: PackedWeight) -> Tensor:
     # 0x80 decodes to zero, so FP8 blocks are zero here until they are filled in.
     units = decode_e2m1(blocks.codes & 0xF) * decode_e4m3(blocks.scale).unsqueeze(-1)
     if packed.overflow is not None:
-        units[blocks.is_fp8] = decode_e4m3(blocks.codes[blocks.is_fp8]) * FP8_FACTOR
+        wide = _positions(blocks.is_fp8)
+        codes = blocks.codes.flatten(0, 1).index_select(0, wide)
+        units.flatten(0, 1).index_copy_(0, wide, decode_e4m3(codes) * FP8_FACTOR)
     return from_blocks(units, packed.k)
 
 
@@ -246,6 +250,11 @@ def _row_ptr(is_fp8: Tensor) -> Tensor:
     row_ptr = torch.zeros(len(is_fp8) + 1, dtype=torch.int32, device=is_fp8.device)
     row_ptr[1:] = is_fp8.sum(-1).cumsum(0)
     return row_ptr
+
+
+def _positions(is_fp8: Tensor) -> Tensor:
+    """Numbers of the FP8 blocks, int64: copying rows by number is faster than by mask."""
+    return is_fp8.flatten().nonzero().squeeze(-1)
 
 
 def _join(nibbles: Tensor) -> Tensor:
