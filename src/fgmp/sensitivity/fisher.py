@@ -115,7 +115,7 @@ def calibrate(
     saved = time.monotonic()
     done = start
     try:
-        with _frozen(model), recorder.hooks():
+        with frozen(model), recorder.hooks():
             for index in range(start, len(samples)):
                 with _uninterrupted():
                     recorder.begin()
@@ -138,7 +138,7 @@ def calibrate(
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter takes a gradient and no dropout drops, for a while."""
     training = [module for module in model.modules() if module.training]
     wanted = [p for p in model.parameters() if p.requires_grad]

@@ -9,7 +9,7 @@ The working set is measured on a short prefix of one sequence and scaled up.
 import os
 import resource
 import sys
-from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fgmp.errors import MemoryLimitError
 from fgmp.formats.spec import BLOCK
-from fgmp.sensitivity.fisher import Loss
+from fgmp.sensitivity.fisher import Loss, frozen
 
 _PROBE_TOKENS = 64
 _FISHER_BYTES = 4
@@ -57,7 +57,7 @@ def estimate(
         held=held_bytes(device),
         fisher=_FISHER_BYTES * parameters,
         packed=int((packed_bytes_per_parameter + _SCORE_BYTES) * parameters),
-        working=_working_set(model, sample, loss) + 2 * _FISHER_BYTES * largest,
+        working=_working_set(model, linears, sample, loss) + 2 * _FISHER_BYTES * largest,
     )
 
 
@@ -66,8 +66,8 @@ def require(estimate: MemoryEstimate, device: torch.device) -> None:
     extra, free = estimate.peak - estimate.held, free_bytes(device)
     if extra > free:
         raise MemoryLimitError(
-            f"quantizing needs {extra / 1e9:.2f} GB more on {device}, {free / 1e9:.2f} GB are free; "
-            "use a shorter seq_len or a machine with more memory"
+            f"quantizing needs {extra / 1e9:.2f} GB more on {device}, {free / 1e9:.2f} GB are "
+            "free; use a shorter seq_len or a machine with more memory"
         )
 
 
@@ -110,27 +110,30 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _working_set(model: nn.Module, sample: Any, loss: Loss) -> int:
-    """Bytes that one sequence's backward pass keeps, with the gradients on top."""
+def _working_set(model: nn.Module, linears: dict[str, nn.Linear], sample: Any, loss: Loss) -> int:
+    """Bytes that one sequence's backward pass keeps, were it calibration's."""
     short, ratio = sample, 1.0
     if isinstance(sample, Tensor) and sample.ndim == 1 and len(sample) > _PROBE_TOKENS:
         short, ratio = sample[:_PROBE_TOKENS], len(sample) / _PROBE_TOKENS
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage.data_ptr()] = storage
         return tensor
 
-    # Parameters are kept by the model anyway; only what depends on the sequence counts.
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    def differentiate(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+        return (keep(x), *args[1:])
+
+    # As in calibration, parameters take no gradients and inputs of linears do and are kept.
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        for linear in linears.values():
+            stack.callback(linear.register_forward_pre_hook(differentiate).remove)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
         total, _ = loss(model, short)
     for parameter in model.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
     del total
-    return int(sum(kept.values()) * ratio)
-
-
-def samples_bytes(samples: Sequence[Any]) -> int:
-    """Bytes of the samples themselves, where they are tensors."""
-    return sum(s.nbytes for s in samples if isinstance(s, Tensor))
+    return int(sum(storage.nbytes() for storage in kept.values()) * ratio)

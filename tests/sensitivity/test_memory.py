@@ -1,0 +1,123 @@
+"""What a run will take is predicted part by part, and a run that cannot fit is refused."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from torch import Tensor, nn
+
+from fgmp.errors import InputError, MemoryLimitError
+from fgmp.model.select import linearize, quantizable
+from fgmp.sensitivity import memory
+from fgmp.sensitivity.fisher import causal_lm_loss
+from fgmp.sensitivity.memory import MemoryEstimate, estimate, peak_bytes, require, reset_peak
+
+CPU = torch.device("cpu")
+
+
+class Chain(nn.Module):
+    """x, 8 wide; a linear to 16; tanh; a linear to 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
+def squares(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    return model(x).square().sum(), len(x)
+
+
+def test_parts() -> None:
+    model = Chain()
+    linears = {"first": model.first, "second": model.second}
+    parameters = 8 * 16 + 16 * 4
+    found = estimate(model, linears, torch.zeros(10, 8), squares, 0.6)
+    assert found.fisher == 4 * parameters
+    # A float64 score a block of 16.
+    assert found.packed == int((0.6 + 0.5) * parameters)
+    # x, the tanh that is also the second input, and the squared output, of ten rows in fp32;
+    # then one weight's gradient and its square.
+    assert found.working == 10 * 4 * (8 + 16 + 4) + 2 * 4 * 8 * 16
+    assert found.held == pytest.approx(memory.held_bytes(CPU), rel=0.05)
+
+
+def test_the_peak_is_calibrations_or_packings() -> None:
+    assert MemoryEstimate(held=1000, fisher=400, packed=70, working=9).peak == 1470
+    assert MemoryEstimate(held=1000, fisher=400, packed=7, working=90).peak == 1490
+
+
+def test_long_sequences_are_scaled_up_from_their_beginning() -> None:
+    model = make_model("llama")
+    linearize(model)
+    linears = quantizable(model)
+    seen = []
+
+    def loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
+        seen.append(len(tokens))
+        return causal_lm_loss(model, tokens)
+
+    short, long = (
+        estimate(model, linears, torch.zeros(n, dtype=torch.int64), loss, 0).working
+        for n in (64, 256)
+    )
+    gradient = 2 * 4 * max(linear.weight.numel() for linear in linears.values())
+    assert seen == [64, 64]
+    # Not to the byte: the token ids that embedding keeps are a view of the long sequence.
+    assert long - gradient == pytest.approx(4 * (short - gradient), rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_frozen_parameters_change_nothing(family: str, tokens: Tensor) -> None:
+    """Calibration freezes them itself; a model that came frozen is no cheaper."""
+    model = make_model(family)
+    linearize(model)
+    linears = quantizable(model)
+    before = estimate(model, linears, tokens[0], causal_lm_loss, 0).working
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert trainable
+    model.requires_grad_(False)
+    assert estimate(model, linears, tokens[0], causal_lm_loss, 0).working == before
+    inputs = sum(linear.in_features for linear in linears.values()) * 24 * 4
+    assert before > inputs / 2  # q, k and v share theirs
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = MemoryEstimate(held=5 * 10**9, fisher=2 * 10**9, packed=0, working=10**9)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_500_000_000)
+    text = (
+        "quantizing needs 3.00 GB more on cpu, 1.50 GB are free; "
+        "use a shorter seq_len or a machine with more memory"
+    )
+    with pytest.raises(MemoryLimitError, match=f"^{re.escape(text)}$") as caught:
+        require(wanted, CPU)
+    assert isinstance(caught.value, InputError)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 10**9)
+    require(wanted, CPU)
+
+
+def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    files = {"/sys/fs/cgroup/memory.max": limit, "/sys/fs/cgroup/memory.current": used}
+    monkeypatch.setattr(memory, "Path", lambda name: files[name])
+    machine = memory.free_bytes(CPU)
+    assert machine > 1000
+    limit.write_text("5000\n")
+    used.write_text("4000\n")
+    assert memory.free_bytes(CPU) == 1000
+    limit.write_text("max\n")
+    assert memory.free_bytes(CPU) > 1000
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is Linux's to tell")
+def test_the_peak_is_measured() -> None:
+    reset_peak(CPU)
+    before = memory.held_bytes(CPU)
+    block = torch.ones(50_000_000, dtype=torch.uint8)
+    del block
+    assert peak_bytes(CPU) >= before + 45_000_000
