@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import click
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -37,7 +38,8 @@ _console = Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Text = Annotated[str, typer.Option("--data", help="Evaluation text: file, JSON lines or dataset.")]
 SeqLen = Annotated[
-    int | None, typer.Option(help="Tokens in a window. [default: the model's context, at most 2048]")
+    int | None,
+    typer.Option(help="Tokens in a window. [default: the model's context, at most 2048]"),
 ]
 
 
@@ -164,9 +166,9 @@ def generate(
 
 @app.command()
 def quickstart(
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder to write.")
-    ] = Path("fgmp-quickstart"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path(
+        "fgmp-quickstart"
+    ),
     as_json: Json = False,
 ) -> None:
     """The whole job on the model that ships with the package, offline.
@@ -182,7 +184,8 @@ def quickstart(
 
     def show(_: dict[str, Any]) -> None:
         _print_rows(rows)
-        _print_facts({k: v for k, v in found.items()})
+        _print_summary(found["summary"])
+        _print_facts({"report": found["report"], "whole run": f"{found['seconds']:.0f} s"})
 
     _show(facts, as_json, show)
 
@@ -194,7 +197,9 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except FGMPError as error:
-        _console.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        _console.print(
+            f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True
+        )
         sys.exit(1)
     except click.ClickException as error:
         error.show()
@@ -268,13 +273,20 @@ def _print_summary(summary: dict[str, Any]) -> None:
 def _print_rows(rows: list[Any]) -> None:
     from fgmp.evaluation.compare import table
 
+    console = Console()
     header, *lines = table(rows)
-    shown = Table(*header)
-    for column in shown.columns[1:]:
-        column.justify = "right"
+    wide = console.width >= 110
+    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    kept = [i for i, name in enumerate(header) if wide or name not in _WIDE_COLUMNS]
+    for i in kept:
+        shown.add_column(header[i], justify="right" if i else "left")
     for line in lines:
-        shown.add_row(*line)
-    Console().print(shown)
+        shown.add_row(*(line[i] for i in kept))
+    console.print(shown)
+
+
+_WIDE_COLUMNS = ("95% interval", "compression")
+"""Columns that only a wide terminal shows; ``--json`` and the report have all."""
 
 
 def _print_inspection(facts: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ class Row:
         fp4_activations: share of activation blocks that ran in FP4; None of the original.
         vs_fp8_percent: perplexity over all-FP8's, less one.
         gap_recovered_percent: how much of the perplexity gap between all-NVFP4 and all-FP8 is
-            closed; None where that gap is under 0.5% of FP8.
+            closed; None where that gap is under 0.5% of FP8, and for the original.
         kl_gap_recovered_percent: the same of the KL gap; None where there is none.
     """
 
@@ -171,6 +171,7 @@ def _row(name: str, m: _Measured, measured: dict[str, _Measured]) -> Row:
     original, fp8, nvfp4 = (measured[n] for n in ("original", "fp8", "nvfp4"))
     ppl, ppl8, ppl4 = (x.losses.perplexity for x in (m, fp8, nvfp4))
     gap, kl_gap = ppl4 - ppl8, nvfp4.kl - fp8.kl
+    quantized = m is not original
     return Row(
         name=name,
         perplexity=ppl,
@@ -181,8 +182,12 @@ def _row(name: str, m: _Measured, measured: dict[str, _Measured]) -> Row:
         compression=m.compression,
         fp4_activations=m.fp4_activations,
         vs_fp8_percent=100 * (ppl / ppl8 - 1),
-        gap_recovered_percent=100 * (ppl4 - ppl) / gap if gap >= _SMALLEST_GAP * ppl8 else None,
-        kl_gap_recovered_percent=100 * (nvfp4.kl - m.kl) / kl_gap if kl_gap > 0 else None,
+        gap_recovered_percent=(
+            100 * (ppl4 - ppl) / gap if quantized and gap >= _SMALLEST_GAP * ppl8 else None
+        ),
+        kl_gap_recovered_percent=(
+            100 * (nvfp4.kl - m.kl) / kl_gap if quantized and kl_gap > 0 else None
+        ),
     )
 
 
@@ -199,8 +204,8 @@ def _interval(losses: Losses, original: Losses) -> tuple[float, float]:
 
 def table(rows: list[Row]) -> list[list[str]]:
     """The rows as text, a header first."""
-    header = ["model", "perplexity", "95% interval", "KL (nats)", "bits/weight", "bits/act."]
-    header += ["compression", "FP4 act.", "vs FP8", "gap recovered", "KL gap recovered"]
+    header = ["model", "perplexity", "95% interval", "KL, nats", "bits per weight", "per act."]
+    header += ["compression", "FP4 act.", "vs FP8", "gap recovered", "KL gap rec."]
 
     def show(value: float | None, pattern: str, missing: str = "-") -> str:
         return missing if value is None else pattern.format(value)
@@ -223,5 +228,3 @@ def table(rows: list[Row]) -> list[list[str]]:
             ]
         )
     return lines
-
-
