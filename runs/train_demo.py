@@ -166,7 +166,9 @@ def main() -> None:
             opt.step()
             opt.zero_grad()
         if step % 20 == 0:
-            rate = (step + 1 - start) * args.batch * CONTEXT / (time.perf_counter() - begun - seconds)
+            rate = (
+                (step + 1 - start) * args.batch * CONTEXT / (time.perf_counter() - begun - seconds)
+            )
             print(f"step {step} loss {loss.item():.4f} lr {lr:.2e} {rate:.0f} tokens/s", flush=True)
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
             seconds_now = time.perf_counter() - begun
