@@ -3,7 +3,8 @@
     python runs/results.py MODEL --calib TEXT --data TEXT [--windows N] [--json FILE]
 
 Calibrates once, quantizes the model by every recipe below, and measures all of them, all-FP8 and
-all-NVFP4 on the same windows in the same run. Prints a Markdown table.
+all-NVFP4 on the same windows in the same run. Prints a Markdown table. If both texts are the
+same file, calibration takes windows of its first half and evaluation those of its second.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from rich.console import Console
 from transformers.utils import logging
 
 from fgmp import Recipe, calibration_text, evaluation_windows, quantize
+from fgmp.data import choose_windows
 from fgmp.evaluation.compare import compare, table
 from fgmp.model.source import context_length, load_model, load_tokenizer
 from fgmp.model.store import config_of
@@ -56,10 +58,15 @@ def main() -> None:
 
     tokenizer, original = load_tokenizer(args.model), load_model(args.model)
     seq_len = args.seq_len or min(512, context_length(original))
-    windows = evaluation_windows(args.data, tokenizer, seq_len)[: args.windows]
-    text = calibration_text(
-        args.calib, tokenizer, samples=args.samples, seq_len=seq_len, seed=args.seed
-    )
+    windows = evaluation_windows(args.data, tokenizer, seq_len)
+    chosen = {"samples": args.samples, "seq_len": seq_len, "seed": args.seed}
+    if args.calib == args.data:
+        half = len(windows) // 2
+        text = choose_windows(windows[:half].flatten(), **chosen, source=args.calib)
+        windows = windows[half:]
+    else:
+        text = calibration_text(args.calib, tokenizer, **chosen)
+    windows = windows[: args.windows]
     wanted = args.only.split(",") if args.only else list(RECIPES)
     models, clip = {}, {}
     with tempfile.TemporaryDirectory() as folder:
