@@ -1,8 +1,8 @@
 """Running a packed layer: a linear that holds planes, and the activation site it reads.
 
 A site quantizes its tensor once, however many linears read it: the result is kept for as long
-as the tensor lives. Its constants are buffers of the first linear that reads it; the others
-refer to that one.
+as the tensor lives unchanged. Its constants are buffers of the first linear that reads it; the
+others refer to that one.
 """
 
 from collections.abc import Callable
@@ -59,17 +59,27 @@ class ActivationSite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize ``x`` (..., K) to units of t, fp32 of the same shape."""
-        units: Tensor | None = self._quantized.get(x)
-        if units is None:
-            units, is_fp8 = activation.fake_quantize(x, self.record)
-            self._quantized[x] = units
-            if self.counting:
-                self.counts[0] += is_fp8.numel() - int(is_fp8.sum())
-                self.counts[1] += is_fp8.numel()
-                self.counts[2] += int(activation.saturated(x, self.record))
+        if x.is_inference():  # such a tensor does not tell whether it was changed in place
+            return self._quantize(x)
+        version, units = self._quantized.get(x, (None, None))
+        if units is None or version != x._version:
+            units = self._quantize(x)
+            self._quantized[x] = (x._version, units)
         return units
 
-    # The cache and the record are derived: neither is copied nor moved with the module.
+    def _quantize(self, x: Tensor) -> Tensor:
+        units, is_fp8 = activation.fake_quantize(x, self.record)
+        if self.counting:
+            self.counts[0] += is_fp8.numel() - int(is_fp8.sum())
+            self.counts[1] += is_fp8.numel()
+            self.counts[2] += int(activation.saturated(x, self.record))
+        return units
+
+    # The cache and the record are derived: neither is copied, moved or loaded with the module.
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ActivationSite":
         super()._apply(_device_only(fn), recurse)
