@@ -84,7 +84,7 @@ def quantize(
     """
     from fgmp.recipe import Recipe
 
-    given = {
+    given: dict[str, Any] = {
         "fp4": fp4,
         "fp4_activations": fp4_activations,
         "samples": samples,

@@ -176,7 +176,9 @@ def uniform(
         for name in names:
             codes = quantize_weight(original.get_submodule(name).weight, t)  # type: ignore[arg-type]
             weights[name] = pack(codes, torch.full_like(codes.scale, weight_fp4 == 0).bool())
-    assignment = Assignment(weights, records, linears_of, dict.fromkeys(records, weight_fp4), weight_fp4)
+    assignment = Assignment(
+        weights, records, linears_of, dict.fromkeys(records, weight_fp4), weight_fp4
+    )
     _finish(original, assignment, Recipe(policy=policy_name, fp4=weight_fp4, clip="off"), total)
     return original
 
@@ -368,7 +370,9 @@ def _finish(
     blocks = sum(m.packed.is_fp8().numel() for m in packed.values())
     config = CheckpointConfig(
         sites={
-            owner: SiteConfig(names, assignment.records[owner].rule, assignment.fp4_fractions[owner])
+            owner: SiteConfig(
+                names, assignment.records[owner].rule, assignment.fp4_fractions[owner]
+            )
             for owner, names in assignment.linears_of.items()
         },
         recipe=recipe.to_dict(),

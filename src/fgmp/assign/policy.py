@@ -108,6 +108,7 @@ def site_record(policy: Policy, g2: Tensor, amax: float, headroom: float) -> Sit
     codes = torch.full(g2.shape, SCALE_MAX_CODE, dtype=torch.uint8, device=g2.device)
     if policy.sensitivity == "none":
         return Site(r, codes, fl32(1 / E4M3.max), 0)
-    # An arbitrary score has no unit: gamma makes one count of S worth 1.
+    # An arbitrary score has no unit: gamma makes one count of S worth 1, as far as fp32 reaches.
     t = Site(r, codes, 1.0, 0).t
-    return Site(r, codes, fl32(2.0**SCORE_BITS / t**2), 0, rule="random")
+    gamma = fl32(min(2.0**SCORE_BITS / t**2, torch.finfo(torch.float32).max))
+    return Site(r, codes, gamma, 0, rule="random")

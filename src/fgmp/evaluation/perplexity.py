@@ -40,14 +40,14 @@ class Losses:
 
 def batches(windows: Tensor) -> tuple[Tensor, ...]:
     """Split windows (B, L) into batches of about 4,096 tokens."""
-    return windows.split(max(1, _TOKENS_A_BATCH // windows.shape[1]))
+    return torch.split(windows, max(1, _TOKENS_A_BATCH // windows.shape[1]))
 
 
 @torch.no_grad()
 def logits_of(model: nn.Module, batch: Tensor) -> Tensor:
     """Next-token log-probabilities, fp32 (B, L - 1, V), of windows int64 (B, L)."""
     device = next(model.parameters()).device
-    logits = model(input_ids=batch.to(device), use_cache=False).logits[:, :-1]
+    logits: Tensor = model(input_ids=batch.to(device), use_cache=False).logits[:, :-1]
     return logits.float().log_softmax(-1)
 
 

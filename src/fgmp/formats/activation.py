@@ -15,6 +15,7 @@ same values faster: it decides on an fp32 estimate of S where that is provably s
 integer elsewhere.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -136,8 +137,8 @@ def site_threshold(threshold: float, r: float, gamma: float) -> int:
     if threshold == torch.inf or gamma == 0:
         return THRESHOLD_ALL_FP4
     t = Fraction(Site(r, torch.empty(0), gamma, 0).t)
-    scaled = Fraction(threshold) * 2**SCORE_BITS / (t * t * Fraction(gamma))
-    return min(max(scaled.__floor__(), THRESHOLD_ALL_FP8), THRESHOLD_ALL_FP4)
+    scaled: Fraction = Fraction(threshold) * 2**SCORE_BITS / (t * t * Fraction(gamma))
+    return min(max(math.floor(scaled), THRESHOLD_ALL_FP8), THRESHOLD_ALL_FP4)
 
 
 def score_unit(site: Site) -> float:

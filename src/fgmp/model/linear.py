@@ -61,6 +61,7 @@ class ActivationSite(nn.Module):
         """Quantize ``x`` (..., K) to units of t, fp32 of the same shape."""
         if x.is_inference():  # such a tensor does not tell whether it was changed in place
             return self._quantize(x)
+        units: Tensor | None
         version, units = self._quantized.get(x, (None, None))
         if units is None or version != x._version:
             units = self._quantize(x)
@@ -82,7 +83,7 @@ class ActivationSite(nn.Module):
         self._forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ActivationSite":
-        super()._apply(_device_only(fn), recurse)
+        super()._apply(_device_only(fn), recurse)  # type: ignore[no-untyped-call]
         self._forget()
         return self
 
@@ -136,7 +137,7 @@ class MixedLinear(nn.Module):
         return unpack_units(packed) * packed.t
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MixedLinear":
-        super()._apply(_device_only(fn), recurse)
+        super()._apply(_device_only(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def forward(self, x: Tensor) -> Tensor:

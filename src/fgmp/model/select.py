@@ -10,6 +10,7 @@ Output heads, embeddings and routers stay in high precision unless an include pa
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Experts(nn.ModuleList):
     the arguments are those of the module it replaces.
     """
 
-    def __init__(self, fused: nn.Module) -> None:
+    def __init__(self, fused: Any) -> None:
         first_name = "gate_up_proj" if fused.has_gate else "up_proj"
         first, down = getattr(fused, first_name), fused.down_proj
         first_bias = getattr(fused, first_name + "_bias", None)
@@ -75,8 +76,9 @@ class Experts(nn.ModuleList):
         return out
 
     def _activate(self, x: Tensor) -> Tensor:
-        fused = self._activation
-        return fused._apply_gate(x) if fused.has_gate else fused.act_fn(x)
+        fused: Any = self._activation
+        activated: Tensor = fused._apply_gate(x) if fused.has_gate else fused.act_fn(x)
+        return activated
 
 
 def linearize(model: nn.Module) -> None:

@@ -31,7 +31,9 @@ def load_model(name: str) -> nn.Module:
     model = _from_pretrained(name, torch.float32 if half else "auto")
     architectures = config.architectures or []
     if architectures and type(model).__name__ not in architectures:
-        raise InputError(f"model {name}: not a causal language model but {', '.join(architectures)}")
+        raise InputError(
+            f"model {name}: not a causal language model but {', '.join(architectures)}"
+        )
     return model
 
 
@@ -46,7 +48,9 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model {name}: no tokenizer can be loaded: {_first_line(error)}") from error
+        raise InputError(
+            f"model {name}: no tokenizer can be loaded: {_first_line(error)}"
+        ) from error
 
 
 def context_length(model: nn.Module, default: int = 2048) -> int:

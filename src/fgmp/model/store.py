@@ -43,19 +43,19 @@ def save(
         InputError: not a quantized model, a target in use, or a full disk.
     """
     config: dict[str, Any] = {}
-    if hasattr(model, "config"):
-        config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    own: Any = getattr(model, "config", None)
+    if own is not None:
+        config = {**own.to_dict(), "architectures": [type(model).__name__]}
     config["quantization_config"] = config_of(model).to_dict()
 
     def write_extra(folder: Path) -> None:
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)
+        generation: Any = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
-    checkpoint.write(
-        Path(directory), _tensors_to_save(model), config, write_extra, max_shard_size
-    )
+    checkpoint.write(Path(directory), _tensors_to_save(model), config, write_extra, max_shard_size)
 
 
 def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:

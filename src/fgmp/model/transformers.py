@@ -20,7 +20,7 @@ from fgmp.pack.checkpoint import QUANT_METHOD, CheckpointConfig, Reader
 
 
 @register_quantization_config(QUANT_METHOD)
-class FgmpConfig(QuantizationConfigMixin):
+class FgmpConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """``quantization_config`` as Transformers carries it around: our dictionary, unchanged."""
 
     def __init__(self, **values: Any) -> None:
@@ -32,7 +32,7 @@ class FgmpConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(QUANT_METHOD)
-class FgmpQuantizer(HfQuantizer):
+class FgmpQuantizer(HfQuantizer):  # type: ignore[misc]
     """Loads packed models; quantizing is ``fgmp.quantize``'s, saving ``fgmp.save``'s."""
 
     requires_calibration = True

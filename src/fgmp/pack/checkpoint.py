@@ -200,7 +200,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def checksum(tensor: Tensor) -> str:
     """CRC-32 of a tensor's bytes, eight hex digits."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return f"{zlib.crc32(flat.view(torch.uint8).numpy()):08x}"
+    return f"{zlib.crc32(flat.view(torch.uint8).numpy().data):08x}"
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -328,9 +328,12 @@ class Reader:
             0 <= gamma.item() < float("inf"), "gamma", "must be finite, 0 or more", gamma.item()
         )
         valid = (sensitivity >= SCALE_MIN_CODE) & (sensitivity <= SCALE_MAX_CODE)
-        require(bool(valid.all()), "sensitivity", "codes must be 0x01 to 0x7E", sensitivity[~valid])
-        require(threshold.item() >= THRESHOLD_ALL_FP8, "threshold", "must be -1 or more", threshold)
-        return Site(r.item(), sensitivity, gamma.item(), int(threshold.item()), rule)
+        offending = (~valid).nonzero().flatten().tolist()
+        first = f"0x{int(sensitivity[offending[0]]):02X} at [{offending[0]}]" if offending else ""
+        require(not offending, "sensitivity", "codes must be 0x01 to 0x7E", first)
+        limit = int(threshold.item())
+        require(limit >= THRESHOLD_ALL_FP8, "threshold", "must be -1 or more", limit)
+        return Site(r.item(), sensitivity, gamma.item(), limit, rule)
 
     def _where(self) -> str:
         return ", ".join(sorted({str(f) for f in self._files.values()}))

@@ -83,7 +83,7 @@ def causal_lm_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
 def calibrate(
     model: nn.Module,
     linears: dict[str, nn.Linear],
-    samples: Sequence[Any],
+    samples: Sequence[Any] | Tensor,
     loss: Loss = causal_lm_loss,
     *,
     groups: dict[str, list[str]] | None = None,
@@ -339,7 +339,9 @@ def _check_gradient(name: str, squares: Tensor) -> None:
 
 
 def _fingerprint(
-    linears: dict[str, nn.Linear], samples: Sequence[Any], groups: dict[str, list[str]]
+    linears: dict[str, nn.Linear],
+    samples: Sequence[Any] | Tensor,
+    groups: dict[str, list[str]],
 ) -> str:
     digest = hashlib.sha256(json.dumps(groups).encode())
     for name, linear in linears.items():
