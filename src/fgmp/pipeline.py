@@ -24,6 +24,7 @@ from fgmp.model.convert import install
 from fgmp.model.linear import mixed_linears, sites
 from fgmp.model.select import linearize, matrices, quantizable
 from fgmp.model.store import CONFIG_ATTRIBUTE, config_of
+from fgmp.model.transformers import mark_quantized
 from fgmp.pack.checkpoint import CheckpointConfig, SiteConfig
 from fgmp.pack.planes import PackedWeight, pack
 from fgmp.progress import Stages, silent
@@ -385,3 +386,4 @@ def _finish(
         },
     )
     setattr(model, CONFIG_ATTRIBUTE, config)
+    mark_quantized(model, config)

@@ -1,11 +1,13 @@
 """Save a quantized model and load it again."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fgmp.errors import CheckpointError, InputError
 from fgmp.model.convert import install_from
@@ -43,9 +45,12 @@ def save(
         InputError: not a quantized model, a target in use, or a full disk.
     """
     config: dict[str, Any] = {}
-    own: Any = getattr(model, "config", None)
-    if own is not None:
-        config = {**own.to_dict(), "architectures": [type(model).__name__]}
+    if isinstance(model, PreTrainedModel):
+        config = {
+            **json.loads(model.config.to_json_string()),
+            "architectures": [type(model).__name__],
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
     config["quantization_config"] = config_of(model).to_dict()
 
     def write_extra(folder: Path) -> None:
@@ -84,6 +89,12 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
             f"{directory}: its tensors must fit {type(model).__name__}: "
             f"missing {sorted(missing)}, unexpected {sorted(unexpected)}"
         )
+    for name, old in model.state_dict().items():
+        if name in tensors and tensors[name].shape != old.shape:
+            raise CheckpointError(
+                f"{directory}: tensor {name} must have shape {list(old.shape)} for this model, "
+                f"got {list(tensors[name].shape)}"
+            )
     model.load_state_dict(tensors, strict=False)
     setattr(model, CONFIG_ATTRIBUTE, config)
     return model

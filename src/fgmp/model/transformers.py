@@ -6,10 +6,12 @@ linears in place; Transformers then fills in what is left and finds the same nam
 """
 
 import copy
+import logging
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -67,9 +69,16 @@ class FgmpQuantizer(HfQuantizer):  # type: ignore[misc]
         return dtype
 
     def is_serializable(self) -> bool:
-        """``save_pretrained`` would drop the checksums; ``fgmp.save`` writes checkpoints."""
+        """``save_pretrained`` would drop the checksums; it refuses and points to the log."""
+        logging.getLogger("fgmp").warning("fgmp models are saved by fgmp.save(model, directory)")
         return False
 
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def mark_quantized(model: nn.Module, config: CheckpointConfig) -> None:
+    """Let Transformers know, as if it had loaded the model, that this one is quantized."""
+    if isinstance(model, PreTrainedModel):
+        model.hf_quantizer = FgmpQuantizer(FgmpConfig(**config.to_dict()))
