@@ -132,8 +132,14 @@ def compare(
     """
     from fgmp.workflow import compare_models
 
-    rows = compare_models(model, directory, data, seq_len, _reporter())
-    _show({"rows": [row.to_dict() for row in rows]}, as_json, lambda _: _print_rows(rows))
+    found = compare_models(model, directory, data, seq_len, _reporter())
+    facts = {**vars(found), "rows": [row.to_dict() for row in found.rows]}
+
+    def show(_: dict[str, Any]) -> None:
+        _print_rows(found.rows)
+        _print_facts({"quantized": _coverage(facts)})
+
+    _show(facts, as_json, show)
 
 
 @app.command()
@@ -252,6 +258,11 @@ def _print_facts(facts: dict[str, Any]) -> None:
     Console().print(grid)
 
 
+def _coverage(facts: dict[str, Any]) -> str:
+    rest = ", ".join(facts["unquantized"]) or "none"
+    return f"{facts['quantized_share']:.1%} of matmul parameters; not: {rest}"
+
+
 def _print_summary(summary: dict[str, Any]) -> None:
     fractions = summary["fp4_fraction"]
     _print_facts(
@@ -261,8 +272,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
             f"{fractions['activations']:.1%} of activations",
             "bits per weight": f"{summary['bits_per_weight']:.3f}",
             "size": f"{summary['bytes']:,} bytes",
-            "quantized": f"{summary['quantized_share']:.1%} of matmul parameters; "
-            f"not: {', '.join(summary['unquantized']) or 'none'}",
+            "quantized": _coverage(summary),
             "clipping": "on" if summary["clip"]["used"] else "off",
             "time": f"{summary['seconds']:.1f} s",
             "peak memory": f"{summary['peak_bytes'] / 1e9:.2f} GB",
@@ -299,7 +309,7 @@ def _print_inspection(facts: dict[str, Any]) -> None:
             "planes": f"{bits['planes']:.3f} bits a weight, {size['planes']:,} bytes",
             "streamed image": f"{bits['streamed_image']:.3f} bits a weight, "
             f"{size['streamed_image']:,} bytes",
-            "unquantized": ", ".join(facts["unquantized"]) or "none",
+            "quantized": _coverage(facts),
         }
     )
     shares = facts["fp8_share"]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fgmp.assign.clip import search_scale_codes
 from fgmp.assign.policy import POLICIES, Policy, site_record, weight_masks, weight_scores
 from fgmp.errors import InputError
-from fgmp.formats.activation import Site, site_threshold
+from fgmp.formats.activation import Site, sensitivity_codes, site_threshold
+from fgmp.formats.spec import E4M3
 from fgmp.formats.weight import check_finite, nearest_scale_codes, quantize_weight, tensor_scale
 from fgmp.model.convert import install
 from fgmp.model.linear import mixed_linears, sites
@@ -144,6 +145,7 @@ def quantize(
     config = config_of(model)
     config.result["clip"] = {"used": clipped, "held_out_nll": losses}
     config.result["seconds"] = {"total": seconds, "calibration": calibrated - started}
+    config.result["sensitivities_floored"] = _floored_share(calibration)
     config.result["peak_bytes"] = memory.peak_bytes(device)
     config.result["peak_bytes_predicted"] = needed.peak
     config.calibration.update(sequences=len(samples), predictions=calibration.predictions)
@@ -212,6 +214,16 @@ def _report_unreached(calibration: Calibration, report: Callable[[str], None]) -
             f"{len(unreached)} sites were reached by no calibration token and keep default "
             f"scales: {', '.join(unreached)}"
         )
+
+
+def _floored_share(calibration: Calibration) -> float:
+    """Share of channels whose sensitivity lies below the smallest code and is raised to it."""
+    floored, channels = 0, 0
+    for site in calibration.sites.values():
+        _, gamma = sensitivity_codes(site.g2)
+        floored += int((site.g2 < gamma * E4M3.smallest / 2).sum())
+        channels += len(site.g2)
+    return floored / channels
 
 
 def _owner(linears: list[str]) -> str:

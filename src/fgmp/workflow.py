@@ -40,6 +40,21 @@ class Reporter:
     line: Callable[[str], None] = lambda text: None
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Rows, the share of matmul parameters that is quantized, and the matrices that are not."""
+
+    rows: list[Row]
+    quantized_share: float
+    unquantized: list[str]
+
+
+def coverage(model: torch.nn.Module) -> dict[str, Any]:
+    """``quantized_share`` and ``unquantized`` of a packed model."""
+    result = config_of(model).result
+    return {key: result[key] for key in ("quantized_share", "unquantized")}
+
+
 def quantize_to(
     model_name: str,
     output: Path,
@@ -90,8 +105,7 @@ def quantize_to(
             "weights": result["fp4_weights"],
             "activations": result["fp4_activations"],
         },
-        "quantized_share": result["quantized_share"],
-        "unquantized": result["unquantized"],
+        **coverage(model),
         "bits_per_weight": result["bits_per_weight"],
         "bytes": sum(f.stat().st_size for f in checkpoint.tensor_files(output)),
         "clip": result["clip"],
@@ -121,6 +135,7 @@ def evaluate_model(
         _warn_of_drift(model, reporter)
         facts["saturated"] = comparison.saturated_elements(model)
         facts["drift"] = comparison.drift(model, _calibrated(model))
+        facts |= coverage(model)
     return facts
 
 
@@ -130,7 +145,7 @@ def compare_models(
     data: str,
     seq_len: int | None = None,
     reporter: Reporter | None = None,
-) -> list[Row]:
+) -> Comparison:
     """Original, all-FP8, all-NVFP4 and the checkpoint in ``directory``, on the same windows."""
     reporter = reporter or Reporter()
     checkpoint.read_config(directory)
@@ -146,7 +161,7 @@ def compare_models(
     }
     rows = comparison.compare(original, models, windows, reporter.stages)
     _warn_of_drift(mixed, reporter)
-    return rows
+    return Comparison(rows, **coverage(mixed))
 
 
 def generate_text(

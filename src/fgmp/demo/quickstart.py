@@ -40,7 +40,7 @@ def run(output: Path, reporter: Reporter | None = None) -> dict[str, Any]:
         evaluation.write_text(topics()[:_EVALUATION_CHARACTERS])
         target = output / "checkpoint"
         summary = quantize_to(str(MODEL), target, RECIPE, str(calibration), reporter)
-        rows = compare_models(str(MODEL), target, str(evaluation), None, reporter)
+        rows = compare_models(str(MODEL), target, str(evaluation), None, reporter).rows
     report = output / "report.html"
     write_report(report, "fgmp quickstart", rows, summary, inspect_checkpoint(target))
     return {

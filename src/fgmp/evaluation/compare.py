@@ -203,8 +203,8 @@ def _interval(losses: Losses, original: Losses) -> tuple[float, float]:
 
 def table(rows: list[Row]) -> list[list[str]]:
     """The rows as text, a header first."""
-    header = ["model", "perplexity", "95% interval", "KL, nats", "bits per weight", "per act."]
-    header += ["compression", "FP4 act.", "vs FP8", "gap recovered", "KL gap rec."]
+    header = ["model", "perplexity", "95% interval", "KL", "bits/w", "bits/act"]
+    header += ["compression", "FP4 act", "vs FP8", "gap rec", "KL rec"]
 
     def show(value: float | None, pattern: str, missing: str = "-") -> str:
         return missing if value is None else pattern.format(value)
