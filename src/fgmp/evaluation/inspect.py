@@ -41,10 +41,11 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
     """
     directory = Path(directory)
     raw = checkpoint.read_config(directory)
-    config = CheckpointConfig.from_dict(raw["quantization_config"], str(directory / "config.json"))
     files = checkpoint.tensor_files(directory)
     reader = Reader(files)
+    reader.verify_files()
     reader.verify()
+    config = CheckpointConfig.from_dict(raw["quantization_config"], str(directory / "config.json"))
     facts = []
     for owner, site in config.sites.items():
         for name in site.linears:

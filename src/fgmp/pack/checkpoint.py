@@ -39,6 +39,8 @@ NUMERICS = "fgmp-1"
 SCALE_CONVENTION = "multiplier"
 CHECKSUMS = "fgmp_crc32"
 """Key of a file's metadata: a JSON map from tensor name to CRC-32, eight hex digits."""
+FILE_CHECKSUMS = "fgmp_files_crc32"
+"""Likewise from the name of every other file of the folder to the CRC-32 of its bytes."""
 
 _FIXED = {
     "quant_method": QUANT_METHOD,
@@ -146,8 +148,8 @@ def write(
         )
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
     try:
-        _write_files(partial, tensors, config, max_shard_size)
         write_extra(partial)
+        _write_files(partial, tensors, config, max_shard_size)
         _open_to_others(partial)
         if directory.exists():
             directory.rmdir()
@@ -173,15 +175,21 @@ def _write_files(
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
-    for filename, names in split.filename_to_tensors.items():
-        part = {name: tensors[name].cpu() for name in names}
-        sums = {name: checksum(tensor) for name, tensor in part.items()}
-        metadata = {"format": "pt", CHECKSUMS: json.dumps(sums)}
-        save_file(part, folder / filename, metadata=metadata)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
     _write_json(folder / "config.json", config)
+    # What lies beside the tensors is small; its checksums travel in every tensor file.
+    others = {path.name: _crc32(path.read_bytes()) for path in sorted(folder.iterdir())}
+    for filename, names in split.filename_to_tensors.items():
+        part = {name: tensors[name].cpu() for name in names}
+        sums = {name: checksum(tensor) for name, tensor in part.items()}
+        metadata = {
+            "format": "pt",
+            CHECKSUMS: json.dumps(sums),
+            FILE_CHECKSUMS: json.dumps(others),
+        }
+        save_file(part, folder / filename, metadata=metadata)
 
 
 def _open_to_others(folder: Path) -> None:
@@ -198,9 +206,14 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def checksum(tensor: Tensor) -> str:
-    """CRC-32 of a tensor's bytes, eight hex digits."""
+    """CRC-32 of ``"dtype shape "`` and a tensor's bytes, eight hex digits."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return f"{zlib.crc32(flat.view(torch.uint8).numpy().data):08x}"
+    kind = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} ".encode()
+    return _crc32(flat.view(torch.uint8).numpy().data, zlib.crc32(kind))
+
+
+def _crc32(data: bytes | memoryview, start: int = 0) -> str:
+    return f"{zlib.crc32(data, start):08x}"
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -238,6 +251,7 @@ class Reader:
     def __init__(self, files: Iterable[str | os.PathLike[str]]) -> None:
         self._files: dict[str, Path] = {}
         self._sums: dict[str, str] = {}
+        self._file_sums: dict[Path, dict[str, str]] = {}
         for file in map(Path, files):
             try:
                 with safe_open(file, framework="pt") as opened:
@@ -247,11 +261,17 @@ class Reader:
                 raise CheckpointError(f"{file}: unreadable or truncated: {error}") from error
             try:
                 sums = json.loads(metadata[CHECKSUMS])
+                self._file_sums[file] = dict(json.loads(metadata[FILE_CHECKSUMS]))
                 self._sums |= {name: str(sums[name]) for name in names}
             except (KeyError, ValueError, TypeError) as error:
                 raise CheckpointError(
-                    f"{file}: its metadata must hold {CHECKSUMS} for every tensor, got {error!r}"
+                    f"{file}: its metadata must hold {CHECKSUMS} of every tensor and "
+                    f"{FILE_CHECKSUMS}, got {error!r}"
                 ) from error
+            if metadata.get("format") != "pt":
+                raise CheckpointError(
+                    f"{file}: its metadata must hold format 'pt', got {metadata.get('format')!r}"
+                )
             missing = set(sums) - set(names)
             if missing:
                 raise CheckpointError(f"{file}: tensor {sorted(missing)[0]} is missing")
@@ -284,6 +304,24 @@ class Reader:
         """Read every tensor once."""
         for name in self._files:
             self.tensor(name)
+
+    def verify_files(self) -> None:
+        """Compare the files beside the tensors, such as ``config.json``, with their checksums.
+
+        Loading does not: a file may be edited on purpose. ``fgmp inspect`` does.
+        """
+        for file, sums in self._file_sums.items():
+            for name, wanted in sums.items():
+                path = file.parent / name
+                try:
+                    found = _crc32(path.read_bytes())
+                except OSError as error:
+                    raise CheckpointError(f"{path}: {error.strerror}") from error
+                if found != wanted:
+                    raise CheckpointError(
+                        f"{path}: its bytes must have CRC-32 {wanted}, got {found}: it was "
+                        "changed after the checkpoint was written"
+                    )
 
     def packed(self, linear: str) -> PackedWeight:
         """The planes of one linear, validated."""

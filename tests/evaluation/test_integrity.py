@@ -1,0 +1,49 @@
+"""A saboteur changes one byte anywhere in a checkpoint folder, and ``inspect`` names the file.
+
+Every byte of the small files and of the safetensors header is tried in turn with one bit flipped,
+and a sample of the tensor bytes: there CRC-32 catches every single-bit error by construction.
+"""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+
+import fgmp
+from fgmp.errors import FGMPError
+from fgmp.evaluation.inspect import inspect_checkpoint
+
+_TRIALS_A_FILE = 150
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("integrity") / "checkpoint"
+    tokens = torch.randint(128, (4, 16), generator=torch.Generator().manual_seed(0))
+    model = fgmp.quantize(make_model("llama"), tokens, fgmp.Recipe(clip="off"))
+    fgmp.save(model, folder)
+    return folder
+
+
+def test_every_changed_byte_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    assert inspect_checkpoint(checkpoint)["intact"]
+    rng = random.Random(0)
+    for path in sorted(checkpoint.iterdir()):
+        original = path.read_bytes()
+        header = 8 + int.from_bytes(original[:8], "little")
+        limit = header if path.suffix == ".safetensors" else len(original)
+        places = rng.sample(range(limit), min(limit, _TRIALS_A_FILE))
+        places += rng.sample(range(len(original)), 20)
+        broken = tmp_path / "broken"
+        shutil.copytree(checkpoint, broken, dirs_exist_ok=True)
+        for place in places:
+            changed = bytearray(original)
+            changed[place] ^= 1 << rng.randrange(8)
+            (broken / path.name).write_bytes(changed)
+            with pytest.raises(FGMPError) as caught:
+                inspect_checkpoint(broken)
+            assert path.name in str(caught.value), place
+        shutil.copy(path, broken / path.name)
