@@ -48,8 +48,8 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
     config = CheckpointConfig.from_dict(raw["quantization_config"], str(directory / "config.json"))
     facts = []
     for owner, site in config.sites.items():
-        for name in site.linears:
-            packed = reader.packed(name)
+        _, weights = reader.group(owner, site)
+        for name, packed in weights.items():
             fp8 = int(packed.is_fp8().sum())
             blocks = packed.is_fp8().numel()
             facts.append(
@@ -57,7 +57,6 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
                     name, packed.n, packed.k, blocks, fp8, packed.nbytes, image_bytes(blocks, fp8)
                 )
             )
-        reader.site(owner, site.rule, packed.k)
     elements = sum(f.n * f.k for f in facts)
     blocks = sum(f.blocks for f in facts)
     return {

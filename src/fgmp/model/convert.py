@@ -45,13 +45,14 @@ def install_from(model: nn.Module, config: CheckpointConfig, reader: Reader) -> 
             shape, or breaks a rule of the format.
     """
     linearize(model)
-    weights, records = {}, {}
+    weights: dict[str, PackedWeight] = {}
+    records = {}
     with torch.device("cpu"):
         for owner, site in config.sites.items():
-            for name in site.linears:
-                weights[name] = reader.packed(name)
-                _check_shape(model, name, weights[name])
-            records[owner] = reader.site(owner, site.rule, weights[owner].k)
+            records[owner], group = reader.group(owner, site)
+            for name, weight in group.items():
+                _check_shape(model, name, weight)
+            weights |= group
         install(model, weights, records, {o: s.linears for o, s in config.sites.items()})
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -104,7 +105,7 @@ class CheckpointConfig:
                     f"{version('fgmp')}, which reads format version {FORMAT_VERSION}"
                 )
         try:
-            sites = {name: SiteConfig(**site) for name, site in values["sites"].items()}
+            sites = {name: _site_config(**site) for name, site in values["sites"].items()}
             rest = {k: dict(values[k]) for k in ("recipe", "calibration", "result", "producer")}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{where} is malformed: {error!r}") from error
@@ -114,8 +115,25 @@ class CheckpointConfig:
                     f"{where}.sites.{name}.rule must be one of {sorted(RULES)}, got {site.rule!r}"
                 )
             if name not in site.linears:
-                raise CheckpointError(f"{where}.sites.{name}.linears must hold its owner")
-        return cls(sites=sites, **rest)
+                raise CheckpointError(
+                    f"{where}.sites.{name}.linears must hold its owner, got {site.linears}"
+                )
+        config = cls(sites=sites, **rest)
+        for name, times in Counter(config.linears).items():
+            if times > 1:
+                raise CheckpointError(f"{where}.sites must list a linear once, got {name} twice")
+        return config
+
+
+def _site_config(linears: list[str], rule: str, fp4_fraction: float) -> SiteConfig:
+    """A :class:`SiteConfig` of values that someone else wrote."""
+    if not isinstance(linears, list) or not all(isinstance(name, str) for name in linears):
+        raise TypeError(f"linears must be a list of names, got {linears!r}")
+    if not isinstance(rule, str) or not isinstance(fp4_fraction, int | float):
+        raise TypeError(
+            f"rule and fp4_fraction must be a name and a number, got {rule!r}, {fp4_fraction!r}"
+        )
+    return SiteConfig(linears, rule, fp4_fraction)
 
 
 def write(
@@ -135,19 +153,22 @@ def write(
         max_shard_size: a larger checkpoint is sharded like any Hugging Face model.
 
     Raises:
-        InputError: the target is in use, or the disk is full; nothing is left behind then.
+        InputError: the target is in use or cannot be made, or the disk is full; nothing is left
+            behind then.
     """
     require_free(directory)
     total = sum(t.nbytes for t in tensors.values())
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(directory.parent).free
-    if free < total:
-        raise InputError(
-            f"{directory}: the disk is full: the checkpoint needs {total:,} bytes, "
-            f"{free:,} are free"
-        )
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
+    partial = None
     try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(directory.parent).free
+        if free < total:
+            raise InputError(
+                f"{directory}: the disk is full: the checkpoint needs {total:,} bytes, "
+                f"{free:,} are free"
+            )
+        prefix = f".{directory.name}.partial-"
+        partial = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
         write_extra(partial)
         _write_files(partial, tensors, config, max_shard_size)
         _open_to_others(partial)
@@ -159,7 +180,8 @@ def write(
             f"{directory}: could not be written ({error}); nothing was left behind"
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def require_free(directory: Path) -> None:
@@ -180,7 +202,11 @@ def _write_files(
         _write_json(folder / "model.safetensors.index.json", index)
     _write_json(folder / "config.json", config)
     # What lies beside the tensors is small; its checksums travel in every tensor file.
-    others = {path.name: _crc32(path.read_bytes()) for path in sorted(folder.iterdir())}
+    others = {
+        path.relative_to(folder).as_posix(): _crc32(path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     for filename, names in split.filename_to_tensors.items():
         part = {name: tensors[name].cpu() for name in names}
         sums = {name: checksum(tensor) for name, tensor in part.items()}
@@ -227,6 +253,10 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     if not isinstance(config, dict) or "quantization_config" not in config:
         raise InputError(f"{directory}: not an fgmp checkpoint: no quantization_config in {path}")
+    if not isinstance(config["quantization_config"], dict):
+        raise CheckpointError(
+            f"{path}: quantization_config must be a mapping, got {config['quantization_config']!r}"
+        )
     return config
 
 
@@ -237,9 +267,9 @@ def tensor_files(directory: Path) -> list[Path]:
         return [directory / "model.safetensors"]
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [directory / name for name in names]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index}: malformed ({error!r})") from error
-    return [directory / name for name in names]
 
 
 class Reader:
@@ -341,6 +371,19 @@ class Reader:
         except CheckpointError as error:
             raise CheckpointError(f"{file}: {error}") from error
         return packed
+
+    def group(self, owner: str, config: SiteConfig) -> tuple[Site, dict[str, PackedWeight]]:
+        """A site and the linears that read it, validated each and together."""
+        weights = {name: self.packed(name) for name in config.linears}
+        wanted = weights[owner].k, weights[owner].t.item()
+        for name, weight in weights.items():
+            found = weight.k, weight.t.item()
+            if found != wanted:
+                raise CheckpointError(
+                    f"{self._files[f'{name}.weight_t']}: {name}: K and weight_t must be those of "
+                    f"{owner}, which reads the same site, {wanted}, got {found}"
+                )
+        return self.site(owner, config.rule, weights[owner].k), weights
 
     def site(self, owner: str, rule: str, k: int) -> Site:
         """The record of one activation site, validated; ``k`` is the width of its linears."""
