@@ -31,7 +31,7 @@ from fgmp.pack.planes import PackedWeight, pack
 from fgmp.progress import Stages, silent
 from fgmp.recipe import Recipe
 from fgmp.sensitivity import memory
-from fgmp.sensitivity.fisher import Calibration, Loss, calibrate, causal_lm_loss
+from fgmp.sensitivity.fisher import Calibration, Loss, calibrate, causal_lm_loss, frozen
 from fgmp.sensitivity.histogram import (
     ScoreHistogram,
     achieved_fraction,
@@ -253,6 +253,7 @@ def _histograms(
     if policy.fraction is not None:
         return histograms
     with ExitStack() as stack, torch.no_grad(), progress("scoring activations", len(samples)) as go:
+        stack.enter_context(frozen(model))
         for name, site in calibration.sites.items():
             record, histogram = records[name], histograms[name]
 
@@ -365,10 +366,11 @@ def _mean_loss(
     model: nn.Module, samples: Sequence[Any] | Tensor, loss: Loss, advance: Callable[[], None]
 ) -> float:
     total, count = 0.0, 0
-    for sample in samples:
-        value, predictions = loss(model, sample)
-        total, count = total + value.item(), count + predictions
-        advance()
+    with frozen(model):
+        for sample in samples:
+            value, predictions = loss(model, sample)
+            total, count = total + value.item(), count + predictions
+            advance()
     return total / count
 
 
