@@ -1,0 +1,192 @@
+"""Texts become windows of tokens: every token once, held-out apart, and errors that help."""
+
+import hashlib
+import json
+import sys
+import types
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fgmp.data import (
+    calibration_text,
+    choose_windows,
+    evaluation_windows,
+    read_documents,
+    tokenize,
+    windows,
+)
+from fgmp.errors import InputError
+
+
+class Bytes:
+    """A tokenizer: a token is a byte; 1 begins a document, and 2 ends one where ``eos`` is on."""
+
+    def __init__(self, eos: bool = True) -> None:
+        self.eos_token_id = 2 if eos else None
+
+    def __call__(self, documents: list[str], **options: object) -> dict[str, list[list[int]]]:
+        assert options == {"return_attention_mask": False, "verbose": False}
+        return {"input_ids": [[1, *d.encode()] for d in documents]}
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("één\n\ntwo", encoding="utf-8")
+    assert read_documents(path) == ["één\n\ntwo"]
+    path.write_text("one<|endoftext|>\ntwo<|endoftext|>  \n")
+    assert read_documents(str(path)) == ["one", "\ntwo"]
+    path.write_text("")
+    assert read_documents(path) == []
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson"])
+def test_json_lines(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    lines = [{"text": "one\u2028still one"}, {"text": " ", "x": 1}, {"text": "two\nlines"}]
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n")
+    assert read_documents(path) == ["one\u2028still one", "two\nlines"]
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("{", "line 2 is not JSON"),
+        ('{"content": "x"}', 'line 2 has no string field "text"'),
+        ('{"text": 3}', 'line 2 has no string field "text"'),
+        ('["text"]', 'line 2 has no string field "text"'),
+    ],
+)
+def test_bad_lines_are_numbered(line: str, fault: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n' + line + "\n")
+    with pytest.raises(InputError, match=rf"a\.jsonl: {fault}"):
+        read_documents(path)
+
+
+def test_what_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder, not a file"):
+        read_documents(tmp_path)
+    with pytest.raises(InputError, match=r"nowhere\.txt: no such file"):
+        read_documents(tmp_path / "nowhere.txt")
+    (tmp_path / "binary.txt").write_bytes(b"ab\xff\xfe")
+    with pytest.raises(InputError, match=r"binary\.txt: not UTF-8 at byte 2"):
+        read_documents(tmp_path / "binary.txt")
+
+
+def test_a_name_needs_the_datasets_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"wikitext: no such file.*pip install 'fgmp\[datasets\]'"):
+        read_documents("wikitext")
+
+
+def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Loaded(dict[str, list[str]]):
+        @property
+        def column_names(self) -> list[str]:
+            return list(self)
+
+    def load_dataset(name: str, config: str | None, split: str) -> Loaded:
+        asked.append((name, config, split))
+        if name == "gone":
+            raise RuntimeError("not on the hub")
+        return Loaded(text=["a", " ", "b"]) if name != "speech" else Loaded(audio=["a"])
+
+    module = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    assert read_documents("wiki") == ["a", "b"]
+    assert read_documents("wiki:raw") == read_documents("wiki:raw:test") == ["a", "b"]
+    assert asked == [("wiki", None, "train"), ("wiki", "raw", "train"), ("wiki", "raw", "test")]
+    with pytest.raises(InputError, match=r'speech: no column "text", only \[\'audio\'\]'):
+        read_documents("speech")
+    with pytest.raises(InputError, match="gone: no such file, and as a dataset: not on the hub"):
+        read_documents("gone")
+
+
+def test_documents_are_joined_by_the_end_token() -> None:
+    assert tokenize(["a", "b"], Bytes()).tolist() == [1, 97, 2, 1, 98]
+    assert tokenize(["a", "b"], Bytes(eos=False)).tolist() == [1, 97, 1, 98]
+    assert tokenize([], Bytes()).shape == (0,)
+    assert tokenize(["a"], Bytes()).dtype == torch.int64
+
+
+def test_windows_drop_the_tail() -> None:
+    assert windows(torch.arange(11), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert windows(torch.arange(3), 4).shape == (0, 4)
+
+
+def rows(*tensors: Tensor) -> list[int]:
+    """Windows of ``arange`` by the number they begin with."""
+    return [int(row[0]) for tensor in tensors for row in tensor]
+
+
+@pytest.mark.parametrize(
+    ("available", "asked", "samples", "held"),
+    [
+        (100, 16, 16, 2),
+        (100, 8, 8, 1),
+        (100, 1, 1, 1),
+        (10, 16, 9, 1),
+        (20, 64, 18, 2),
+        (2, 9, 1, 1),
+    ],
+)
+def test_samples_and_held_out_are_apart(
+    available: int, asked: int, samples: int, held: int
+) -> None:
+    text = choose_windows(torch.arange(available * 4 + 3), samples=asked, seq_len=4, seed=3)
+    assert (len(text.samples), len(text.held_out), text.asked) == (samples, held, asked)
+    found = rows(text.samples, text.held_out)
+    assert len(set(found)) == samples + held
+    assert all(n % 4 == 0 and n < available * 4 for n in found)
+    assert rows(text.samples) == sorted(rows(text.samples))
+    digest = hashlib.sha256(text.samples.numpy().tobytes()).hexdigest()
+    assert text.fingerprint == digest
+
+
+def test_the_seed_chooses() -> None:
+    stream = torch.arange(4000)
+    chosen = [
+        rows(choose_windows(stream, samples=10, seq_len=4, seed=s).samples) for s in (0, 0, 1)
+    ]
+    assert chosen[0] == chosen[1] != chosen[2]
+    # All windows are as likely: of 300 draws of 10 from 1,000, none should come up 15 times.
+    often = Counter(
+        n
+        for s in range(300)
+        for n in rows(choose_windows(stream, samples=10, seq_len=4, seed=s).samples)
+    )
+    assert max(often.values()) < 15 and len(often) > 900
+
+
+def test_a_text_too_short_for_calibration(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 14)
+    with pytest.raises(
+        InputError,
+        match=r"a\.txt: calibration needs at least 2 sequences of 8 tokens, got 15 tokens",
+    ):
+        calibration_text(path, Bytes(), samples=4, seq_len=8, seed=0)
+    path.write_text("x" * 15)
+    text = calibration_text(path, Bytes(), samples=4, seq_len=8, seed=0)
+    assert text.samples.shape == text.held_out.shape == (1, 8)
+
+
+def test_evaluation_takes_all_windows(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("abcdefgh")
+    assert evaluation_windows(path, Bytes(), 3).tolist() == [
+        [1, 97, 98],
+        [99, 100, 101],
+        [102, 103, 104],
+    ]
+    assert evaluation_windows(path, Bytes(), 100).shape == (1, 9)  # a short text is one window
+    path.write_text("\n")
+    with pytest.raises(InputError, match=r"a\.txt: nothing to predict in 0 tokens"):
+        evaluation_windows(path, Bytes(), 3)
