@@ -37,9 +37,9 @@ def read_documents(source: str | Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise InputError(f"text {path}: not UTF-8 at byte {error.start}") from error
     if path.suffix in (".jsonl", ".ndjson"):
-        documents = [
-            _text_of(line, path, i + 1) for i, line in enumerate(text.splitlines()) if line
-        ]
+        # Not splitlines, which also parts at characters that JSON allows inside a string.
+        lines = enumerate(text.split("\n"), start=1)
+        documents = [_text_of(line, path, number) for number, line in lines if line.strip()]
     else:
         documents = text.split(SEPARATOR)
     return [d for d in documents if d.strip()]
