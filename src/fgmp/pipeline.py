@@ -6,21 +6,23 @@ activation sites.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fgmp.assign.clip import search_scale_codes
-from fgmp.assign.policy import POLICIES, Policy, site_record, weight_masks, weight_scores
+from fgmp.assign.activations import ActivationAssignment, assign_activations
+from fgmp.assign.policy import POLICIES, site_record
+from fgmp.assign.weights import group_scale, pack_weights
 from fgmp.errors import InputError
 from fgmp.formats.activation import Site, sensitivity_codes, site_threshold
-from fgmp.formats.spec import E4M3
-from fgmp.formats.weight import check_finite, nearest_scale_codes, quantize_weight, tensor_scale
+from fgmp.formats.spec import E2M1, E4M3, FP4_BITS
+from fgmp.formats.weight import check_finite, quantize_weight
 from fgmp.model.convert import install
 from fgmp.model.linear import mixed_linears, sites
 from fgmp.model.select import linearize, matrices, quantizable
@@ -31,29 +33,21 @@ from fgmp.pack.planes import PackedWeight, pack
 from fgmp.progress import Stages, silent
 from fgmp.recipe import Recipe
 from fgmp.sensitivity import memory
-from fgmp.sensitivity.fisher import Calibration, Loss, calibrate, causal_lm_loss, frozen
-from fgmp.sensitivity.histogram import (
-    ScoreHistogram,
-    achieved_fraction,
-    add_scores,
-    global_threshold,
-    new_histogram,
-)
+from fgmp.sensitivity.fisher import Loss, SiteStatistics, calibrate, causal_lm_loss, frozen
+from fgmp.sensitivity.histogram import ScoreHistogram, add_scores, new_histogram
 
 
-@dataclass
+@dataclass(frozen=True)
 class Assignment:
-    """What quantizing decided, before it is put into the model."""
+    """What quantizing decided, before it is put into the model; sites go by their owner."""
 
     weights: dict[str, PackedWeight]
-    records: dict[str, Site]
+    activations: ActivationAssignment
     linears_of: dict[str, list[str]]
-    fp4_fractions: dict[str, float]
-    fp4_activations: float
 
     def install(self, model: nn.Module) -> None:
         """Put it into the model, in place."""
-        install(model, self.weights, self.records, self.linears_of)
+        install(model, self.weights, self.activations.records, self.linears_of)
 
 
 def quantize(
@@ -99,18 +93,10 @@ def quantize(
         samples, held_out = _split(samples)
     if len(samples) == 0:
         raise InputError("quantize needs at least one calibration sequence, got none")
-    linearize(model)
-    linears = quantizable(model, recipe.include, recipe.exclude)
-    if not linears:
-        raise InputError(
-            f"no linear layer to quantize: include {list(recipe.include)} and exclude "
-            f"{list(recipe.exclude)} leave none of {type(model).__name__}'s"
-        )
+    linears = _select(model, recipe)
     total = matrices(model)
-    for name, linear in linears.items():
-        check_finite(f"{name}.weight", linear.weight)
     device = next(model.parameters()).device
-    needed = _memory_estimate(model, linears, samples[0], loss, recipe, len(samples))
+    needed = memory.estimate(model, linears, samples[0], loss, _packed_bytes(recipe))
     memory.require(needed, device)
     report(f"peak memory will be about {needed.peak / 1e9:.2f} GB")
     memory.reset_peak(device)
@@ -120,35 +106,51 @@ def quantize(
             model, linears, samples, loss, groups=groups, state=state, advance=advance
         )
     calibrated = time.perf_counter()
-    _report_unreached(calibration, report)
-    histograms = _histograms(model, linears, calibration, policy, recipe, samples, loss, progress)
-    records, fractions, fp4_activations = _activation_thresholds(
-        histograms, _records(calibration, policy, recipe), policy, recipe.activation_fraction
-    )
-    linears_of = {_owner(site.linears): site.linears for site in calibration.sites.values()}
-    renamed = {name: _owner(site.linears) for name, site in calibration.sites.items()}
+    statistics = {site.linears[0]: site for site in calibration.sites.values()}
+    linears_of = {owner: site.linears for owner, site in statistics.items()}
+    _report_unreached(statistics, report)
+
+    records = {
+        owner: site_record(policy, site.g2, site.amax, recipe.headroom)
+        for owner, site in statistics.items()
+    }
+    wanted = recipe.activation_fraction if policy.fraction is None else policy.fraction
+    histograms = {owner: new_histogram(record) for owner, record in records.items()}
+    if policy.fraction is None:
+        with progress("scoring activations", len(samples)) as advance:
+            _count_scores(model, linears, records, histograms, samples, loss, advance)
+    activations = assign_activations(records, histograms, policy, wanted)
+
     variants = {}
     for clipped in {"on": (True,), "off": (False,), "auto": (False, True)}[recipe.clip]:
-        weights = _pack_weights(linears, calibration, policy, recipe, clipped, progress)
-        variants[clipped] = Assignment(
-            weights,
-            {renamed[n]: r for n, r in records.items()},
-            linears_of,
-            {renamed[n]: f for n, f in fractions.items()},
-            fp4_activations,
-        )
+        with progress("packing, clipped" if clipped else "packing", len(linears)) as advance:
+            weights = pack_weights(
+                {name: linear.weight.detach() for name, linear in linears.items()},
+                calibration.weights,
+                linears_of.values(),
+                policy,
+                recipe.fp4 if policy.fraction is None else policy.fraction,
+                clipped=clipped,
+                seed=recipe.seed,
+                advance=advance,
+            )
+        variants[clipped] = Assignment(weights, activations, linears_of)
     calibration.weights.clear()
     clipped, losses = _choose(model, variants, held_out, loss, progress)
-    assignment = variants[clipped]
-    seconds = time.perf_counter() - started
-    _finish(model, assignment, recipe, total)
+    _finish(model, variants[clipped], recipe, total)
+
     config = config_of(model)
-    config.result["clip"] = {"used": clipped, "held_out_nll": losses}
-    config.result["seconds"] = {"total": seconds, "calibration": calibrated - started}
-    config.result["sensitivities_floored"] = _floored_share(calibration)
-    config.result["peak_bytes"] = memory.peak_bytes(device)
-    config.result["peak_bytes_predicted"] = needed.peak
     config.calibration.update(sequences=len(samples), predictions=calibration.predictions)
+    config.result.update(
+        clip={"used": clipped, "held_out_nll": losses},
+        sensitivities_floored=_floored_share(statistics),
+        seconds={
+            "total": time.perf_counter() - started,
+            "calibration": calibrated - started,
+        },
+        peak_bytes=memory.peak_bytes(device),
+        peak_bytes_predicted=needed.peak,
+    )
     return model
 
 
@@ -175,14 +177,17 @@ def uniform(
     }
     weights = {}
     for names in linears_of.values():
-        t = _group_scale([original.get_submodule(n).weight for n in names])  # type: ignore[misc]
+        t = group_scale(original.get_submodule(n).weight for n in names)  # type: ignore[misc]
         for name in names:
             codes = quantize_weight(original.get_submodule(name).weight, t)  # type: ignore[arg-type]
             weights[name] = pack(codes, torch.full_like(codes.scale, weight_fp4 == 0).bool())
-    assignment = Assignment(
-        weights, records, linears_of, dict.fromkeys(records, weight_fp4), weight_fp4
+    activations = ActivationAssignment(records, dict.fromkeys(records, weight_fp4), weight_fp4)
+    _finish(
+        original,
+        Assignment(weights, activations, linears_of),
+        Recipe(policy=policy_name, fp4=weight_fp4, clip="off"),
+        total,
     )
-    _finish(original, assignment, Recipe(policy=policy_name, fp4=weight_fp4, clip="off"), total)
     return original
 
 
@@ -193,22 +198,28 @@ def _split(samples: Sequence[Any] | Tensor) -> tuple[Any, Any]:
     return samples[:-held], samples[-held:]
 
 
-def _memory_estimate(
-    model: nn.Module,
-    linears: dict[str, nn.Linear],
-    sample: Any,
-    loss: Loss,
-    recipe: Recipe,
-    count: int,
-) -> memory.MemoryEstimate:
-    # A mixed weight takes 4.5 bits plus 4 an FP8 element; auto holds two variants of it.
+def _select(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
+    """Linearize the model and choose; weights must be finite."""
+    linearize(model)
+    linears = quantizable(model, recipe.include, recipe.exclude)
+    if not linears:
+        raise InputError(
+            f"no linear layer to quantize: include {list(recipe.include)} and exclude "
+            f"{list(recipe.exclude)} leave none of {type(model).__name__}'s"
+        )
+    for name, linear in linears.items():
+        check_finite(f"{name}.weight", linear.weight)
+    return linears
+
+
+def _packed_bytes(recipe: Recipe) -> float:
+    """Bytes a parameter of the planes held at once: clip=auto makes two variants of them."""
     variants = 2 if recipe.clip == "auto" else 1
-    packed = variants * (4.5 + 4 * (1 - recipe.fp4)) / 8
-    return memory.estimate(model, linears, sample, loss, packed)
+    return variants * (FP4_BITS + E2M1.bits * (1 - recipe.fp4)) / 8
 
 
-def _report_unreached(calibration: Calibration, report: Callable[[str], None]) -> None:
-    unreached = [s.linears[0] for s in calibration.sites.values() if s.tokens == 0]
+def _report_unreached(statistics: dict[str, SiteStatistics], report: Callable[[str], None]) -> None:
+    unreached = [owner for owner, site in statistics.items() if site.tokens == 0]
     if unreached:
         report(
             f"{len(unreached)} sites were reached by no calibration token and keep default "
@@ -216,129 +227,44 @@ def _report_unreached(calibration: Calibration, report: Callable[[str], None]) -
         )
 
 
-def _floored_share(calibration: Calibration) -> float:
+def _floored_share(statistics: dict[str, SiteStatistics]) -> float:
     """Share of channels whose sensitivity lies below the smallest code and is raised to it."""
     floored, channels = 0, 0
-    for site in calibration.sites.values():
+    for site in statistics.values():
         _, gamma = sensitivity_codes(site.g2)
         floored += int((site.g2 < gamma * E4M3.smallest / 2).sum())
         channels += len(site.g2)
     return floored / channels
 
 
-def _owner(linears: list[str]) -> str:
-    return linears[0]
-
-
-def _records(calibration: Calibration, policy: Policy, recipe: Recipe) -> dict[str, Site]:
-    return {
-        name: site_record(policy, site.g2, site.amax, recipe.headroom)
-        for name, site in calibration.sites.items()
-    }
-
-
-def _histograms(
+@torch.no_grad()
+def _count_scores(
     model: nn.Module,
     linears: dict[str, nn.Linear],
-    calibration: Calibration,
-    policy: Policy,
-    recipe: Recipe,
+    records: dict[str, Site],
+    histograms: dict[str, ScoreHistogram],
     samples: Sequence[Any] | Tensor,
     loss: Loss,
-    progress: Stages,
-) -> dict[str, ScoreHistogram]:
+    advance: Callable[[], None],
+) -> None:
     """Run the samples forward once more and count the scores of every activation block."""
-    records = _records(calibration, policy, recipe)
-    histograms = {name: new_histogram(record) for name, record in records.items()}
-    if policy.fraction is not None:
-        return histograms
-    with ExitStack() as stack, torch.no_grad(), progress("scoring activations", len(samples)) as go:
+    with ExitStack() as stack:
         stack.enter_context(frozen(model))
-        for name, site in calibration.sites.items():
-            record, histogram = records[name], histograms[name]
-
-            def count(
-                _: nn.Module,
-                args: tuple[Tensor, ...],
-                record: Site = record,
-                histogram: ScoreHistogram = histogram,
-            ) -> None:
-                add_scores(histogram, args[0], record)
-
-            # All linears of a site read the same tensor, so its first one sees everything.
-            stack.enter_context(_hook(linears[site.linears[0]], count))
+        for owner, record in records.items():
+            # All linears of a site read the same tensor, so its owner sees everything.
+            hook = partial(_count_input, histograms[owner], record)
+            handle = linears[owner].register_forward_pre_hook(hook)
+            stack.callback(handle.remove)
         for sample in samples:
             loss(model, sample)
-            go()
-    return histograms
+            advance()
 
 
-@contextmanager
-def _hook(module: nn.Module, function: Callable[..., None]) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(function)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _activation_thresholds(
-    histograms: dict[str, ScoreHistogram],
-    records: dict[str, Site],
-    policy: Policy,
-    fp4_fraction: float,
-) -> tuple[dict[str, Site], dict[str, float], float]:
-    """Sites with their T_site, and the share of FP4 blocks on the samples: of each, and of all."""
-    wanted = fp4_fraction if policy.fraction is None else policy.fraction
-    shared = global_threshold(list(histograms.values()), wanted)
-    done, fractions = {}, {}
-    for name, record in records.items():
-        threshold = global_threshold([histograms[name]], wanted) if policy.per_layer else shared
-        done[name] = replace(record, threshold=site_threshold(threshold, record.r, record.gamma))
-        exact = {-torch.inf: 0.0, torch.inf: 1.0}.get(threshold)
-        reached = achieved_fraction(histograms[name], done[name].threshold)
-        fractions[name] = reached if exact is None else exact
-    blocks = {name: histogram.total for name, histogram in histograms.items()}
-    overall = sum(fractions[n] * blocks[n] for n in done) / max(1, sum(blocks.values()))
-    return done, fractions, overall if any(blocks.values()) else wanted
-
-
-def _group_scale(weights: list[Tensor]) -> float:
-    return tensor_scale(max(w.abs().max().item() for w in weights))
-
-
-def _pack_weights(
-    linears: dict[str, nn.Linear],
-    calibration: Calibration,
-    policy: Policy,
-    recipe: Recipe,
-    clipped: bool,
-    progress: Stages,
-) -> dict[str, PackedWeight]:
-    """Choose block scales, score the blocks with them, assign, and pack."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    scales, scores, ts = {}, {}, {}
-    title = "scoring weights, clipped" if clipped else "scoring weights"
-    with progress(title, len(linears)) as advance:
-        for site in calibration.sites.values():
-            t = _group_scale([linears[n].weight for n in site.linears])
-            for name in site.linears:
-                weight, fisher = linears[name].weight.detach(), calibration.weights[name]
-                if not fisher.any():
-                    fisher = torch.ones_like(fisher)  # an expert that no token reached
-                weighted = fisher if policy.sensitivity == "fisher" else torch.ones_like(fisher)
-                nearest = nearest_scale_codes(weight.float(), t)
-                scales[name] = search_scale_codes(weight, weighted, t) if clipped else nearest
-                codes = quantize_weight(weight, t, scales[name])
-                scores[name] = weight_scores(policy, codes, calibration.weights[name], generator)
-                ts[name] = t
-                advance()
-    fraction = recipe.fp4 if policy.fraction is None else policy.fraction
-    masks, _ = weight_masks(policy, scores, fraction)
-    return {
-        name: pack(quantize_weight(linear.weight.detach(), ts[name], scales[name]), masks[name])
-        for name, linear in linears.items()
-    }
+def _count_input(
+    histogram: ScoreHistogram, record: Site, _: nn.Module, args: tuple[Tensor, ...]
+) -> None:
+    if args[0].numel():
+        add_scores(histogram, args[0], record)
 
 
 def _choose(
@@ -379,6 +305,7 @@ def _finish(
 ) -> None:
     """Install, and write down what the checkpoint's configuration will say."""
     assignment.install(model)
+    activations = assignment.activations
     packed = mixed_linears(model)
     elements = sum(m.packed.n * m.packed.k for m in packed.values())
     fp8 = sum(int(m.packed.is_fp8().sum()) for m in packed.values())
@@ -386,14 +313,14 @@ def _finish(
     config = CheckpointConfig(
         sites={
             owner: SiteConfig(
-                names, assignment.records[owner].rule, assignment.fp4_fractions[owner]
+                names, activations.records[owner].rule, activations.fp4_fractions[owner]
             )
             for owner, names in assignment.linears_of.items()
         },
         recipe=recipe.to_dict(),
         result={
             "fp4_weights": 1 - fp8 / blocks,
-            "fp4_activations": assignment.fp4_activations,
+            "fp4_activations": activations.fp4_fraction,
             "bits_per_weight": 8 * sum(m.packed.nbytes for m in packed.values()) / elements,
             "quantized_share": elements / sum(total.values()),
             "unquantized": sorted(n for n in total if n.removesuffix(".weight") not in packed),
