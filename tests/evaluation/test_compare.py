@@ -1,0 +1,280 @@
+"""What a comparison reports, against numbers worked by hand and a plain loop."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from torch import Tensor, nn
+
+import fgmp
+from fgmp import Recipe
+from fgmp.errors import CheckpointError
+from fgmp.evaluation import compare as comparison
+from fgmp.evaluation.compare import Row, _interval, _Measured, _row, compare, table
+from fgmp.evaluation.inspect import inspect_checkpoint
+from fgmp.evaluation.perplexity import Losses, batches, evaluate, loss_of
+from fgmp.model.linear import mixed_linears, sites
+from fgmp.model.store import config_of
+from fgmp.pack.stream import to_image
+from fgmp.pipeline import uniform
+
+
+def measured(nll: float, kl: float = 0.0) -> _Measured:
+    """Ten windows of four predictions with this mean loss."""
+    return _Measured(
+        Losses(torch.full((10,), 4 * nll, dtype=torch.float64), 4), kl, 5.0, 6.0, 2.5, 0.7
+    )
+
+
+def rows(fp8: float, nvfp4: float, fgmp: float, kls: tuple[float, ...] = (1, 3, 2)) -> Row:
+    """The fgmp row of a comparison of perplexities."""
+    by_name = {
+        "original": measured(math.log(10.0)),
+        "fp8": measured(math.log(fp8), kls[0]),
+        "nvfp4": measured(math.log(nvfp4), kls[1]),
+        "fgmp": measured(math.log(fgmp), kls[2]),
+    }
+    return _row("fgmp", by_name["fgmp"], by_name)
+
+
+# The arithmetic of the gap.
+
+
+def test_gap_by_hand() -> None:
+    row = rows(fp8=20.0, nvfp4=24.0, fgmp=21.0, kls=(0.01, 0.05, 0.02))
+    assert row.perplexity == pytest.approx(21.0)
+    assert row.vs_fp8_percent == pytest.approx(5.0)  # 21 / 20 - 1
+    assert row.gap_recovered_percent == pytest.approx(75.0)  # 3 of 4
+    assert row.kl_gap_recovered_percent == pytest.approx(75.0)  # 0.03 of 0.04
+    assert (row.bits_per_weight, row.bits_per_activation, row.compression) == (5.0, 6.0, 2.5)
+
+
+def test_the_ends_of_the_gap() -> None:
+    assert rows(20.0, 24.0, 20.0).gap_recovered_percent == pytest.approx(100)
+    assert rows(20.0, 24.0, 24.0).gap_recovered_percent == pytest.approx(0, abs=1e-9)
+    assert rows(20.0, 24.0, 25.0).gap_recovered_percent == pytest.approx(-25)
+
+
+@pytest.mark.parametrize(
+    ("nvfp4", "told"), [(20.11, True), (20.09, False), (20.0, False), (19.0, False)]
+)
+def test_a_gap_under_half_a_percent_is_none(nvfp4: float, told: bool) -> None:
+    """NVFP4 may even be better by chance; a ratio of noises would mean nothing."""
+    assert (rows(20.0, nvfp4, 20.05).gap_recovered_percent is not None) == told
+
+
+def test_a_kl_gap_must_be_one() -> None:
+    assert rows(20, 24, 21, kls=(0.05, 0.05, 0.04)).kl_gap_recovered_percent is None
+    assert rows(20, 24, 21, kls=(0.06, 0.05, 0.04)).kl_gap_recovered_percent is None
+
+
+def test_table_shows_missing_numbers_as_dashes() -> None:
+    by_name = {
+        "original": _Measured(measured(2.0).losses, 0, 16, 16, 1.0, None),
+        "fp8": measured(2.0),
+        "nvfp4": measured(2.0),
+    }
+    header, line = table([_row("original", by_name["original"], by_name)])
+    shown = dict(zip(header, line, strict=True))
+    assert shown["model"] == "original" and shown["perplexity"] == "7.389"
+    missing = [value for value in line if value == "-"]
+    assert len(missing) == 3 and shown["FP4 act"] == "-"
+    assert shown["vs FP8"] == "+0.00%" and shown["compression"] == "1.00x"
+
+
+# The interval.
+
+
+def test_a_constant_difference_has_a_narrow_interval() -> None:
+    """Windows differ widely in loss, but a model is always 0.1 nats a token worse."""
+    original = Losses(torch.linspace(1, 100, 50).double(), 8)
+    worse = Losses(original.by_window + 0.8, 8)
+    low, high = _interval(worse, original)
+    assert low == pytest.approx(worse.perplexity) and high == pytest.approx(worse.perplexity)
+
+
+def test_the_interval_is_that_of_a_mean() -> None:
+    g = torch.Generator().manual_seed(0)
+    original = Losses(torch.full((400,), 80.0).double(), 8)
+    noise = torch.randn(400, generator=g, dtype=torch.float64)
+    low, high = _interval(Losses(original.by_window + 8 * 0.2 * noise, 8), original)
+    # 0.2 nats of scatter over 400 windows: 0.01, times 1.96 to either side, in the logarithm.
+    width = math.log(high / low) / 2
+    assert width == pytest.approx(1.96 * 0.2 * noise.std().item() / 20, rel=0.08)
+    middle = math.log(high * low) / 2
+    assert middle == pytest.approx(10 + 0.2 * noise.mean().item(), abs=0.002)
+
+
+# Perplexity.
+
+
+def test_perplexity_against_a_plain_loop(tokens: Tensor) -> None:
+    model = make_model("llama").double()
+    total, n = 0.0, 0
+    for window in tokens:
+        for position in range(1, len(window)):
+            with torch.no_grad():
+                logits = model(input_ids=window[None, :position]).logits[0, -1]
+            total -= logits.log_softmax(-1)[window[position]].item()
+            n += 1
+    found = evaluate(make_model("llama"), tokens)
+    assert found.tokens == n == 8 * 23
+    # fp32 against float64: each token's loss to about 1e-6.
+    assert found.nll == pytest.approx(total / n, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(total / n), rel=1e-4)
+    assert found.by_window.shape == (8,) and found.by_window.dtype == torch.float64
+
+
+def test_batches_hold_all_windows() -> None:
+    windows = torch.arange(100).view(50, 2)
+    assert [len(b) for b in batches(windows)] == [50]
+    long = torch.zeros(5, 1500, dtype=torch.int64)
+    assert [len(b) for b in batches(long)] == [2, 2, 1]
+    assert [len(b) for b in batches(torch.zeros(2, 9000))] == [1, 1]
+
+
+def test_loss_of_uniform_predictions_is_log_v() -> None:
+    uniform_logits = torch.full((3, 5, 32), -math.log(32))
+    wanted = torch.full((3,), 5 * math.log(32)).double()
+    found = loss_of(uniform_logits, torch.zeros(3, 6, dtype=torch.int64))
+    assert torch.allclose(found, wanted, rtol=1e-6)
+
+
+# The whole comparison.
+
+
+@pytest.fixture(scope="module")
+def compared() -> tuple[dict[str, Row], dict[str, nn.Module], Tensor]:
+    tokens = torch.randint(128, (8, 24), generator=torch.Generator().manual_seed(1))
+    mixed = fgmp.quantize(make_model("llama"), tokens, Recipe(clip="off"))
+    models = {
+        "fp8": uniform(make_model("llama"), mixed, "fp8", 0.0),
+        "nvfp4": uniform(make_model("llama"), mixed, "nvfp4", 1.0),
+        "fgmp": mixed,
+    }
+    found = {row.name: row for row in compare(make_model("llama"), models, tokens)}
+    return found, models, tokens
+
+
+def test_rows(compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor]) -> None:
+    found, models, tokens = compared
+    assert list(found) == ["original", "fp8", "nvfp4", "fgmp"]
+    for name, model in {"original": make_model("llama"), **models}.items():
+        assert found[name].perplexity == pytest.approx(evaluate(model, tokens).perplexity)
+        low, high = found[name].ci95
+        assert low <= found[name].perplexity <= high
+    assert [found[n].fp4_activations for n in ("original", "fp8", "nvfp4")] == [None, 0.0, 1.0]
+    assert found["fgmp"].fp4_activations == pytest.approx(0.7, abs=0.02)
+    assert found["fp8"].gap_recovered_percent in (None, pytest.approx(100))
+    assert found["nvfp4"].kl_gap_recovered_percent == pytest.approx(0, abs=1e-9)
+
+
+def test_kl_against_its_definition(
+    compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor],
+) -> None:
+    found, models, tokens = compared
+    with torch.no_grad():
+        p = make_model("llama")(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
+        for name, model in models.items():
+            q = model(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
+            wanted = (p.exp() * (p - q)).sum(-1).mean().item()
+            assert found[name].kl == pytest.approx(wanted, rel=1e-3)
+    assert found["original"].kl == 0
+    assert 0 < found["fp8"].kl < found["fgmp"].kl < found["nvfp4"].kl
+
+
+def test_bits(compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor]) -> None:
+    found, models, _ = compared
+    elements = sum(m.packed.n * m.packed.k for m in mixed_linears(models["fgmp"]).values())
+    # shape and t, 20 bytes a linear, are all that is stored beside the codes.
+    extra = 8 * 20 * 14 / elements
+    assert found["fp8"].bits_per_weight == pytest.approx(8 + extra)
+    assert found["nvfp4"].bits_per_weight == pytest.approx(4.5 + extra)
+    assert found["original"].bits_per_weight == 32
+    assert (found["fp8"].bits_per_activation, found["nvfp4"].bits_per_activation) == (8, 4.5)
+    share = found["fgmp"].fp4_activations
+    assert found["fgmp"].bits_per_activation == pytest.approx(8 - 3.5 * share + 1 / 16)
+    # Uniform rows have the same bits for weights and activations, so those alone count.
+    assert found["original"].compression == 0.5
+    for name, bits in (("fp8", 8.0), ("nvfp4", 4.5)):
+        assert found[name].compression == pytest.approx(16 / bits, rel=0.03)
+
+
+def test_counters_and_drift(
+    compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor],
+) -> None:
+    _, models, tokens = compared
+    model = models["fgmp"]
+    comparison.start_counting(model)
+    assert comparison.activation_fraction(model) == 0
+    assert comparison.drift(model, {}) == {}
+    with torch.no_grad():
+        model(input_ids=tokens[:2])
+    counts = {name: site.counts for name, site in sites(model).items()}
+    kept, blocks, saturated = (sum(c) for c in zip(*counts.values(), strict=True))
+    assert comparison.activation_fraction(model) == kept / blocks
+    assert comparison.saturated_elements(model) == saturated
+    calibrated = dict.fromkeys(counts, 0.25)
+    for name, by in comparison.drift(model, calibrated).items():
+        assert by == counts[name][0] / counts[name][1] - 0.25
+
+
+# Inspection.
+
+
+def test_inspection(
+    compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor], tmp_path: Path
+) -> None:
+    model = compared[1]["fgmp"]
+    fgmp.save(model, tmp_path / "out")
+    facts = inspect_checkpoint(tmp_path / "out")
+    linears = mixed_linears(model)
+    assert facts["intact"] and facts["linears"] == 14
+    elements = sum(m.packed.n * m.packed.k for m in linears.values())
+    assert facts["quantized_weights"] == elements
+    flags = {name: m.packed.is_fp8() for name, m in linears.items()}
+    shares = facts["fp8_share"]
+    assert shares["by_linear"] == {
+        n: pytest.approx(f.double().mean().item()) for n, f in flags.items()
+    }
+    everything = torch.cat([f.flatten() for f in flags.values()])
+    assert shares["weights"] == pytest.approx(everything.double().mean().item())
+    assert list(shares["by_layer"]) == ["0", "1"]
+    first = torch.cat([f.flatten() for n, f in flags.items() if ".layers.0." in n])
+    assert shares["by_layer"]["0"] == pytest.approx(first.double().mean().item())
+    queries = torch.cat([f.flatten() for n, f in flags.items() if n.endswith("q_proj")])
+    assert shares["by_kind"]["self_attn.q_proj"] == pytest.approx(queries.double().mean().item())
+    assert facts["bytes"]["planes"] == sum(m.packed.nbytes for m in linears.values())
+    images = sum(len(to_image(m.packed)) for m in linears.values())
+    assert facts["bytes"]["streamed_image"] == images
+    assert facts["bits_per_weight"]["streamed_image"] == pytest.approx(8 * images / elements)
+    assert facts["unquantized"] == ["lm_head.weight"]
+    assert facts["recipe"] == Recipe(clip="off").to_dict()
+    config = config_of(model)
+    assert shares["activations_by_site"] == {n: 1 - s.fp4_fraction for n, s in config.sites.items()}
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert facts["file_bytes"] == size
+
+
+def test_experts_are_one_kind(tmp_path: Path) -> None:
+    tokens = torch.randint(128, (4, 24), generator=torch.Generator().manual_seed(1))
+    fgmp.save(fgmp.quantize(make_model("mixtral"), tokens, Recipe(clip="off")), tmp_path / "out")
+    kinds = inspect_checkpoint(tmp_path / "out")["fp8_share"]["by_kind"]
+    assert {k for k in kinds if "expert" in k} == {
+        "mlp.experts.*.gate_up_proj",
+        "mlp.experts.*.down_proj",
+    }
+
+
+def test_inspection_notices_damage(
+    compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor], tmp_path: Path
+) -> None:
+    fgmp.save(compared[1]["fgmp"], tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor \S+: its bytes must"):
+        inspect_checkpoint(tmp_path / "out")
