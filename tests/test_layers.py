@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "assign": {"formats"},
     "pack": {"errors", "formats"},
     "model": {"errors", "formats", "pack"},
-    "evaluation": {"errors", "formats", "pack", "model", "progress"},
+    "evaluation": {"formats", "pack", "model", "progress"},
     "report": {"evaluation"},
     "pipeline": {
         *("errors", "progress", "recipe"),
