@@ -1,0 +1,478 @@
+"""Every command, from arguments to exit code, on a tiny model and tokenizer in a folder.
+
+Commands run in this process, through the function that the console script calls; one real process
+is interrupted with a real signal.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import fgmp.progress
+from fgmp.cli import main
+from fgmp.pack.stream import image_bytes
+from fgmp.sensitivity.fisher import _Recorder
+
+TEXT = "The quick brown fox jumps over the lazy dog, again and again.\n" * 60
+
+
+def a_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level: a token a byte, and one for the end."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|end|>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+def a_model(layers: int = 1) -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data.normal_(0, 0.2)
+    return model
+
+
+@dataclass
+class Place:
+    """A folder with a model, its checkpoint and a text."""
+
+    model: str
+    checkpoint: str
+    text: str
+
+
+SMALL = ["--samples", "6", "--seq-len", "32"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("place")
+    a_model().save_pretrained(folder / "model")
+    a_tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(TEXT)
+    found = Place(*(str(folder / name) for name in ("model", "checkpoint", "text.txt")))
+    quantize = ["quantize", found.model, "-o", found.checkpoint, "--calib", found.text, *SMALL]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fgmp", *quantize, "--json"])
+        with pytest.raises(SystemExit, match="0"):
+            main()
+    return found
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """Standard output, which must be one JSON object and nothing else."""
+        assert self.code == 0, self.err
+        assert self.out.count("\n") == 1 and self.out.endswith("}\n")
+        return json.loads(self.out)
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line; file descriptors are caught, so that libraries cannot print past it."""
+
+    def call(*arguments: object) -> Done:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["fgmp", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        return Done(code, out, err)
+
+    return call
+
+
+def keys(value: object) -> object:
+    """The keys of nested mappings; what is below a list or number does not matter."""
+    return {k: keys(v) for k, v in value.items()} if isinstance(value, dict) else None
+
+
+# Every command.
+
+
+def test_quantize(run: Run, place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    facts = run(
+        *("quantize", place.model, "-o", out, "--calib", place.text, *SMALL),
+        *("--fp4", "0.5", "--fp4-activations", "0.8", "--seed", "3", "--json"),
+    ).json
+    assert keys(facts) == {
+        "output": None,
+        "fp4_fraction": {"weights": None, "activations": None},
+        "quantized_share": None,
+        "unquantized": None,
+        "bits_per_weight": None,
+        "bytes": None,
+        "clip": {"used": None, "held_out_nll": {"on": None, "off": None}},
+        "seconds": None,
+        "peak_bytes": None,
+    }
+    assert facts["output"] == str(out)
+    assert facts["fp4_fraction"]["weights"] == pytest.approx(0.5, abs=0.005)
+    assert facts["fp4_fraction"]["activations"] == pytest.approx(0.8, abs=0.005)
+    assert facts["bytes"] == (out / "model.safetensors").stat().st_size
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["out"]  # no state is left
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["recipe"]["seed"] == 3 and config["recipe"]["fp4_activations"] == 0.8
+    assert config["calibration"].keys() == {
+        "sequences",
+        "predictions",
+        "text",
+        "fingerprint",
+        "seq_len",
+    }
+    assert config["calibration"]["sequences"] == 6 and config["calibration"]["seq_len"] == 32
+    assert (out / "tokenizer.json").exists()
+
+
+def test_recipe_files_and_options(run: Run, place: Place, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("fp4: 0.4\nclip: off\npolicy: error\nexclude: ['*.o_proj']\nsamples: 6\n")
+    command = ("quantize", place.model, "--calib", place.text, "--seq-len", "32", "--json")
+    facts = run(*command, "-o", tmp_path / "out", "--recipe", recipe, "--fp4", "0.6").json
+    assert facts["fp4_fraction"]["weights"] == pytest.approx(0.6, abs=0.005)
+    assert facts["clip"] == {"used": False, "held_out_nll": {}}
+    assert "model.layers.0.self_attn.o_proj.weight" in facts["unquantized"]
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (stored["recipe"]["policy"], stored["recipe"]["fp4"]) == ("error", 0.6)
+
+
+def test_eval(run: Run, place: Place) -> None:
+    plain = run("eval", place.model, "--data", place.text, "--json").json
+    packed = run("eval", place.checkpoint, "--data", place.text, "--seq-len", "32", "--json").json
+    common = {"perplexity", "nll", "tokens", "fp4_activations"}
+    assert plain.keys() == common and plain["fp4_activations"] is None
+    extra = {"saturated", "drift", "quantized_share", "unquantized"}
+    assert packed.keys() == common | extra
+    assert plain["tokens"] == len(TEXT) // 64 * 63
+    assert packed["tokens"] == len(TEXT) // 32 * 31
+    assert packed["fp4_activations"] == pytest.approx(0.7, abs=0.05)
+
+
+def test_compare(run: Run, place: Place) -> None:
+    facts = run("compare", place.model, place.checkpoint, "--data", place.text, "--json").json
+    assert facts.keys() == {"rows", "quantized_share", "unquantized"}
+    assert [row["name"] for row in facts["rows"]] == ["original", "fp8", "nvfp4", "fgmp"]
+    assert set(facts["rows"][0]) == {
+        *("name", "perplexity", "ci95", "kl", "bits_per_weight", "bits_per_activation"),
+        *("compression", "fp4_activations", "vs_fp8_percent", "gap_recovered_percent"),
+        "kl_gap_recovered_percent",
+    }
+    assert facts["rows"][0]["perplexity"] == pytest.approx(
+        run("eval", place.model, "--data", place.text, "--json").json["perplexity"]
+    )
+
+
+def test_inspect(run: Run, place: Place) -> None:
+    facts = run("inspect", place.checkpoint, "--json").json
+    assert facts["intact"] is True and facts["path"] == place.checkpoint
+    assert facts["linears"] == 7
+    assert set(facts) == {
+        *("path", "intact", "tensors", "file_bytes", "linears", "quantized_weights", "fp8_share"),
+        *("bits_per_weight", "bytes", "unquantized", "quantized_share", "recipe"),
+        *("calibration", "clip"),
+    }
+    assert facts["bytes"]["streamed_image"] > image_bytes(1, 0)
+
+
+def test_generate(run: Run, place: Place) -> None:
+    arguments = ("generate", place.checkpoint, "The quick", "--max-new-tokens", "5")
+    facts = run(*arguments, "--json").json
+    assert facts.keys() == {"text", "tokens", "tokens_per_second"}
+    assert 1 <= facts["tokens"] <= 5
+    assert run(*arguments, "--json").json["text"] == facts["text"]
+    plain = run(*arguments)
+    assert plain.code == 0 and plain.out.strip() == f"The quick{facts['text']}".strip()
+    warm = (*arguments, "--temperature", "2.0", "--json")
+    texts = {run(*warm, "--seed", seed).json["text"] for seed in (0, 1, 2)}
+    assert len(texts) > 1
+    assert run(*warm, "--seed", 1).json["text"] in texts
+
+
+def test_tables_for_people(run: Run, place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shown = run("quantize", place.model, "-o", out, "--calib", place.text, *SMALL)
+    assert shown.code == 0 and "FP4 blocks" in shown.out and "quantized" in shown.out
+    assert "peak memory will be about" in shown.err and "FP4 blocks" not in shown.err
+    assert "perplexity" in run("eval", place.checkpoint, "--data", place.text).out
+    assert "fgmp" in run("compare", place.model, place.checkpoint, "--data", place.text).out
+    assert "intact" in run("inspect", place.checkpoint).out
+
+
+def test_checkpoints_are_what_the_library_makes(place: Place) -> None:
+    """The command adds texts and files, no arithmetic of its own."""
+    model = AutoModelForCausalLM.from_pretrained(place.model)
+    text = fgmp.calibration_text(place.text, a_tokenizer(), samples=6, seq_len=32, seed=0)
+    recipe = fgmp.Recipe(samples=6, seq_len=32)
+    fgmp.quantize(model, text.samples, recipe, held_out=text.held_out)
+    stored = load_file(Path(place.checkpoint) / "model.safetensors")
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+
+
+def test_a_short_text_is_remarked_on(run: Run, place: Place, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text(TEXT[:200])
+    arguments = ("quantize", place.model, "-o", tmp_path / "out", "--calib", text, *SMALL)
+    done = run(*arguments, "--json")
+    assert "gives 5 sequences of 32 tokens, fewer than the 6 asked for" in done.err
+    assert done.json["output"] == str(tmp_path / "out")
+
+
+def test_the_context_caps_windows(run: Run, place: Place, tmp_path: Path) -> None:
+    arguments = ("quantize", place.model, "-o", tmp_path / "out", "--calib", place.text)
+    assert run(*arguments, "--samples", "3", "--seq-len", "9999", "--json").code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["calibration"]["seq_len"] == 64
+    refused = run("eval", place.model, "--data", place.text, "--seq-len", "65")
+    assert refused.code == 1 and "seq-len must fit the model's context of 64, got 65" in refused.err
+    refused = run("eval", place.model, "--data", place.text, "--seq-len", "1")
+    assert refused.code == 1 and "seq-len must be at least 2, got 1" in refused.err
+
+
+# Errors: one line, exit code 1, nothing on standard output.
+
+
+def test_errors(run: Run, place: Place, tmp_path: Path) -> None:
+    empty, bert, t5 = tmp_path / "empty", tmp_path / "bert", tmp_path / "t5"
+    empty.mkdir()
+    sizes = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 1}
+    BertModel(BertConfig(**sizes, num_attention_heads=2, intermediate_size=32)).save_pretrained(
+        bert
+    )
+    t5_config = T5Config(vocab_size=257, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(t5_config).save_pretrained(t5)
+    for folder in (bert, t5):
+        a_tokenizer().save_pretrained(folder)
+    bare = tmp_path / "bare"
+    a_model().save_pretrained(bare)
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("fp5: 0.7\n")
+    broken = tmp_path / "broken"
+    a_model().save_pretrained(broken)
+    a_tokenizer().save_pretrained(broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+    def quantize(*more: object, model: object = place.model) -> list[object]:
+        return ["quantize", model, "-o", tmp_path / "out", *SMALL, "--json", *more]
+
+    text = ("--calib", place.text)
+    cases: list[tuple[list[object], str]] = [
+        (quantize("--calib", tmp_path / "no.txt"), "no.txt: no such file"),
+        (
+            quantize("--calib", short),
+            "short.txt: calibration needs at least 2 sequences of 32 tokens",
+        ),
+        (quantize(*text, model=tmp_path / "nowhere"), "nowhere: no such folder"),
+        (quantize(*text, model=empty), "empty: cannot be loaded"),
+        (quantize(*text, model=bert), "bert: not a causal language model"),
+        (quantize(*text, model=t5), "t5: cannot be loaded"),
+        (quantize(*text, model=bare), "bare: no tokenizer can be loaded"),
+        (quantize(*text, model=broken), "broken: cannot be loaded"),
+        (quantize(*text, model=place.checkpoint), "checkpoint: already quantized, by 'fgmp'"),
+        (quantize(*text, "--recipe", tmp_path / "no.yaml"), "no.yaml: No such file"),
+        (quantize(*text, "--recipe", recipe), "unknown key 'fp5'; the keys are fp4"),
+        (quantize(*text, "--fp4", "1.5"), "fp4 must be a fraction from 0 to 1, got 1.5"),
+        (quantize(*text, "--policy", "best"), "policy must be one of fisher"),
+        (quantize(*text, "--clip", "maybe"), "clip must be auto, on or off, got 'maybe'"),
+        (quantize(*text, "--samples", "0"), "samples must be an integer of at least 1, got 0"),
+        (
+            ["quantize", place.model, "-o", place.checkpoint, *text],
+            "checkpoint: already exists; choose another folder",
+        ),
+        (
+            ["quantize", place.model, "-o", short / "out", *SMALL, *text],
+            "out: could not be written",
+        ),
+        (["eval", place.model, "--data", tmp_path / "no.txt"], "no.txt: no such file"),
+        (["eval", tmp_path / "nowhere", "--data", place.text], "nowhere: no such folder"),
+        (["compare", place.model, place.model, "--data", place.text], "not an fgmp checkpoint"),
+        (
+            ["compare", place.checkpoint, place.checkpoint, "--data", place.text],
+            "the original must not be quantized",
+        ),
+        (["inspect", place.model], "not an fgmp checkpoint: no quantization_config"),
+        (["inspect", tmp_path / "nowhere"], "nowhere/config.json: No such file"),
+        (["generate", place.model, ""], "the prompt has 0 tokens; it must have 1 to 63"),
+        (["generate", place.model, "x" * 64], "the prompt has 64 tokens; it must have 1 to 63"),
+    ]
+    for arguments, message in cases:
+        done = run(*arguments)
+        assert done.code == 1, (arguments, done)
+        assert done.out == ""
+        assert "error:" in done.err and message in done.err, done.err
+        assert "Traceback" not in done.err
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["quantize"], ["frobnicate"], ["eval", "x"], ["generate", "x", "y", "--max-new-tokens", "0"]],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str], run: Run) -> None:
+    done = run(*arguments)
+    assert done.code == 2 and done.out == "" and "Traceback" not in done.err
+
+
+def test_help(run: Run) -> None:
+    done = run("--help")
+    assert done.code == 0
+    for command in ("quantize", "eval", "compare", "inspect", "generate", "quickstart"):
+        assert command in done.out
+        assert run(command, "--help").code == 0
+
+
+def test_a_damaged_checkpoint(run: Run, place: Place, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for path in Path(place.checkpoint).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    raw = bytearray((folder / "model.safetensors").read_bytes())
+    raw[-5] ^= 4
+    (folder / "model.safetensors").write_bytes(raw)
+    for arguments in (
+        ["inspect", folder],
+        ["eval", folder, "--data", place.text],
+        ["generate", folder, "The"],
+        ["compare", place.model, folder, "--data", place.text],
+    ):
+        done = run(*arguments)
+        assert done.code == 1 and "its bytes must have CRC-32" in done.err, done
+        assert "Traceback" not in done.err
+
+
+# Interrupted and continued.
+
+
+def test_an_interrupted_run_goes_on(
+    run: Run, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = {"left": 4}
+
+    def interrupting(console: object) -> fgmp.progress.Stages:
+        @contextmanager
+        def stage(title: str, count: int) -> Iterator[Callable[[], None]]:
+            def advance() -> None:
+                steps["left"] -= title == "calibrating"
+                if steps["left"] == 0:
+                    raise KeyboardInterrupt
+
+            yield advance
+
+        return stage
+
+    begun: list[int] = []
+    begin = _Recorder.begin
+
+    def counted(self: _Recorder) -> None:
+        begun.append(1)
+        begin(self)
+
+    monkeypatch.setattr(_Recorder, "begin", counted)
+    command = ("quantize", place.model, "-o", tmp_path / "out", "--calib", place.text, *SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(fgmp.progress, "bars", interrupting)
+        done = run(*command, "--json")
+    assert done.code == 130 and done.out == ""
+    assert "the same command goes on where this one stopped\ninterrupted\n" in done.err
+    assert [p.name for p in tmp_path.iterdir()] == [".out.calibration.safetensors"]
+    assert len(begun) == 4
+    assert run(*command, "--json").code == 0
+    assert len(begun) == 6
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    wanted = load_file(Path(place.checkpoint) / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_ctrl_c_in_a_real_process(place: Place, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    a_model(layers=4).save_pretrained(folder)
+    a_tokenizer().save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 30)
+    command = [sys.executable, "-m", "fgmp.cli", "quantize", str(folder), "--calib", str(text)]
+    command += ["-o", str(tmp_path / "out"), "--samples", "1500", "--seq-len", "64", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        shown = b""
+        while b"peak memory will be" not in shown:  # then it calibrates, for many seconds
+            assert select.select([process.stderr], [], [], 60)[0]
+            read = os.read(process.stderr.fileno(), 4096)
+            assert read, shown
+            shown += read
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == b"" and b"Traceback" not in err and b"interrupted" in shown + err
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.calibration.safetensors").exists()
+
+
+def test_gpt2_goes_through_too(run: Run, place: Place, tmp_path: Path) -> None:
+    """Transposed weights, learned positions, a tokenizer whose vocabulary is the smaller."""
+    model = make_model("gpt2")
+    model.resize_token_embeddings(257)
+    model.save_pretrained(tmp_path / "model")
+    a_tokenizer().save_pretrained(tmp_path / "model")
+    arguments = ("quantize", tmp_path / "model", "-o", tmp_path / "out", "--calib", place.text)
+    assert run(*arguments, *SMALL, "--json").json["quantized_share"] > 0.8
+    facts = run(
+        "compare", tmp_path / "model", tmp_path / "out", "--data", place.text, "--json"
+    ).json
+    assert len(facts["rows"]) == 4
