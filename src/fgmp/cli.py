@@ -9,15 +9,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from fgmp.errors import FGMPError
 
+_console = Console(stderr=True)
+
+
+class _Commands(TyperGroup):
+    """Runs a command; an error of ours is one line, an interruption a short one.
+
+    Here and not around ``app()``, because Typer turns an interruption into an exit of its own.
+    """
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except FGMPError as error:
+            text = f"[bold red]error:[/] {_escaped(str(error))}"
+            _console.print(text, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as interruption:
+            _console.print("interrupted")
+            raise typer.Exit(130) from interruption
+
+
 app = typer.Typer(
+    cls=_Commands,
     help=(
         "Fine-grained mixed-precision quantization of language models.\n\n"
         "Every block of 16 weights or activations along the dot product is NVFP4 or FP8. "
@@ -32,8 +54,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-
-_console = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Text = Annotated[str, typer.Option("--data", help="Evaluation text: file, JSON lines or dataset.")]
@@ -197,22 +217,10 @@ def quickstart(
 
 
 def main() -> None:
-    """Run a command; an error of ours is one line, an interruption a short one."""
+    """Run a command and exit: 0 done, 1 refused, 2 wrong usage, 130 interrupted."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        app(standalone_mode=False)
-    except FGMPError as error:
-        _console.print(
-            f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True
-        )
-        sys.exit(1)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _console.print("interrupted; the same command goes on where this one stopped")
-        sys.exit(130)
+    app()
 
 
 def _reporter() -> Any:

@@ -83,15 +83,20 @@ def quantize_to(
             f"fewer than the {text.asked} asked for"
         )
     state = output.parent / f".{output.name}.calibration.safetensors"
-    quantize(
-        model,
-        text.samples,
-        recipe,
-        held_out=text.held_out,
-        state=state,
-        progress=reporter.stages,
-        report=reporter.line,
-    )
+    try:
+        quantize(
+            model,
+            text.samples,
+            recipe,
+            held_out=text.held_out,
+            state=state,
+            progress=reporter.stages,
+            report=reporter.line,
+        )
+    except KeyboardInterrupt:
+        if state.exists():
+            reporter.line("the same command goes on where this one stopped")
+        raise
     config = config_of(model)
     config.calibration.update(
         text=calibration or "docstrings", fingerprint=text.fingerprint, seq_len=seq_len

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -45,6 +46,7 @@ def is_quantized(name: str) -> bool:
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer beside a model."""
+    _config(name)  # a model that is not there at all has a better message
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
@@ -76,7 +78,7 @@ def _config(name: str) -> Any:
 def _from_pretrained(name: str, dtype: torch.dtype | str) -> nn.Module:
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"model {name}: cannot be loaded: {_first_line(error)}") from error
     return model
 

@@ -185,7 +185,10 @@ def write(
 
 
 def require_free(directory: Path) -> None:
-    """Refuse a target folder that already holds something."""
+    """Refuse a target folder that already holds something, or that cannot be made."""
+    parent = next(folder for folder in directory.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{directory}: could not be written: {parent} is no writable folder")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: already exists; choose another folder or remove it")
 
