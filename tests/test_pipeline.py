@@ -311,8 +311,8 @@ def test_progress_tells_every_step(tokens: Tensor) -> None:
     assert [s[0] for s in stages] == [
         "calibrating",
         "scoring activations",
-        "scoring weights",
-        "scoring weights, clipped",
+        "packing",
+        "packing, clipped",
         "choosing the scales",
     ]
     assert all(steps == done for _, steps, done in stages)

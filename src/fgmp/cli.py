@@ -303,7 +303,7 @@ def _print_rows(rows: list[Any]) -> None:
     console.print(shown)
 
 
-_WIDE_COLUMNS = ("95% interval", "compression")
+_WIDE_COLUMNS = ("95% interval", "compression", "FP4 act")
 """Columns that only a wide terminal shows; ``--json`` and the report have all."""
 
 
