@@ -171,17 +171,28 @@ def test_rows(compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor]) -> 
     assert found["nvfp4"].kl_gap_recovered_percent == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("sharpness", [1, 20])
 def test_kl_against_its_definition(
-    compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor],
+    sharpness: int, compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor]
 ) -> None:
-    found, models, tokens = compared
+    """From a sharper model, too: of small differences KL is nearly symmetric."""
+    _, models, tokens = compared
+    original = make_model("llama")
+    original.lm_head.weight.data *= sharpness
+    found = {row.name: row for row in compare(original, models, tokens)}
+    assert found["original"].kl == 0
     with torch.no_grad():
-        p = make_model("llama")(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
+        p = original(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
         for name, model in models.items():
             q = model(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
             wanted = (p.exp() * (p - q)).sum(-1).mean().item()
-            assert found[name].kl == pytest.approx(wanted, rel=1e-3)
-    assert found["original"].kl == 0
+            assert found[name].kl == pytest.approx(wanted, rel=1e-3)  # fp32 logarithms
+            backward = (q.exp() * (q - p)).sum(-1).mean().item()
+            assert sharpness == 1 or abs(backward / wanted - 1) > 0.1
+
+
+def test_kl_is_in_order(compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor]) -> None:
+    found = compared[0]
     assert 0 < found["fp8"].kl < found["fgmp"].kl < found["nvfp4"].kl
 
 

@@ -160,6 +160,23 @@ def test_files_are_plain_safetensors(tokens: Tensor, tmp_path: Path) -> None:
         assert checksum(tensor) == sums[name]
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("load", [fgmp.load, AutoModelForCausalLM.from_pretrained])
+def test_damage_to_what_is_not_quantized(
+    load: Callable[[Path], nn.Module], name: str, tokens: Tensor, tmp_path: Path
+) -> None:
+    """Transformers would load it without a word."""
+    fgmp.save(quantized("llama", tokens), tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    length = int.from_bytes(raw[:8], "little")
+    start, _ = json.loads(raw[8 : 8 + length])[name]["data_offsets"]
+    raw[8 + length + start] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=rf"{name}: its bytes must have CRC-32"):
+        load(tmp_path / "out")
+
+
 def test_the_configuration_is_documented(tokens: Tensor, tmp_path: Path) -> None:
     fgmp.save(quantized("llama", tokens), tmp_path / "out")
     raw = config_in(tmp_path / "out")

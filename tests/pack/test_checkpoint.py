@@ -479,6 +479,13 @@ def test_a_failure_half_way_leaves_nothing(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
+def test_the_folder_appears_at_once(tmp_path: Path) -> None:
+    """It is the one that was written, with a new name: no copy that could be cut short."""
+    written: list[int] = []
+    write(tmp_path / "out", content(), config(), lambda f: written.append(f.stat().st_ino))
+    assert written == [(tmp_path / "out").stat().st_ino]
+
+
 def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
     def interrupt(folder: Path) -> None:
         raise KeyboardInterrupt
