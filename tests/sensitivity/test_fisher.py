@@ -613,3 +613,13 @@ def test_a_corrupt_state_is_named(tokens: Tensor, tmp_path: Path) -> None:
             calibrate(model, linears, tokens[:2], state=state)
         found.append(fault)
     assert len(found) == 6
+
+
+def test_a_full_disk_costs_the_state_and_not_the_run(tokens: Tensor, tmp_path: Path) -> None:
+    """The state's folder cannot be made, because a file has its name."""
+    model, linears = prepared("llama")
+    (tmp_path / "taken").write_text("")
+    state = tmp_path / "taken" / "run.state"
+    with pytest.warns(UserWarning, match=r"run\.state: could not be written .* not be resumed"):
+        found = calibrate(model, linears, tokens[:2], state=state)
+    assert same(found, calibrate(model, linears, tokens[:2]))

@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fgmp.errors import InputError
 from fgmp.model.store import load
@@ -28,14 +29,15 @@ def load_model(name: str) -> nn.Module:
         if method != QUANT_METHOD:
             raise InputError(f"model {name}: already quantized, by {method!r}")
         return load(name) if Path(name).is_dir() else _from_pretrained(name, "auto")
-    half = getattr(config, "dtype", None) == torch.float16
-    model = _from_pretrained(name, torch.float32 if half else "auto")
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
+    known = {known} if isinstance(known, str) else set(known)
     architectures = config.architectures or []
-    if architectures and type(model).__name__ not in architectures:
+    if known and architectures and known.isdisjoint(architectures):
         raise InputError(
             f"model {name}: not a causal language model but {', '.join(architectures)}"
         )
-    return model
+    half = getattr(config, "dtype", None) == torch.float16
+    return _from_pretrained(name, torch.float32 if half else "auto")
 
 
 def is_quantized(name: str) -> bool:

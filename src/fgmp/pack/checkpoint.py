@@ -161,12 +161,7 @@ def write(
     partial = None
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(directory.parent).free
-        if free < total:
-            raise InputError(
-                f"{directory}: the disk is full: the checkpoint needs {total:,} bytes, "
-                f"{free:,} are free"
-            )
+        require_space(directory, total)
         prefix = f".{directory.name}.partial-"
         partial = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
         write_extra(partial)
@@ -191,6 +186,17 @@ def require_free(directory: Path) -> None:
         raise InputError(f"{directory}: could not be written: {parent} is no writable folder")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: already exists; choose another folder or remove it")
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Refuse a target whose disk has less than ``needed`` bytes left."""
+    existing = next(p for p in directory.absolute().parents if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InputError(
+            f"{directory}: the disk is full: the checkpoint needs {needed:,} bytes, "
+            f"{free:,} are free"
+        )
 
 
 def _write_files(

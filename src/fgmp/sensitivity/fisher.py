@@ -22,6 +22,7 @@ import json
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -306,10 +307,19 @@ class _Recorder:
             "predictions": self.sums.predictions,
             "sites": {n: [s.linears, s.amax, s.tokens] for n, s in self.sums.sites.items()},
         }
-        state.parent.mkdir(parents=True, exist_ok=True)
         temporary = state.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"state": json.dumps(facts)})
-        temporary.replace(state)
+        try:
+            state.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary, metadata={"state": json.dumps(facts)})
+            temporary.replace(state)
+        except (OSError, SafetensorError) as error:
+            # The sums are safe in memory: a full disk must not cost the run.
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            warnings.warn(
+                f"{state}: could not be written ({error}); this calibration could not be resumed",
+                stacklevel=3,
+            )
 
     def restore(self, state: Path, fingerprint: str) -> int:
         """Load an interrupted run's sums if they are of this very run; samples already done."""
