@@ -191,6 +191,15 @@ def uniform(
     return original
 
 
+def least_bytes(model: nn.Module, recipe: Recipe) -> int:
+    """Least size of the checkpoint to come: all quantized weights in FP4, the rest as it is."""
+    linearize(model)
+    chosen = {id(m.weight) for m in quantizable(model, recipe.include, recipe.exclude).values()}
+    rest = sum(p.nbytes for p in model.parameters() if id(p) not in chosen)
+    weights = sum(p.numel() for p in model.parameters() if id(p) in chosen)
+    return rest + int(weights * FP4_BITS / 8)
+
+
 def _split(samples: Sequence[Any] | Tensor) -> tuple[Any, Any]:
     held = max(1, len(samples) // 8)
     if len(samples) <= held:

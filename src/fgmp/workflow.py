@@ -20,13 +20,11 @@ from fgmp.evaluation import compare as comparison
 from fgmp.evaluation.compare import Row
 from fgmp.evaluation.perplexity import batches
 from fgmp.evaluation.perplexity import evaluate as evaluate_windows
-from fgmp.formats.spec import FP4_BITS
 from fgmp.model.linear import sites
-from fgmp.model.select import linearize, quantizable
 from fgmp.model.source import context_length, is_quantized, load_model, load_tokenizer
 from fgmp.model.store import config_of, save
 from fgmp.pack import checkpoint
-from fgmp.pipeline import quantize, uniform
+from fgmp.pipeline import least_bytes, quantize, uniform
 from fgmp.progress import Stages, silent
 from fgmp.recipe import Recipe
 
@@ -84,7 +82,7 @@ def quantize_to(
             f"the calibration text gives {len(text.samples)} sequences of {seq_len} tokens, "
             f"fewer than the {text.asked} asked for"
         )
-    checkpoint.require_space(output, _checkpoint_bytes(model, recipe))
+    checkpoint.require_space(output, least_bytes(model, recipe))
     state = output.parent / f".{output.name}.calibration.safetensors"
     try:
         quantize(
@@ -120,15 +118,6 @@ def quantize_to(
         "seconds": time.perf_counter() - started,
         "peak_bytes": result["peak_bytes"],
     }
-
-
-def _checkpoint_bytes(model: torch.nn.Module, recipe: Recipe) -> int:
-    """Least size of the checkpoint to come: planes of what is quantized, the rest as it is."""
-    linearize(model)
-    chosen = {id(m.weight) for m in quantizable(model, recipe.include, recipe.exclude).values()}
-    rest = sum(p.nbytes for p in model.parameters() if id(p) not in chosen)
-    weights = sum(p.numel() for p in model.parameters() if id(p) in chosen)
-    return rest + int(weights * FP4_BITS / 8)
 
 
 def evaluate_model(

@@ -79,6 +79,7 @@ def read(folder: Path) -> dict[str, Tensor]:
     reader = Reader(tensor_files(folder))
     reader.verify_files()
     reader.verify()
+    reader.require_listed(parsed.linears)
     for owner, site in parsed.sites.items():
         reader.group(owner, site)
     return {name: reader.tensor(name) for name in reader.names}
@@ -238,6 +239,12 @@ def test_every_tensor_is_needed(name: str, folder: Path) -> None:
     rewritten(folder, **{name: None})
     text = refused(folder, "model.safetensors", name.partition(".")[0])
     assert "missing" in text or "planes must be" in text
+
+
+def test_planes_that_no_site_lists_are_named(folder: Path) -> None:
+    """Nothing would read them, so the model would run with something else in their place."""
+    rewritten(folder, stray__weight_shape=torch.tensor([16, 16]))
+    refused(folder, "model.safetensors: tensor stray.weight_shape", "listed by a site")
 
 
 FAULTS: dict[str, tuple[str, Tensor, str]] = {

@@ -31,17 +31,16 @@ def run(output: Path, reporter: Reporter | None = None) -> dict[str, Any]:
     """
     reporter = reporter or Reporter()
     started = time.perf_counter()
-    checkpoint.require_free(output)
+    target, report = output / "checkpoint", output / "report.html"
+    checkpoint.require_free(target)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         calibration, evaluation = Path(folder) / "docstrings.txt", Path(folder) / "topics.txt"
         text = "\n\n".join(docstrings(standard_library()))
         calibration.write_text(text[:_CALIBRATION_CHARACTERS])
         evaluation.write_text(topics()[:_EVALUATION_CHARACTERS])
-        target = output / "checkpoint"
         summary = quantize_to(str(MODEL), target, RECIPE, str(calibration), reporter)
         rows = compare_models(str(MODEL), target, str(evaluation), None, reporter).rows
-    report = output / "report.html"
     write_report(report, "fgmp quickstart", rows, summary, inspect_checkpoint(target))
     return {
         "output": str(output),

@@ -46,6 +46,7 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
     reader.verify_files()
     reader.verify()
     config = CheckpointConfig.from_dict(raw["quantization_config"], str(directory / "config.json"))
+    reader.require_listed(config.linears)
     facts = []
     for owner, site in config.sites.items():
         _, weights = reader.group(owner, site)

@@ -45,6 +45,7 @@ def install_from(model: nn.Module, config: CheckpointConfig, reader: Reader) -> 
             shape, or breaks a rule of the format.
     """
     linearize(model)
+    reader.require_listed(config.linears)
     weights: dict[str, PackedWeight] = {}
     records = {}
     with torch.device("cpu"):

@@ -344,6 +344,16 @@ class Reader:
         for name in self._files:
             self.tensor(name)
 
+    def require_listed(self, linears: Iterable[str]) -> None:
+        """Refuse planes of a linear that no site lists: nothing would read them."""
+        suffix = ".weight_shape"
+        found = {n.removesuffix(suffix) for n in self._files if n.endswith(suffix)}
+        for name in sorted(found - set(linears)):
+            raise CheckpointError(
+                f"{self._files[name + suffix]}: tensor {name}{suffix}: every packed linear must be "
+                f"listed by a site of config.json, got none for {name}"
+            )
+
     def verify_files(self) -> None:
         """Compare the files beside the tensors, such as ``config.json``, with their checksums.
 
