@@ -53,11 +53,13 @@ def estimate(
     parameters = sum(linear.weight.numel() for linear in linears.values())
     device = next(model.parameters()).device
     largest = max(linear.weight.numel() for linear in linears.values())
+    # The probe comes first: what its passes load and cache stays, and counts as held.
+    working = _working_set(model, linears, sample, loss) + 2 * _FISHER_BYTES * largest
     return MemoryEstimate(
         held=held_bytes(device),
         fisher=_FISHER_BYTES * parameters,
         packed=int((packed_bytes_per_parameter + _SCORE_BYTES) * parameters),
-        working=_working_set(model, linears, sample, loss) + 2 * _FISHER_BYTES * largest,
+        working=working,
     )
 
 
@@ -133,7 +135,10 @@ def _working_set(model: nn.Module, linears: dict[str, nn.Linear], sample: Any, l
             stack.callback(linear.register_forward_pre_hook(differentiate).remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
         total, _ = loss(model, short)
-    for parameter in model.parameters():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    del total
-    return int(sum(storage.nbytes() for storage in kept.values()) * ratio)
+        for parameter in model.parameters():
+            kept.pop(parameter.untyped_storage().data_ptr(), None)
+        size = sum(storage.nbytes() for storage in kept.values())
+        kept.clear()
+        if total.requires_grad:
+            total.backward()
+    return int(size * ratio)
