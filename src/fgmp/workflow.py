@@ -100,7 +100,9 @@ def quantize_to(
         raise
     config = config_of(model)
     config.calibration.update(
-        text=Path(calibration).name if calibration else "docstrings", fingerprint=text.fingerprint, seq_len=seq_len
+        text=Path(calibration).name if calibration else "docstrings",
+        fingerprint=text.fingerprint,
+        seq_len=seq_len,
     )
     save(model, output, tokenizer)
     state.unlink(missing_ok=True)
