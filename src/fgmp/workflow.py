@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from fgmp.data import calibration_text, choose_windows, evaluation_windows, tokenize
+from fgmp.data import choose_windows, evaluation_windows, read_documents, tokenize
 from fgmp.demo.text import docstrings, standard_library
 from fgmp.errors import InputError
 from fgmp.evaluation import compare as comparison
@@ -68,15 +68,16 @@ def quantize_to(
     checkpoint.require_free(output)
     if is_quantized(model_name):
         raise InputError(f"model {model_name}: already quantized, by 'fgmp'")
+    # The text comes before the model, whose loading may take minutes.
+    source = calibration or "docstrings of the Python library"
+    documents = read_documents(calibration) if calibration else docstrings(standard_library())
     tokenizer = load_tokenizer(model_name)
+    stream = tokenize(list(documents), tokenizer)
     model = load_model(model_name)
     seq_len = min(recipe.seq_len, context_length(model))
-    chosen = {"samples": recipe.samples, "seq_len": seq_len, "seed": recipe.seed}
-    if calibration is None:
-        stream = tokenize(list(docstrings(standard_library())), tokenizer)
-        text = choose_windows(stream, **chosen, source="docstrings of the Python library")
-    else:
-        text = calibration_text(calibration, tokenizer, **chosen)
+    text = choose_windows(
+        stream, samples=recipe.samples, seq_len=seq_len, seed=recipe.seed, source=source
+    )
     if len(text.samples) < text.asked:
         reporter.line(
             f"the calibration text gives {len(text.samples)} sequences of {seq_len} tokens, "
