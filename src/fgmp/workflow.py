@@ -24,6 +24,7 @@ from fgmp.model.linear import sites
 from fgmp.model.source import context_length, is_quantized, load_model, load_tokenizer
 from fgmp.model.store import config_of, save
 from fgmp.pack import checkpoint
+from fgmp.pack.checkpoint import QUANT_METHOD
 from fgmp.pipeline import least_bytes, quantize, uniform
 from fgmp.progress import Stages, silent
 from fgmp.recipe import Recipe
@@ -67,7 +68,7 @@ def quantize_to(
     started = time.perf_counter()
     checkpoint.require_free(output)
     if is_quantized(model_name):
-        raise InputError(f"model {model_name}: already quantized, by 'fgmp'")
+        raise InputError(f"model {model_name}: already quantized, by {QUANT_METHOD!r}")
     # The text comes before the model, whose loading may take minutes.
     source = calibration or "docstrings of the Python library"
     documents = read_documents(calibration) if calibration else docstrings(standard_library())

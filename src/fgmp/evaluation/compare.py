@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from fgmp.evaluation.perplexity import Losses, batches, logits_of, loss_of
-from fgmp.formats.spec import FP4_BITS, FP8_BITS, stream_bits
+from fgmp.formats.spec import BLOCK, FP4_BITS, FP8_BITS, stream_bits
 from fgmp.model.linear import mixed_linears, sites
 from fgmp.progress import Stages, silent
 
 CONTEXT = 4096
 """Tokens whose activations count beside the weights in ``compression``, the paper's axis."""
 
+_REFERENCE_BITS = 16
 _RESAMPLES = 2000
 _SMALLEST_GAP = 0.005
 
@@ -157,13 +158,13 @@ def activation_bits(name: str, fp4_fraction: float) -> float:
 
 def _compression(model: nn.Module, bits: float, tokens: int) -> float:
     weights = sum(m.packed.n * m.packed.k for m in mixed_linears(model).values())
-    values = sum(s.counts[1] * 16 for s in sites(model).values()) / tokens * CONTEXT
-    return 16 * (weights + values) / (weight_bits(model) * weights + bits * values)
+    values = sum(s.counts[1] * BLOCK for s in sites(model).values()) / tokens * CONTEXT
+    return _REFERENCE_BITS * (weights + values) / (weight_bits(model) * weights + bits * values)
 
 
 def _original_row(original: nn.Module, losses: Losses) -> _Measured:
     bits = 8.0 * next(original.parameters()).element_size()
-    return _Measured(losses, 0.0, bits, bits, 16 / bits, None)
+    return _Measured(losses, 0.0, bits, bits, _REFERENCE_BITS / bits, None)
 
 
 def _row(name: str, m: _Measured, measured: dict[str, _Measured]) -> Row:

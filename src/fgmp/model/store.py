@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from fgmp.errors import CheckpointError, InputError
 from fgmp.model.convert import install_from
 from fgmp.pack import checkpoint
-from fgmp.pack.checkpoint import CheckpointConfig, Reader
+from fgmp.pack.checkpoint import QUANT_METHOD, CheckpointConfig, Reader
 
 CONFIG_ATTRIBUTE = "fgmp_config"
 """Where a quantized model keeps its :class:`CheckpointConfig`."""
@@ -23,7 +23,7 @@ def config_of(model: nn.Module) -> CheckpointConfig:
     config = getattr(model, CONFIG_ATTRIBUTE, None)
     if config is None:
         quantization = getattr(getattr(model, "config", None), "quantization_config", None)
-        if quantization is None or quantization.to_dict().get("quant_method") != "fgmp":
+        if quantization is None or quantization.to_dict().get("quant_method") != QUANT_METHOD:
             raise InputError(f"{type(model).__name__} is not a model that fgmp quantized")
         config = CheckpointConfig.from_dict(quantization.to_dict())
     return config
