@@ -31,7 +31,7 @@ class ActivationSite(nn.Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.rule = site.rule
+        self.rule, self.scales = site.rule, site.scales
         self.register_buffer("r", torch.tensor(site.r, dtype=torch.float32))
         self.register_buffer("gamma", torch.tensor(site.gamma, dtype=torch.float32))
         self.register_buffer("sensitivity", site.sensitivity)
@@ -54,6 +54,7 @@ class ActivationSite(nn.Module):
                 gamma=self.gamma.item(),
                 threshold=int(self.threshold.item()),
                 rule=self.rule,
+                scales=self.scales,
             )
         return self._record
 
@@ -95,7 +96,7 @@ class ActivationSite(nn.Module):
         self._forget()
 
     def extra_repr(self) -> str:
-        return f"K={len(self.sensitivity)}, rule={self.rule}"
+        return f"K={len(self.sensitivity)}, rule={self.rule}, scales={self.scales}"
 
 
 class MixedLinear(nn.Module):
