@@ -21,7 +21,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sensitivity": {"errors", "formats"},
     "pack": {"errors", "formats"},
     "assign": {"formats", "sensitivity", "pack"},
-    "model": {"errors", "formats", "pack"},
+    "kernels": {"errors", "formats", "pack"},
+    "model": {"errors", "formats", "pack", "kernels"},
     "evaluation": {"formats", "pack", "model", "progress"},
     "report": {"evaluation"},
     "pipeline": {
