@@ -183,7 +183,7 @@ def _cpu(kernels: cpu.Kernels) -> dict[str, Callable[..., Any]]:
         y, broken = kernels.linear(tokens, tuple(planes), scale, bias, wide)
         if broken >= 0:
             raise check.corrupt("packed_linear", broken)
-        return y.view(*units.shape[:-1], -1).to(dtype)
+        return y.view(*units.shape[:-1], y.shape[-1]).to(dtype)
 
     return {
         "quantize_activation": quantize_activation,

@@ -15,6 +15,8 @@ extern "C" {
 // y = fl32(x w^T * t) + bias. Returns the first row whose planes are corrupt, or -1.
 int64_t FGMP_NAME(linear)(const fgmp::Weight *w, const fgmp::Matrix *x, const fgmp::Matrix *y,
                           const float *bias, float t, const fgmp::Team *team) {
+  if (x->rows == 0)
+    return -1;
   const Epilogue out{*y, bias, t};
 #if defined(__AVX512BF16__)
   if (x->is_bf16 && x->rows > kFewTokens)
