@@ -1,0 +1,186 @@
+"""Device functions: E2M1, E4M3 and bf16, encoded and decoded.
+
+Integers do the work, and fp32 operations whose result is exact or rounded once by IEEE. No cast
+to or from an 8- or 16-bit float appears: Triton's interpreter truncates fp32 to bf16, rounds
+fp32 to fp8 wrongly and loses subnormals, and a kernel that needed those casts could not be
+tested without a GPU. Division is absent too, since ``/`` on a GPU is not IEEE's.
+
+Two forms of a value occur. An *integer* is in units of 2**-9 for E4M3 and 2**-1 for E2M1, their
+smallest magnitudes. A *lane* is one half of an int32, so that one operation decodes two weights:
+
+    nibbles     lane = 000...0 s ee m  or  s mmm         spread(byte)
+    patterns    lane = bf16 with the code's exponent and mantissa in place, bias uncorrected
+
+An exponent field of zero means subnormal in bf16 as in E2M1 and E4M3, so an uncorrected pattern
+is the value times a power of two, for every code and without a case distinction: 2**-126 for
+E2M1, 2**-120 for E4M3. Whoever multiplies by the block's scale multiplies by the reciprocal too.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fgmp.formats.codec import E2M1_MIDPOINTS
+from fgmp.formats.spec import BLOCK, E2M1, E4M3, FP8_BLOCK
+
+# fp32 and bf16: 8 exponent bits and a bias of 127, 23 and 7 mantissa bits.
+_BIAS = 127
+_FP32_MANTISSA = 23
+_BF16_MANTISSA = 7
+
+_E4M3_MAX = tl.constexpr(E4M3.max)
+_E4M3_SMALLEST = tl.constexpr(E4M3.smallest)
+_LOWEST_EXPONENT = 1 - E4M3.bias + _BIAS
+_LOWEST_OCTAVE = tl.constexpr(_LOWEST_EXPONENT << _FP32_MANTISSA)
+_LOWEST = tl.constexpr(_LOWEST_EXPONENT)
+_TO_LAST_BIT = tl.constexpr(_FP32_MANTISSA - E4M3.mantissa_bits << _FP32_MANTISSA)
+_EXPONENT_FIELD = tl.constexpr(0xFF << _FP32_MANTISSA)
+_MANTISSA_BITS = tl.constexpr(E4M3.mantissa_bits)
+_MANTISSA = tl.constexpr((1 << E4M3.mantissa_bits) - 1)
+_IMPLICIT = tl.constexpr(1 << E4M3.mantissa_bits)
+
+_ONE_IS_LAST_BIT = tl.constexpr(2.0**_FP32_MANTISSA)
+_BITS_OF_ONE_IS_LAST_BIT = tl.constexpr(_FP32_MANTISSA + _BIAS << _FP32_MANTISSA)
+
+_M0, _M1, _M2, _M3, _M4, _M5, _M6 = (tl.constexpr(m) for m in E2M1_MIDPOINTS)
+# Eight nibbles in an int32 that happens to be negative: 0xC8643210.
+_HALVES = tl.constexpr(
+    sum(int(2 * m) << 4 * code for code, m in enumerate(E2M1.magnitudes)) - (1 << 32)
+)
+
+_FP8_BLOCK = tl.constexpr(FP8_BLOCK)
+_TWO = 0x0001_0001
+_NIBBLES = tl.constexpr(0xF * _TWO)
+_NIBBLE_SIGNS = tl.constexpr(E2M1.sign_bit * _TWO)
+_NIBBLE_MAGNITUDES = tl.constexpr((E2M1.sign_bit - 1) * _TWO)
+_BYTES = tl.constexpr(0xFF * _TWO)
+_BYTE_SIGNS = tl.constexpr(E4M3.sign_bit * _TWO)
+_BYTE_MAGNITUDES = tl.constexpr((E4M3.sign_bit - 1) * _TWO)
+_SIGN_OF_NIBBLE = tl.constexpr(0x8000 // E2M1.sign_bit)
+_SIGN_OF_BYTE = tl.constexpr(0x8000 // E4M3.sign_bit)
+_PLACE_E2M1 = tl.constexpr(1 << _BF16_MANTISSA - E2M1.mantissa_bits)
+_PLACE_E4M3 = tl.constexpr(1 << _BF16_MANTISSA - E4M3.mantissa_bits)
+_PLACE_EXPONENT = tl.constexpr(1 << _BF16_MANTISSA)
+
+E2M1_LIFT = tl.constexpr(_BIAS - E2M1.bias)
+E4M3_LIFT = tl.constexpr(_BIAS - E4M3.bias)
+"""A pattern times 2**LIFT is the code's value."""
+
+VALUES = tl.constexpr(BLOCK)
+PAIRS = tl.constexpr(BLOCK // 2)
+"""Values and pairs of them in a block."""
+
+
+@triton.jit
+def bf16_bits(x):
+    """fp32 to bf16 bits in an int32: to nearest even; NaN to 0x7FC0."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(x != x, 0x7FC0, rounded & 0xFFFF)
+
+
+@triton.jit
+def from_bf16_bits(bits):
+    """bf16 bits in an int32, whatever its high half, to fp32."""
+    return (bits << 16).to(tl.float32, bitcast=True)
+
+
+def as_loaded(x: Tensor) -> Tensor:
+    """What :func:`load_rounded` takes for ``x``: bf16 as its bits, float64 rounded to that."""
+    if x.dtype == torch.float64:
+        x = x.to(torch.bfloat16)
+    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
+
+
+@triton.jit
+def load_rounded(pointers, mask):
+    """Floats of any type, rounded to bf16, as fp32; zeros where masked."""
+    x = tl.load(pointers, mask=mask, other=0)
+    if x.dtype == tl.int16:
+        return from_bf16_bits(x.to(tl.int32))
+    else:
+        return from_bf16_bits(bf16_bits(x.to(tl.float32)))
+
+
+@triton.jit
+def round_to_integer(x):
+    """fp32 from 0 to 2**22 to the nearest int32, ties to even: the adder rounds."""
+    return (x + _ONE_IS_LAST_BIT).to(tl.int32, bitcast=True) - _BITS_OF_ONE_IS_LAST_BIT
+
+
+@triton.jit
+def encode_e4m3(magnitude):
+    """Non-negative fp32 to (E4M3 code, its integer), int32: to nearest even, saturating.
+
+    Adding a power of two whose last bit is the code's last bit makes the adder round: what it
+    adds to that power's own bits counts the steps, 0 to 8 in the subnormal octave, 8 to 16 above.
+    """
+    clamped = tl.minimum(magnitude, _E4M3_MAX)
+    octave = tl.maximum(clamped.to(tl.int32, bitcast=True) & _EXPONENT_FIELD, _LOWEST_OCTAVE)
+    anchor = octave + _TO_LAST_BIT
+    rounded = clamped + anchor.to(tl.float32, bitcast=True)
+    steps = rounded.to(tl.int32, bitcast=True) - anchor
+    exponent = (octave >> 23) - _LOWEST
+    return steps + (exponent << _MANTISSA_BITS), steps << exponent
+
+
+@triton.jit
+def e4m3_integer(code):
+    """E4M3 code without sign, int32, to its integer."""
+    exponent = code >> _MANTISSA_BITS
+    mantissa = code & _MANTISSA
+    return tl.where(exponent > 0, mantissa | _IMPLICIT, mantissa) << tl.maximum(exponent - 1, 0)
+
+
+@triton.jit
+def e4m3_value(code):
+    """E4M3 code without sign, int32, to fp32."""
+    return e4m3_integer(code).to(tl.float32) * _E4M3_SMALLEST
+
+
+@triton.jit
+def encode_e2m1(magnitude, scale):
+    """The E2M1 code, int32, of the exact quotient of two non-negative fp32 values.
+
+    Three compares with midpoint * scale, which is exact, find the code by bisection. Ties go to
+    the even code: all midpoints of a level lie above an odd code, or all above an even one.
+    """
+    high = magnitude >= scale * _M3
+    middle = magnitude >= tl.where(high, scale * _M5, scale * _M1)
+    above = tl.where(middle, scale * _M6, scale * _M4)
+    below = tl.where(middle, scale * _M2, scale * _M0)
+    low = magnitude > tl.where(high, above, below)
+    return (high.to(tl.int32) << 2) | (middle.to(tl.int32) << 1) | low.to(tl.int32)
+
+
+@triton.jit
+def e2m1_integer(code):
+    """E2M1 code without sign, int32, to its integer: a table of eight nibbles."""
+    return (tl.full([], _HALVES, tl.int32) >> (code << 2)) & 0xF
+
+
+@triton.jit
+def spread_nibbles(byte):
+    """A byte of two nibbles, int32, to a lane each, the low nibble low."""
+    return (byte | (byte << 12)) & _NIBBLES
+
+
+@triton.jit
+def spread_bytes(word):
+    """Two bytes, int32, to a lane each, the low byte low."""
+    return (word | (word << 8)) & _BYTES
+
+
+@triton.jit
+def mixed_patterns(low, overflow, is_fp8):
+    """Lanes of the low and the overflow plane to patterns; ``overflow`` is 0 in FP4 blocks."""
+    signs = (low & _NIBBLE_SIGNS) * _SIGN_OF_NIBBLE
+    place = tl.where(is_fp8, _PLACE_E4M3, _PLACE_E2M1)
+    return signs + (low & _NIBBLE_MAGNITUDES) * place + overflow * _PLACE_EXPONENT
+
+
+@triton.jit
+def e4m3_patterns(codes):
+    """Lanes of E4M3 codes to patterns."""
+    return (codes & _BYTE_SIGNS) * _SIGN_OF_BYTE + (codes & _BYTE_MAGNITUDES) * _PLACE_E4M3
