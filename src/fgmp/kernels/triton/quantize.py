@@ -83,7 +83,7 @@ def _fp4(u, scale):
 
 
 @triton.jit
-def _best_fp4(u, largest, target, sensitivity, OFFSETS: tl.constexpr):
+def _best_fp4(u, largest, target, sensitivity, OFFSETS: tl.constexpr, CHOICES: tl.constexpr):
     """FP4 codes, q4, scale codes and errors under the best of the scales ``largest`` + offset.
 
     Offsets descend, so that the larger of two equally good scales comes first and stays. With
@@ -92,8 +92,8 @@ def _best_fp4(u, largest, target, sensitivity, OFFSETS: tl.constexpr):
     scale = tl.minimum(tl.maximum(largest + OFFSETS[0], _SCALE_MIN), _SCALE_MAX)
     code, q4 = _fp4(u, scale)
     error = _error(q4, target, sensitivity)
-    for offset in OFFSETS[1:]:
-        other = tl.minimum(tl.maximum(largest + offset, _SCALE_MIN), _SCALE_MAX)
+    for i in tl.static_range(1, CHOICES):
+        other = tl.minimum(tl.maximum(largest + OFFSETS[i], _SCALE_MIN), _SCALE_MAX)
         other_code, other_q4 = _fp4(u, other)
         other_error = _error(other_q4, target, sensitivity)
         better = other_error < error
@@ -105,7 +105,9 @@ def _best_fp4(u, largest, target, sensitivity, OFFSETS: tl.constexpr):
 
 
 @triton.jit
-def _encode(x, r, sensitivity, threshold, RULE: tl.constexpr, OFFSETS: tl.constexpr):
+def _encode(
+    x, r, sensitivity, threshold, RULE: tl.constexpr, OFFSETS: tl.constexpr, CHOICES: tl.constexpr
+):
     """Blocks in both formats, and the decision.
 
     Args:
@@ -125,7 +127,7 @@ def _encode(x, r, sensitivity, threshold, RULE: tl.constexpr, OFFSETS: tl.conste
     q8 = integer8 * _Q8_UNITS
     largest = tl.maximum(tl.max(code8, axis=1), _SCALE_MIN)
     target = bits.round_to_integer(tl.minimum(u * _TO_UNITS, _UNITS_MAX))
-    code4, q4, scale, error4 = _best_fp4(u, largest, target, sensitivity, OFFSETS)
+    code4, q4, scale, error4 = _best_fp4(u, largest, target, sensitivity, OFFSETS, CHOICES)
     if RULE == "random":
         score = _hash(code8 + (x < 0).to(tl.int32) * _E4M3_SIGN)
     elif RULE == "difference":
@@ -162,6 +164,7 @@ def _codes_kernel(
     groups,
     RULE: tl.constexpr,
     OFFSETS: tl.constexpr,
+    CHOICES: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
@@ -172,7 +175,7 @@ def _codes_kernel(
     for row in range(first, tl.minimum(first + ROWS, rows)):
         x = bits.load_rounded(x_ptr + row * k + channel, channel < k)
         finite, code4, _, code8, _, scale, is_fp8 = _encode(
-            x, r, sensitivity, threshold, RULE, OFFSETS
+            x, r, sensitivity, threshold, RULE, OFFSETS, CHOICES
         )
         negative = (x < 0).to(tl.int32)
         fp8 = tl.where(finite, code8 + negative * _E4M3_SIGN, _NAN_CODE)
@@ -197,6 +200,7 @@ def _units_kernel(
     groups,
     RULE: tl.constexpr,
     OFFSETS: tl.constexpr,
+    CHOICES: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
@@ -207,7 +211,9 @@ def _units_kernel(
     for row in range(first, tl.minimum(first + ROWS, rows)):
         at = row * k + channel
         x = bits.load_rounded(x_ptr + at, channel < k)
-        finite, _, q4, _, q8, _, is_fp8 = _encode(x, r, sensitivity, threshold, RULE, OFFSETS)
+        finite, _, q4, _, q8, _, is_fp8 = _encode(
+            x, r, sensitivity, threshold, RULE, OFFSETS, CHOICES
+        )
         magnitude = tl.where(is_fp8[:, None], q8, q4).to(tl.float32) * _UNIT
         units = bits.bf16_bits(tl.where(x < 0, -magnitude, magnitude))
         units = tl.where(finite, units, _NAN_BITS)
@@ -277,6 +283,7 @@ def _launch(
         groups,
         RULE=rule,
         OFFSETS=SCALES[scales],
+        CHOICES=len(SCALES[scales]),
         ROWS=rows_each,
         GROUPS=_GROUPS,
         num_warps=_WARPS,
