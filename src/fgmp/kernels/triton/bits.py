@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fgmp.formats.codec import E2M1_MIDPOINTS
-from fgmp.formats.spec import BLOCK, E2M1, E4M3, FP8_BLOCK
+from fgmp.formats.spec import BLOCK, E2M1, E4M3, FP8_BLOCK, FP8_FACTOR
 
 # fp32 and bf16: 8 exponent bits and a bias of 127, 23 and 7 mantissa bits.
 _BIAS = 127
@@ -49,6 +49,9 @@ _HALVES = tl.constexpr(
     sum(int(2 * m) << 4 * code for code, m in enumerate(E2M1.magnitudes)) - (1 << 32)
 )
 
+FP8_SCALE = tl.constexpr(FP8_BLOCK)
+_HIGH_LANE = tl.constexpr(-(1 << 16))
+_E4M3_CODE = tl.constexpr(E4M3.sign_bit - 1)
 _FP8_BLOCK = tl.constexpr(FP8_BLOCK)
 _TWO = 0x0001_0001
 _NIBBLES = tl.constexpr(0xF * _TWO)
@@ -63,9 +66,13 @@ _PLACE_E2M1 = tl.constexpr(1 << _BF16_MANTISSA - E2M1.mantissa_bits)
 _PLACE_E4M3 = tl.constexpr(1 << _BF16_MANTISSA - E4M3.mantissa_bits)
 _PLACE_EXPONENT = tl.constexpr(1 << _BF16_MANTISSA)
 
-E2M1_LIFT = tl.constexpr(_BIAS - E2M1.bias)
-E4M3_LIFT = tl.constexpr(_BIAS - E4M3.bias)
-"""A pattern times 2**LIFT is the code's value."""
+_HALF = (_BIAS - E2M1.bias) // 2
+HALF = tl.constexpr(2.0**_HALF)
+"""2**63. A pattern, or what it is multiplied with, times HALF and times :func:`multipliers` is
+the decoded value in units of t: the factor of 2**126 alone would leave fp32 with a large scale."""
+
+_E2M1_MULTIPLIER = tl.constexpr(2.0 ** (_BIAS - E2M1.bias - _HALF))
+_E4M3_MULTIPLIER = tl.constexpr(FP8_FACTOR * 2.0 ** (_BIAS - E4M3.bias - _HALF))
 
 VALUES = tl.constexpr(BLOCK)
 PAIRS = tl.constexpr(BLOCK // 2)
@@ -101,6 +108,20 @@ def load_rounded(pointers, mask):
         return from_bf16_bits(x.to(tl.int32))
     else:
         return from_bf16_bits(bf16_bits(x.to(tl.float32)))
+
+
+def as_stored(x: Tensor) -> Tensor:
+    """What :func:`store_float` takes for ``x``: bf16 as its bits."""
+    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
+
+
+@triton.jit
+def store_float(pointers, x, mask):
+    """fp32 to floats of the pointers' type, rounded once to nearest even."""
+    if pointers.dtype.element_ty == tl.int16:
+        tl.store(pointers, bf16_bits(x).to(tl.int16), mask=mask)
+    else:
+        tl.store(pointers, x.to(pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -161,6 +182,19 @@ def e2m1_integer(code):
 
 
 @triton.jit
+def multipliers(scale):
+    """Scale bytes, int32, to what :data:`HALF` leaves of a pattern's worth, fp32 and exact."""
+    fp4 = e4m3_value(scale & _E4M3_CODE) * _E2M1_MULTIPLIER
+    return tl.where(scale == _FP8_BLOCK, _E4M3_MULTIPLIER, fp4)
+
+
+@triton.jit
+def is_fp8_block(scale):
+    """Which scale bytes, int32, mark FP8 blocks."""
+    return scale == _FP8_BLOCK
+
+
+@triton.jit
 def spread_nibbles(byte):
     """A byte of two nibbles, int32, to a lane each, the low nibble low."""
     return (byte | (byte << 12)) & _NIBBLES
@@ -184,3 +218,16 @@ def mixed_patterns(low, overflow, is_fp8):
 def e4m3_patterns(codes):
     """Lanes of E4M3 codes to patterns."""
     return (codes & _BYTE_SIGNS) * _SIGN_OF_BYTE + (codes & _BYTE_MAGNITUDES) * _PLACE_E4M3
+
+
+@triton.jit
+def e2m1_patterns(low):
+    """Lanes of E2M1 codes to patterns."""
+    return (low & _NIBBLE_SIGNS) * _SIGN_OF_NIBBLE + (low & _NIBBLE_MAGNITUDES) * _PLACE_E2M1
+
+
+@triton.jit
+def halves(pairs):
+    """Two lanes of bf16 bits to the low and the high value, fp32."""
+    low = (pairs << 16).to(tl.float32, bitcast=True)
+    return low, (pairs & _HIGH_LANE).to(tl.float32, bitcast=True)
