@@ -8,7 +8,7 @@ tested without a GPU. Division is absent too, since ``/`` on a GPU is not IEEE's
 Two forms of a value occur. An *integer* is in units of 2**-9 for E4M3 and 2**-1 for E2M1, their
 smallest magnitudes. A *lane* is one half of an int32, so that one operation decodes two weights:
 
-    nibbles     lane = 000...0 s ee m  or  s mmm         spread(byte)
+    codes       lane = ... s ee m, ... s mmm or ... s eeee mmm, with other bits above
     patterns    lane = bf16 with the code's exponent and mantissa in place, bias uncorrected
 
 An exponent field of zero means subnormal in bf16 as in E2M1 and E4M3, so an uncorrected pattern
@@ -57,7 +57,6 @@ _TWO = 0x0001_0001
 _NIBBLES = tl.constexpr(0xF * _TWO)
 _NIBBLE_SIGNS = tl.constexpr(E2M1.sign_bit * _TWO)
 _NIBBLE_MAGNITUDES = tl.constexpr((E2M1.sign_bit - 1) * _TWO)
-_BYTES = tl.constexpr(0xFF * _TWO)
 _BYTE_SIGNS = tl.constexpr(E4M3.sign_bit * _TWO)
 _BYTE_MAGNITUDES = tl.constexpr((E4M3.sign_bit - 1) * _TWO)
 _SIGN_OF_NIBBLE = tl.constexpr(0x8000 // E2M1.sign_bit)
@@ -75,8 +74,9 @@ _E2M1_MULTIPLIER = tl.constexpr(2.0 ** (_BIAS - E2M1.bias - _HALF))
 _E4M3_MULTIPLIER = tl.constexpr(FP8_FACTOR * 2.0 ** (_BIAS - E4M3.bias - _HALF))
 
 VALUES = tl.constexpr(BLOCK)
-PAIRS = tl.constexpr(BLOCK // 2)
-"""Values and pairs of them in a block."""
+NIBBLE_WORDS = tl.constexpr(BLOCK // 8)
+BYTE_WORDS = tl.constexpr(BLOCK // 4)
+"""Values in a block, and words where a value is a nibble or a byte."""
 
 
 @triton.jit
@@ -113,6 +113,15 @@ def load_rounded(pointers, mask):
 def as_stored(x: Tensor) -> Tensor:
     """What :func:`store_float` takes for ``x``: bf16 as its bits."""
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
+
+
+@triton.jit
+def store_exact(pointers, x, mask):
+    """fp32 values that the pointers' type holds exactly."""
+    if pointers.dtype.element_ty == tl.int16:
+        tl.store(pointers, (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16), mask=mask)
+    else:
+        tl.store(pointers, x.to(pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -195,23 +204,26 @@ def is_fp8_block(scale):
 
 
 @triton.jit
-def spread_nibbles(byte):
-    """A byte of two nibbles, int32, to a lane each, the low nibble low."""
-    return (byte | (byte << 12)) & _NIBBLES
+def nibble_lanes(words):
+    """Words of 8 nibbles (...) to lanes (..., 2, 2), the last axis for the larger step.
+
+    Word j0, j1 has nibble 2 j1 + j0 at the bottom of its low lane and the fourth from there at
+    the bottom of its high lane; whatever is above them stays and must be masked.
+    """
+    shifted = tl.join(words, words >> 4)
+    return tl.join(shifted, shifted >> 8)
 
 
 @triton.jit
-def spread_bytes(word):
-    """Two bytes, int32, to a lane each, the low byte low."""
-    return (word | (word << 8)) & _BYTES
+def byte_lanes(words):
+    """Words of 4 bytes (...) to lanes (..., 2), byte j and byte j + 2; to be masked as above."""
+    return tl.join(words, words >> 8)
 
 
 @triton.jit
-def mixed_patterns(low, overflow, is_fp8):
-    """Lanes of the low and the overflow plane to patterns; ``overflow`` is 0 in FP4 blocks."""
-    signs = (low & _NIBBLE_SIGNS) * _SIGN_OF_NIBBLE
-    place = tl.where(is_fp8, _PLACE_E4M3, _PLACE_E2M1)
-    return signs + (low & _NIBBLE_MAGNITUDES) * place + overflow * _PLACE_EXPONENT
+def e2m1_patterns(low):
+    """Lanes of E2M1 codes to patterns."""
+    return (low & _NIBBLE_SIGNS) * _SIGN_OF_NIBBLE + (low & _NIBBLE_MAGNITUDES) * _PLACE_E2M1
 
 
 @triton.jit
@@ -221,9 +233,17 @@ def e4m3_patterns(codes):
 
 
 @triton.jit
-def e2m1_patterns(low):
-    """Lanes of E2M1 codes to patterns."""
-    return (low & _NIBBLE_SIGNS) * _SIGN_OF_NIBBLE + (low & _NIBBLE_MAGNITUDES) * _PLACE_E2M1
+def mixed_patterns(low, overflow, place):
+    """Lanes of both planes to patterns; ``overflow`` is 0 and ``place`` another in FP4 blocks."""
+    signs = (low & _NIBBLE_SIGNS) * _SIGN_OF_NIBBLE
+    magnitudes = (low & _NIBBLE_MAGNITUDES) * place
+    return signs + magnitudes + (overflow & _NIBBLES) * _PLACE_EXPONENT
+
+
+@triton.jit
+def places(scale):
+    """Scale bytes, int32, to what moves a nibble's magnitude bits where a pattern has them."""
+    return tl.where(scale == _FP8_BLOCK, _PLACE_E4M3, _PLACE_E2M1)
 
 
 @triton.jit

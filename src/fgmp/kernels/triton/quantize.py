@@ -38,7 +38,7 @@ _ROWS = ((64, 1), (1024, 4), (1 << 62, 8))
 """Rows of a program by rows of the tensor: first fill the GPU, then reuse the sensitivities."""
 
 _NAN_CODE = tl.constexpr(E4M3.nan_code)
-_NAN_BITS = tl.constexpr(0x7FC0)
+_NAN = tl.constexpr(float("nan"))
 _INFINITY = tl.constexpr(float("inf"))
 _E2M1_SIGN = tl.constexpr(E2M1.sign_bit)
 _E4M3_SIGN = tl.constexpr(E4M3.sign_bit)
@@ -215,9 +215,8 @@ def _units_kernel(
             x, r, sensitivity, threshold, RULE, OFFSETS, CHOICES
         )
         magnitude = tl.where(is_fp8[:, None], q8, q4).to(tl.float32) * _UNIT
-        units = bits.bf16_bits(tl.where(x < 0, -magnitude, magnitude))
-        units = tl.where(finite, units, _NAN_BITS)
-        tl.store(units_ptr + at, units.to(tl.int16), mask=channel < k)
+        units = tl.where(finite, tl.where(x < 0, -magnitude, magnitude), _NAN)
+        bits.store_exact(units_ptr + at, units, channel < k)
         tl.store(is_fp8_ptr + row * groups + group, is_fp8.to(tl.uint8), mask=group < groups)
 
 
@@ -250,7 +249,7 @@ def fake_quantize_activation(
     units = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     groups = triton.cdiv(x.shape[-1], BLOCK)
     is_fp8 = torch.empty(*x.shape[:-1], groups, dtype=torch.bool, device=x.device)
-    outputs = units.view(torch.int16), is_fp8.view(torch.uint8)
+    outputs = bits.as_stored(units), is_fp8.view(torch.uint8)
     _launch(_units_kernel, x, r, sensitivity, threshold, *outputs, rule, scales)
     return units, is_fp8
 

@@ -19,11 +19,10 @@ _WARPS = 4
 @triton.jit
 def _unpack_kernel(
     out_ptr,
-    low_ptr,
+    words_ptr,
     scale_ptr,
     overflow_ptr,
     row_ptr,
-    fp8_ptr,
     start,
     stop,
     k,
@@ -37,10 +36,9 @@ def _unpack_kernel(
     before = planes.first_positions(row_ptr, row, stop, MODE)
     for first in range(0, groups, GROUPS):
         patterns, multipliers, before = planes.load(
-            low_ptr,
+            words_ptr,
             scale_ptr,
             overflow_ptr,
-            fp8_ptr,
             row,
             stop,
             first,
@@ -52,13 +50,13 @@ def _unpack_kernel(
             GROUPS,
         )
         low, high = bits.halves(patterns)
-        worth = multipliers[:, :, None]
+        worth = multipliers[:, :, None, None, None]
         units = tl.join(low * bits.HALF * worth, high * bits.HALF * worth)
-        units = tl.reshape(units, (ROWS, GROUPS * bits.VALUES))
+        units = tl.reshape(planes.swap_lanes(units, MODE), (ROWS, GROUPS * bits.VALUES))
         column = first * bits.VALUES + tl.arange(0, GROUPS * bits.VALUES)
         here = (row < stop)[:, None] & (column < k)[None, :]
         at = (row - start).to(tl.int64)[:, None] * k + column[None, :]
-        bits.store_float(out_ptr + at, units, here)
+        bits.store_exact(out_ptr + at, units, here)
 
 
 def unpack_weight(
