@@ -30,7 +30,8 @@ _FP32_MANTISSA = 23
 _BF16_MANTISSA = 7
 
 _E4M3_MAX = tl.constexpr(E4M3.max)
-_E4M3_SMALLEST = tl.constexpr(E4M3.smallest)
+_E4M3_BIAS = tl.constexpr(2.0 ** (_BIAS - E4M3.bias))
+_TO_FP32 = tl.constexpr(_FP32_MANTISSA - E4M3.mantissa_bits)
 _LOWEST_EXPONENT = 1 - E4M3.bias + _BIAS
 _LOWEST_OCTAVE = tl.constexpr(_LOWEST_EXPONENT << _FP32_MANTISSA)
 _LOWEST = tl.constexpr(_LOWEST_EXPONENT)
@@ -165,8 +166,8 @@ def e4m3_integer(code):
 
 @triton.jit
 def e4m3_value(code):
-    """E4M3 code without sign, int32, to fp32."""
-    return e4m3_integer(code).to(tl.float32) * _E4M3_SMALLEST
+    """E4M3 code without sign, int32, to fp32: in place, then the bias corrected."""
+    return (code << _TO_FP32).to(tl.float32, bitcast=True) * _E4M3_BIAS
 
 
 @triton.jit

@@ -55,8 +55,7 @@ def _operand(patterns, ROWS: tl.constexpr, GROUPS: tl.constexpr, INTERPRETED: tl
     else:
         low = patterns.to(tl.int16).to(tl.bfloat16, bitcast=True)
         high = (patterns >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    values = tl.reshape(tl.join(low, high), (ROWS, GROUPS, bits.VALUES))
-    return tl.permute(values, (1, 0, 2))
+    return tl.reshape(tl.join(low, high), (GROUPS, ROWS, bits.VALUES))
 
 
 @triton.jit
@@ -96,21 +95,21 @@ def _decode_kernel(
     item = tl.arange(0, BATCH)
     before = planes.first_positions(row_ptr, row, n, MODE)
     total = tl.zeros((GROUPS, ROWS, BATCH), tl.float32)
+    # Loads run ahead: scales by two tiles, since they say where overflow is, the rest by one.
+    scale = planes.load_scale(scale_ptr, row, n, 0, groups, MODE, ROWS, GROUPS)
+    words = planes.load_words(words_ptr, row, n, 0, groups, MODE, ROWS, GROUPS)
+    over, before = planes.load_overflow(overflow_ptr, scale, before, fp8_blocks, MODE)
+    next_scale = planes.load_scale(scale_ptr, row, n, GROUPS, groups, MODE, ROWS, GROUPS)
     for first in range(0, groups, GROUPS):
-        patterns, multipliers, before = planes.load(
-            words_ptr,
-            scale_ptr,
-            overflow_ptr,
-            row,
-            n,
-            first,
-            groups,
-            before,
-            fp8_blocks,
-            MODE,
-            ROWS,
-            GROUPS,
+        ahead = first + GROUPS
+        next_words = planes.load_words(words_ptr, row, n, ahead, groups, MODE, ROWS, GROUPS)
+        next_over, before = planes.load_overflow(overflow_ptr, next_scale, before, fp8_blocks, MODE)
+        last_scale = planes.load_scale(
+            scale_ptr, row, n, ahead + GROUPS, groups, MODE, ROWS, GROUPS
         )
+        weights = _operand(planes.patterns(words, over, scale, MODE), ROWS, GROUPS, INTERPRETED)
+        multipliers = tl.permute(bits.multipliers(scale), (1, 0))
+        words, over, scale, next_scale = next_words, next_over, next_scale, last_scale
         column = first * bits.VALUES + tl.arange(0, GROUPS * bits.VALUES)
         x_here = (item < batch)[:, None] & (column < k)[None, :]
         x = tl.load(x_ptr + item[:, None] * k + column[None, :], x_here, other=0)
@@ -120,8 +119,7 @@ def _decode_kernel(
             x = x.to(tl.bfloat16, bitcast=True) * tl.full([], bits.HALF, tl.bfloat16)
         x = planes.swap_lanes(tl.reshape(x, (BATCH, GROUPS, 2, 2, 2, 2)), MODE)
         x = tl.permute(tl.reshape(x, (BATCH, GROUPS, bits.VALUES)), (1, 2, 0))
-        blocks = tl.dot(_operand(patterns, ROWS, GROUPS, INTERPRETED), x)
-        total = tl.fma(blocks, tl.permute(multipliers, (1, 0))[:, :, None], total)
+        total = tl.fma(tl.dot(weights, x), multipliers[:, :, None], total)
     y = tl.permute(tl.sum(total, axis=0), (1, 0))
     here = (item < batch)[:, None] & (row < n)[None, :]
     if FINISH:

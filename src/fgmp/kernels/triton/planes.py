@@ -1,10 +1,12 @@
 """Tiles of a packed weight: loads from its planes, and the decoding of what was loaded.
 
 A tile is ROWS rows by GROUPS blocks, its patterns int32 (ROWS, GROUPS, 2, 2, 2), two weights each
-(see ``bits``) in an order that costs the fewest instructions: :func:`swap_lanes`. Where an FP8 block's other nibbles are is counted: ``before`` holds the FP8
-blocks of each row, and of all rows above it, that lie before the tile. It starts as row_ptr and
-every tile hands it on. An index beyond the overflow plane is not read, so that a plane that is
-too short gives wrong numbers and not a fault of the device.
+(see ``bits``), in the order that takes the fewest instructions: :func:`swap_lanes`.
+
+Where an FP8 block's other nibbles are is counted: ``before`` holds the FP8 blocks of each row, and
+of all rows above it, that lie before the tile. It starts as row_ptr and every tile hands it on.
+An index beyond the overflow plane is not read, so that a plane that is too short gives wrong
+numbers and not a fault of the device.
 """
 
 import torch
@@ -61,53 +63,78 @@ def first_positions(row_ptr, row, stop, MODE: tl.constexpr):
 
 
 @triton.jit
-def load(
+def load_words(
     words_ptr,
-    scale_ptr,
-    overflow_ptr,
     row,
     stop,
     first,
     groups,
-    before,
-    fp8_blocks,
     MODE: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """One tile: rows ``row`` below ``stop``, GROUPS blocks from ``first``.
-
-    Returns:
-        patterns, int32 (ROWS, GROUPS, 2, 2, 2); multipliers, fp32 (ROWS, GROUPS), zero beyond the
-        row's end in a mode with scales; ``before`` of the next tile.
-    """
-    group = first + tl.arange(0, GROUPS)
+    """Words of the low or the fp8 plane, int32 (GROUPS, ROWS, 2 or 4); zero outside the plane."""
     WORDS: tl.constexpr = bits.BYTE_WORDS if MODE == "fp8" else bits.NIBBLE_WORDS
     word = first * WORDS + tl.arange(0, GROUPS * WORDS)
-    rows_here = (row < stop)[:, None]
-    words_here = rows_here & (word < groups * WORDS)[None, :]
-    blocks_above = row.to(tl.int64)[:, None] * groups
-    words = tl.load(words_ptr + blocks_above * WORDS + word[None, :], words_here, other=0)
+    here = (row < stop)[:, None] & (word < groups * WORDS)[None, :]
+    at = row.to(tl.int64)[:, None] * (groups * WORDS) + word[None, :]
+    words = tl.load(words_ptr + at, mask=here, other=0)
+    return tl.permute(tl.reshape(words, (ROWS, GROUPS, WORDS)), (1, 0, 2))
+
+
+@triton.jit
+def load_scale(
+    scale_ptr,
+    row,
+    stop,
+    first,
+    groups,
+    MODE: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Scale bytes, int32 (ROWS, GROUPS); zero outside the plane."""
     if MODE == "fp8":
-        codes = bits.byte_lanes(tl.reshape(words, (ROWS, GROUPS, 2, 2)))
-        patterns = bits.e4m3_patterns(codes)
-        scale = tl.full((ROWS, GROUPS), bits.FP8_SCALE, tl.int32)
+        return tl.full((ROWS, GROUPS), bits.FP8_SCALE, tl.int32)
     else:
-        low = bits.nibble_lanes(tl.reshape(words, (ROWS, GROUPS, 2)))
-        here = rows_here & (group < groups)[None, :]
-        scale = tl.load(scale_ptr + blocks_above + group[None, :], here, other=0).to(tl.int32)
-        if MODE == "mixed":
-            flags = bits.is_fp8_block(scale).to(tl.int32)
-            position = before[:, None] + tl.cumsum(flags, axis=1) - flags
-            before += tl.sum(flags, axis=1)
-            inside = (flags > 0) & (position >= 0) & (position < fp8_blocks)
-            at = position.to(tl.int64)[:, :, None] * WORDS + tl.arange(0, WORDS)
-            over = tl.load(overflow_ptr + at, mask=inside[:, :, None], other=0)
-            place = bits.places(scale)[:, :, None, None, None]
-            patterns = bits.mixed_patterns(low, bits.nibble_lanes(over), place)
-        else:
-            patterns = bits.e2m1_patterns(low)
-    return patterns, bits.multipliers(scale), before
+        group = first + tl.arange(0, GROUPS)
+        here = (row < stop)[:, None] & (group < groups)[None, :]
+        at = row.to(tl.int64)[:, None] * groups + group[None, :]
+        return tl.load(scale_ptr + at, mask=here, other=0).to(tl.int32)
+
+
+@triton.jit
+def load_overflow(overflow_ptr, scale, before, fp8_blocks, MODE: tl.constexpr):
+    """Words of the overflow plane, int32 (GROUPS, ROWS, 2), zero for FP4 blocks; and ``before``
+    of the next tile. Modes without the plane get a zero that nobody reads.
+    """
+    if MODE == "mixed":
+        flags = bits.is_fp8_block(scale).to(tl.int32)
+        position = before[:, None] + tl.cumsum(flags, axis=1) - flags
+        inside = (flags > 0) & (position >= 0) & (position < fp8_blocks)
+        position = tl.permute(tl.where(inside, position, -1), (1, 0))[:, :, None]
+        at = position.to(tl.int64) * bits.NIBBLE_WORDS + tl.arange(0, bits.NIBBLE_WORDS)
+        over = tl.load(overflow_ptr + at, mask=position >= 0, other=0)
+        return over, before + tl.sum(flags, axis=1)
+    else:
+        return 0, before
+
+
+@triton.jit
+def patterns(words, overflow, scale, MODE: tl.constexpr):
+    """What was loaded of a tile to patterns, int32 (GROUPS, ROWS, 2, 2, 2)."""
+    if MODE == "mixed":
+        # The two planes were loaded by different threads. Joining them moves 2 words a block
+        # to where the others are; left to itself the compiler moves the 8 lanes of each.
+        words, overflow = tl.split(tl.join(words, overflow))
+        place = bits.places(tl.permute(scale, (1, 0)))[:, :, None, None, None]
+        lanes = bits.nibble_lanes(words)
+        return bits.mixed_patterns(lanes, bits.nibble_lanes(overflow), place)
+    elif MODE == "fp4":
+        return bits.e2m1_patterns(bits.nibble_lanes(words))
+    else:
+        words = tl.reshape(words, (words.shape[0], words.shape[1], 2, 2))
+        return bits.e4m3_patterns(bits.byte_lanes(words))
 
 
 @triton.jit

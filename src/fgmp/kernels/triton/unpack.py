@@ -35,24 +35,14 @@ def _unpack_kernel(
     row = start + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     before = planes.first_positions(row_ptr, row, stop, MODE)
     for first in range(0, groups, GROUPS):
-        patterns, multipliers, before = planes.load(
-            words_ptr,
-            scale_ptr,
-            overflow_ptr,
-            row,
-            stop,
-            first,
-            groups,
-            before,
-            fp8_blocks,
-            MODE,
-            ROWS,
-            GROUPS,
-        )
-        low, high = bits.halves(patterns)
-        worth = multipliers[:, :, None, None, None]
+        scale = planes.load_scale(scale_ptr, row, stop, first, groups, MODE, ROWS, GROUPS)
+        words = planes.load_words(words_ptr, row, stop, first, groups, MODE, ROWS, GROUPS)
+        over, before = planes.load_overflow(overflow_ptr, scale, before, fp8_blocks, MODE)
+        low, high = bits.halves(planes.patterns(words, over, scale, MODE))
+        worth = tl.permute(bits.multipliers(scale), (1, 0))[:, :, None, None, None]
         units = tl.join(low * bits.HALF * worth, high * bits.HALF * worth)
-        units = tl.reshape(planes.swap_lanes(units, MODE), (ROWS, GROUPS * bits.VALUES))
+        units = tl.reshape(planes.swap_lanes(units, MODE), (GROUPS, ROWS, bits.VALUES))
+        units = tl.reshape(tl.permute(units, (1, 0, 2)), (ROWS, GROUPS * bits.VALUES))
         column = first * bits.VALUES + tl.arange(0, GROUPS * bits.VALUES)
         here = (row < stop)[:, None] & (column < k)[None, :]
         at = (row - start).to(tl.int64)[:, None] * k + column[None, :]
