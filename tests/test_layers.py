@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sensitivity": {"errors", "formats"},
     "pack": {"errors", "formats"},
     "assign": {"formats", "sensitivity", "pack"},
+    "kernels": {"formats"},
     "model": {"errors", "formats", "pack"},
     "evaluation": {"formats", "pack", "model", "progress"},
     "report": {"evaluation"},
@@ -47,6 +48,7 @@ ONLY_IN = {
     "safetensors": {"pack", "sensitivity", "model"},
     "huggingface_hub": {"pack"},
     "psutil": {"sensitivity"},
+    "triton": {"kernels"},
     "numpy": {"pack", "sensitivity"},
 }
 """Where third-party packages may show up; ``torch`` may everywhere but in ``formats.spec``."""

@@ -1,6 +1,8 @@
 """The ops of ``kernels.ops`` for CUDA tensors, in Triton.
 
-bits      single values and pairs of them: encode, decode; device functions only
+bits      single values and pairs of them: encode, decode; device functions
+planes    tiles of a packed weight: load, count, decode; device functions
+launch    on which device, with which arithmetic
 quantize  activations to codes, or to the values that the codes stand for
 unpack    a packed weight to a matrix
 linear    the packed linear: one kernel for small batches, unpack and GEMM for large ones

@@ -66,13 +66,11 @@ _PLACE_E2M1 = tl.constexpr(1 << _BF16_MANTISSA - E2M1.mantissa_bits)
 _PLACE_E4M3 = tl.constexpr(1 << _BF16_MANTISSA - E4M3.mantissa_bits)
 _PLACE_EXPONENT = tl.constexpr(1 << _BF16_MANTISSA)
 
-_HALF = (_BIAS - E2M1.bias) // 2
-HALF = tl.constexpr(2.0**_HALF)
-"""2**63. A pattern, or what it is multiplied with, times HALF and times :func:`multipliers` is
-the decoded value in units of t: the factor of 2**126 alone would leave fp32 with a large scale."""
-
-_E2M1_MULTIPLIER = tl.constexpr(2.0 ** (_BIAS - E2M1.bias - _HALF))
-_E4M3_MULTIPLIER = tl.constexpr(FP8_FACTOR * 2.0 ** (_BIAS - E4M3.bias - _HALF))
+UNIT_LIFT = tl.constexpr(2.0**16)
+_E2M1_MULTIPLIER = tl.constexpr(2.0 ** (_BIAS - E2M1.bias - 16))
+_E4M3_MULTIPLIER = tl.constexpr(FP8_FACTOR * 2.0 ** (_BIAS - E4M3.bias - 16))
+"""A pattern times its block's multiplier is the decoded value over UNIT_LIFT. With the whole of
+2**126 a multiplier would leave bf16 where its scale is large."""
 
 VALUES = tl.constexpr(BLOCK)
 NIBBLE_WORDS = tl.constexpr(BLOCK // 8)
@@ -193,7 +191,7 @@ def e2m1_integer(code):
 
 @triton.jit
 def multipliers(scale):
-    """Scale bytes, int32, to what :data:`HALF` leaves of a pattern's worth, fp32 and exact."""
+    """Scale bytes, int32, to the multipliers of patterns, fp32 and exact in bf16."""
     fp4 = e4m3_value(scale & _E4M3_CODE) * _E2M1_MULTIPLIER
     return tl.where(scale == _FP8_BLOCK, _E4M3_MULTIPLIER, fp4)
 

@@ -1,11 +1,10 @@
 """The packed linear (docs/numerics.md, section 6): y = fl32(acc * fl32(t_w t_x)) + bias.
 
-Up to 16 rows of activations, one kernel reads the planes once. It is bound by their bytes, so it
-saves instructions per weight: a pattern goes into the tensor core as it is, two weights to a
-register, and the block's scale is applied to the block's dot product instead of to its 16
-weights. A program owns some rows of the weight over all of K; its warps share the blocks and add
-up what they have in a fixed order. No split of K between programs, no atomics, no autotuner: all
-three would let the sum's order, hence its last bit, depend on the machine's mood.
+Up to 16 rows of activations, one kernel reads the planes once and multiplies in the tensor core.
+It is bound by their bytes only if a weight takes few instructions, so two are decoded and scaled
+at a time. A program owns some rows of the weight over all of K; its warps each take a part of
+every tile, and what they have is added in a fixed order. K is not split between programs, there
+are no atomics and no autotuner: a sum has one order, and its last bit depends on nothing else.
 
 Beyond, arithmetic is the limit: rows are unpacked to a bf16 scratch and multiplied by cuBLAS, in
 slices of the weight that leave scratch and product in a cache of 50 MB.
@@ -22,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fgmp.kernels.triton import bits, planes
+from fgmp.kernels.triton.launch import launch
 from fgmp.kernels.triton.unpack import unpack_rows
 
 DECODE_ROWS = 16
@@ -34,28 +34,52 @@ _FINISH = 1024
 _INTERPRETED = triton.knobs.runtime.interpret
 
 
-def _tile(batch: int) -> dict[str, int]:
-    """Rows, blocks, columns of the decode kernel's tile, and warps, for a batch.
+def _tile(n: int, batch: int) -> dict[str, int]:
+    """Tile of the decode kernel: ROWS by GROUPS blocks, BATCH columns, K in PARTS by its warps.
 
-    The accumulator has a value for each row, block and column: 64 registers a thread.
+    Enough programs for 132 processors from 4096 rows up, 84 to 134 registers a thread on sm_90. A
+    tile of 32 rows takes 8.5 instructions a weight at mixed weights where one of 16 takes 9.1.
     """
-    if batch <= 8:
-        return {"ROWS": 16, "GROUPS": 32, "BATCH": 8, "num_warps": 4}
-    return {"ROWS": 16, "GROUPS": 32, "BATCH": 16, "num_warps": 8}
+    rows, groups = (16, 32) if n < 8192 else (32, 16)
+    columns = 8 if batch <= 8 else 16
+    return {"ROWS": rows, "GROUPS": groups, "BATCH": columns, "PARTS": 4, "num_warps": 4}
 
 
 @triton.jit
-def _operand(patterns, ROWS: tl.constexpr, GROUPS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Patterns to a dot operand (GROUPS, ROWS, 16), blocks in the order of lanes.
+def _operand(
+    patterns,
+    scale,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    VALUES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Weights over UNIT_LIFT, (PARTS, ROWS, VALUES), blocks in the order of lanes.
 
-    The interpreter multiplies the raw bits of bf16, so it gets the same values as fp32.
+    Both factors and the product are exact in bf16. Both halves of a word are multiplied at once
+    (a sum with -0, for sm_80 has no such product); Triton's own bf16 product takes them apart and
+    together again, 1.2 instructions a weight more on sm_90. The interpreter knows neither, and its
+    dot multiplies the raw bits of bf16: it gets the same values as fp32.
     """
+    multipliers = bits.multipliers(scale)[:, :, None, None, None]
     if INTERPRETED:
         low, high = bits.halves(patterns)
+        low *= multipliers
+        high *= multipliers
     else:
-        low = patterns.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        high = (patterns >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return tl.reshape(tl.join(low, high), (GROUPS, ROWS, bits.VALUES))
+        pairs = multipliers.to(tl.int32, bitcast=True)
+        products = tl.inline_asm_elementwise(
+            "fma.rn.bf16x2 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [patterns, pairs | (pairs >> 16), -0x7FFF8000],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        low = products.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        high = (products >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    weights = tl.reshape(tl.join(low, high), (ROWS, PARTS, VALUES))
+    return tl.permute(weights, (1, 0, 2))
 
 
 @triton.jit
@@ -90,37 +114,37 @@ def _decode_kernel(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     BATCH: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     item = tl.arange(0, BATCH)
     before = planes.first_positions(row_ptr, row, n, MODE)
-    total = tl.zeros((GROUPS, ROWS, BATCH), tl.float32)
+    total = tl.zeros((PARTS, ROWS, BATCH), tl.float32)
     # Loads run ahead: scales by two tiles, since they say where overflow is, the rest by one.
     scale = planes.load_scale(scale_ptr, row, n, 0, groups, MODE, ROWS, GROUPS)
     words = planes.load_words(words_ptr, row, n, 0, groups, MODE, ROWS, GROUPS)
-    over, before = planes.load_overflow(overflow_ptr, scale, before, fp8_blocks, MODE)
+    over, before = planes.load_overflow(overflow_ptr, scale, before, fp8_blocks, MODE, ROWS, GROUPS)
     next_scale = planes.load_scale(scale_ptr, row, n, GROUPS, groups, MODE, ROWS, GROUPS)
     for first in range(0, groups, GROUPS):
         ahead = first + GROUPS
         next_words = planes.load_words(words_ptr, row, n, ahead, groups, MODE, ROWS, GROUPS)
-        next_over, before = planes.load_overflow(overflow_ptr, next_scale, before, fp8_blocks, MODE)
+        next_over, before = planes.load_overflow(
+            overflow_ptr, next_scale, before, fp8_blocks, MODE, ROWS, GROUPS
+        )
         last_scale = planes.load_scale(
             scale_ptr, row, n, ahead + GROUPS, groups, MODE, ROWS, GROUPS
         )
-        weights = _operand(planes.patterns(words, over, scale, MODE), ROWS, GROUPS, INTERPRETED)
-        multipliers = tl.permute(bits.multipliers(scale), (1, 0))
+        patterns = planes.patterns(words, over, scale, MODE, ROWS, GROUPS)
+        weights = _operand(patterns, scale, PARTS, ROWS, GROUPS * bits.VALUES // PARTS, INTERPRETED)
         words, over, scale, next_scale = next_words, next_over, next_scale, last_scale
         column = first * bits.VALUES + tl.arange(0, GROUPS * bits.VALUES)
         x_here = (item < batch)[:, None] & (column < k)[None, :]
         x = tl.load(x_ptr + item[:, None] * k + column[None, :], x_here, other=0)
-        if INTERPRETED:
-            x = bits.from_bf16_bits(x.to(tl.int32)) * bits.HALF
-        else:
-            x = x.to(tl.bfloat16, bitcast=True) * tl.full([], bits.HALF, tl.bfloat16)
+        x = bits.from_bf16_bits(x.to(tl.int32)) if INTERPRETED else x.to(tl.bfloat16, bitcast=True)
         x = planes.swap_lanes(tl.reshape(x, (BATCH, GROUPS, 2, 2, 2, 2)), MODE)
-        x = tl.permute(tl.reshape(x, (BATCH, GROUPS, bits.VALUES)), (1, 2, 0))
-        total = tl.fma(tl.dot(weights, x), multipliers[:, :, None], total)
-    y = tl.permute(tl.sum(total, axis=0), (1, 0))
+        x = tl.permute(tl.reshape(x, (BATCH, PARTS, GROUPS * bits.VALUES // PARTS)), (1, 2, 0))
+        total = tl.dot(weights, x, total)
+    y = tl.permute(tl.sum(total, axis=0), (1, 0)) * bits.UNIT_LIFT
     here = (item < batch)[:, None] & (row < n)[None, :]
     if FINISH:
         y = _finish(y, t_x_ptr, t_w_ptr, bias_ptr, row[None, :], (row < n)[None, :], HAS_BIAS)
@@ -167,7 +191,8 @@ def packed_linear(
 ) -> Tensor:
     """The linear of activations in units of t_x, (..., K), to ``dtype`` (..., N).
 
-    See ``kernels.ops``. Activations are bf16 or fp32; fp32 ones keep all their bits below 2**63.
+    See ``kernels.ops``. Activations are bf16 or fp32; products with fp32 ones are exact as long as
+    their magnitudes lie between 2**-60 and 2**112, or are 0.
     """
     weight = (low, scale, overflow, row_ptr, fp8)
     some = fp8 if low is None else low
@@ -223,10 +248,13 @@ def _launch_decode(
 ) -> None:
     x = terms.flatten(0, 1)
     n = y.shape[-1]
-    tile = _tile(len(x))
-    _decode_kernel[(triton.cdiv(n, tile["ROWS"]),)](
-        bits.as_stored(y),
-        bits.as_loaded(x),
+    tile = _tile(n, len(x))
+    launch(
+        _decode_kernel,
+        (triton.cdiv(n, tile["ROWS"]),),
+        on=x,
+        y_ptr=bits.as_stored(y),
+        x_ptr=bits.as_loaded(x),
         bias_ptr=x if bias is None else bias,
         batch=len(x),
         n=n,
@@ -234,7 +262,6 @@ def _launch_decode(
         HAS_BIAS=bias is not None,
         FINISH=finish,
         INTERPRETED=_INTERPRETED,
-        enable_fp_fusion=False,
         **scales,
         **planes.arguments(weight),
         **tile,
@@ -250,9 +277,12 @@ def _launch_finish(
     bias: Tensor | None,
 ) -> None:
     width, n = sums.shape[1], y.shape[-1]
-    _finish_kernel[(len(sums) // terms, triton.cdiv(width, _FINISH))](
-        bits.as_stored(y),
-        sums,
+    launch(
+        _finish_kernel,
+        (len(sums) // terms, triton.cdiv(width, _FINISH)),
+        on=y,
+        y_ptr=bits.as_stored(y),
+        sums_ptr=sums,
         bias_ptr=sums if bias is None else bias,
         n=n,
         start=start,
@@ -260,6 +290,5 @@ def _launch_finish(
         terms=terms,
         HAS_BIAS=bias is not None,
         COLUMNS=_FINISH,
-        enable_fp_fusion=False,
         **scales,
     )

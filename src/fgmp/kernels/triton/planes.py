@@ -73,13 +73,12 @@ def load_words(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Words of the low or the fp8 plane, int32 (GROUPS, ROWS, 2 or 4); zero outside the plane."""
+    """Words of the low or the fp8 plane, int32 (ROWS, 2 or 4 GROUPS); zero outside the plane."""
     WORDS: tl.constexpr = bits.BYTE_WORDS if MODE == "fp8" else bits.NIBBLE_WORDS
     word = first * WORDS + tl.arange(0, GROUPS * WORDS)
     here = (row < stop)[:, None] & (word < groups * WORDS)[None, :]
     at = row.to(tl.int64)[:, None] * (groups * WORDS) + word[None, :]
-    words = tl.load(words_ptr + at, mask=here, other=0)
-    return tl.permute(tl.reshape(words, (ROWS, GROUPS, WORDS)), (1, 0, 2))
+    return tl.load(words_ptr + at, mask=here, other=0)
 
 
 @triton.jit
@@ -104,37 +103,45 @@ def load_scale(
 
 
 @triton.jit
-def load_overflow(overflow_ptr, scale, before, fp8_blocks, MODE: tl.constexpr):
-    """Words of the overflow plane, int32 (GROUPS, ROWS, 2), zero for FP4 blocks; and ``before``
-    of the next tile. Modes without the plane get a zero that nobody reads.
+def load_overflow(
+    overflow_ptr,
+    scale,
+    before,
+    fp8_blocks,
+    MODE: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Words of the overflow plane, int32 (ROWS, 2 GROUPS), zero for FP4 blocks; and ``before`` of
+    the next tile. Modes without the plane get a zero that nobody reads.
     """
     if MODE == "mixed":
         flags = bits.is_fp8_block(scale).to(tl.int32)
         position = before[:, None] + tl.cumsum(flags, axis=1) - flags
         inside = (flags > 0) & (position >= 0) & (position < fp8_blocks)
-        position = tl.permute(tl.where(inside, position, -1), (1, 0))[:, :, None]
-        at = position.to(tl.int64) * bits.NIBBLE_WORDS + tl.arange(0, bits.NIBBLE_WORDS)
-        over = tl.load(overflow_ptr + at, mask=position >= 0, other=0)
+        at = tl.where(inside, position, -1)[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+        at = tl.reshape(at, (ROWS, GROUPS * 2))
+        over = tl.load(overflow_ptr + at.to(tl.int64), mask=at >= 0, other=0)
         return over, before + tl.sum(flags, axis=1)
     else:
         return 0, before
 
 
 @triton.jit
-def patterns(words, overflow, scale, MODE: tl.constexpr):
-    """What was loaded of a tile to patterns, int32 (GROUPS, ROWS, 2, 2, 2)."""
+def patterns(words, overflow, scale, MODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """What was loaded of a tile to patterns, int32 (ROWS, GROUPS, 2, 2, 2)."""
     if MODE == "mixed":
         # The two planes were loaded by different threads. Joining them moves 2 words a block
         # to where the others are; left to itself the compiler moves the 8 lanes of each.
         words, overflow = tl.split(tl.join(words, overflow))
-        place = bits.places(tl.permute(scale, (1, 0)))[:, :, None, None, None]
-        lanes = bits.nibble_lanes(words)
-        return bits.mixed_patterns(lanes, bits.nibble_lanes(overflow), place)
+        place = bits.places(scale)[:, :, None, None, None]
+        low = tl.reshape(bits.nibble_lanes(words), (ROWS, GROUPS, 2, 2, 2))
+        over = tl.reshape(bits.nibble_lanes(overflow), (ROWS, GROUPS, 2, 2, 2))
+        return bits.mixed_patterns(low, over, place)
     elif MODE == "fp4":
-        return bits.e2m1_patterns(bits.nibble_lanes(words))
+        return bits.e2m1_patterns(tl.reshape(bits.nibble_lanes(words), (ROWS, GROUPS, 2, 2, 2)))
     else:
-        words = tl.reshape(words, (words.shape[0], words.shape[1], 2, 2))
-        return bits.e4m3_patterns(bits.byte_lanes(words))
+        return bits.e4m3_patterns(tl.reshape(bits.byte_lanes(words), (ROWS, GROUPS, 2, 2, 2)))
 
 
 @triton.jit

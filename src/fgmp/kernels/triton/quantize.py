@@ -28,6 +28,7 @@ from fgmp.formats.spec import (
     UNIT_MAX,
 )
 from fgmp.kernels.triton import bits
+from fgmp.kernels.triton.launch import launch
 
 _GROUPS = 64
 """Blocks of a row that a program takes: 2 KB of bf16, 8 elements a thread."""
@@ -227,8 +228,11 @@ def quantize_activation(
 
     Args:
         x: (..., K), any float dtype.
-        r: fp32 (). sensitivity: E4M3 codes, uint8 (K,). threshold: int64 ().
-        rule: what the score is. scales: how FP4 scales are chosen.
+        r: multiplier, fp32 ().
+        sensitivity: E4M3 codes, uint8 (K,).
+        threshold: T_site, int64 ().
+        rule: what the score is, a key of ``formats.activation.RULES``.
+        scales: what FP4 scales are chosen from, a key of ``formats.activation.SCALES``.
 
     Returns:
         codes, uint8 (..., G, 16), E4M3 in FP8 blocks and E2M1 elsewhere;
@@ -238,19 +242,24 @@ def quantize_activation(
     groups = triton.cdiv(k, BLOCK)
     codes = torch.empty(*outer, groups, BLOCK, dtype=torch.uint8, device=x.device)
     scale = torch.empty(*outer, groups, dtype=torch.uint8, device=x.device)
-    _launch(_codes_kernel, x, r, sensitivity, threshold, codes, scale, rule, scales)
+    outputs = {"codes_ptr": codes, "scale_ptr": scale}
+    _launch(_codes_kernel, x, r, sensitivity, threshold, rule, scales, outputs)
     return codes, scale
 
 
 def fake_quantize_activation(
     x: Tensor, r: Tensor, sensitivity: Tensor, threshold: Tensor, rule: str, scales: str = "max"
 ) -> tuple[Tensor, Tensor]:
-    """The values of :func:`quantize_activation`: units of t, bf16 (..., K), and bool (..., G)."""
+    """The values of :func:`quantize_activation`, of the same arguments.
+
+    Returns:
+        units of t, bf16 (..., K), exact; which blocks are FP8, bool (..., G).
+    """
     units = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     groups = triton.cdiv(x.shape[-1], BLOCK)
     is_fp8 = torch.empty(*x.shape[:-1], groups, dtype=torch.bool, device=x.device)
-    outputs = bits.as_stored(units), is_fp8.view(torch.uint8)
-    _launch(_units_kernel, x, r, sensitivity, threshold, *outputs, rule, scales)
+    outputs = {"units_ptr": bits.as_stored(units), "is_fp8_ptr": is_fp8.view(torch.uint8)}
+    _launch(_units_kernel, x, r, sensitivity, threshold, rule, scales, outputs)
     return units, is_fp8
 
 
@@ -260,31 +269,31 @@ def _launch(
     r: Tensor,
     sensitivity: Tensor,
     threshold: Tensor,
-    values: Tensor,
-    blocks: Tensor,
     rule: str,
     scales: str,
+    outputs: dict[str, Tensor],
 ) -> None:
     if x.numel() == 0:
         return
-    k, groups = x.shape[-1], blocks.shape[-1]
-    rows = x.numel() // k
+    k = x.shape[-1]
+    rows, groups = x.numel() // k, triton.cdiv(k, BLOCK)
     rows_each = next(each for limit, each in _ROWS if rows <= limit)
-    kernel[(triton.cdiv(rows, rows_each), triton.cdiv(groups, _GROUPS))](
-        bits.as_loaded(x.contiguous()),
-        r,
-        sensitivity,
-        threshold,
-        values,
-        blocks,
-        rows,
-        k,
-        groups,
+    launch(
+        kernel,
+        (triton.cdiv(rows, rows_each), triton.cdiv(groups, _GROUPS)),
+        on=x,
+        x_ptr=bits.as_loaded(x.contiguous()),
+        r_ptr=r,
+        sensitivity_ptr=sensitivity,
+        threshold_ptr=threshold,
+        rows=rows,
+        k=k,
+        groups=groups,
         RULE=rule,
         OFFSETS=SCALES[scales],
         CHOICES=len(SCALES[scales]),
         ROWS=rows_each,
         GROUPS=_GROUPS,
         num_warps=_WARPS,
-        enable_fp_fusion=False,
+        **outputs,
     )

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fgmp.kernels.triton import bits, planes
+from fgmp.kernels.triton.launch import launch
 
 _ROWS = 8
 _GROUPS = 32
@@ -37,12 +38,13 @@ def _unpack_kernel(
     for first in range(0, groups, GROUPS):
         scale = planes.load_scale(scale_ptr, row, stop, first, groups, MODE, ROWS, GROUPS)
         words = planes.load_words(words_ptr, row, stop, first, groups, MODE, ROWS, GROUPS)
-        over, before = planes.load_overflow(overflow_ptr, scale, before, fp8_blocks, MODE)
-        low, high = bits.halves(planes.patterns(words, over, scale, MODE))
-        worth = tl.permute(bits.multipliers(scale), (1, 0))[:, :, None, None, None]
-        units = tl.join(low * bits.HALF * worth, high * bits.HALF * worth)
-        units = tl.reshape(planes.swap_lanes(units, MODE), (GROUPS, ROWS, bits.VALUES))
-        units = tl.reshape(tl.permute(units, (1, 0, 2)), (ROWS, GROUPS * bits.VALUES))
+        over, before = planes.load_overflow(
+            overflow_ptr, scale, before, fp8_blocks, MODE, ROWS, GROUPS
+        )
+        low, high = bits.halves(planes.patterns(words, over, scale, MODE, ROWS, GROUPS))
+        worth = bits.multipliers(scale)[:, :, None, None, None]
+        units = tl.join(low * worth * bits.UNIT_LIFT, high * worth * bits.UNIT_LIFT)
+        units = tl.reshape(planes.swap_lanes(units, MODE), (ROWS, GROUPS * bits.VALUES))
         column = first * bits.VALUES + tl.arange(0, GROUPS * bits.VALUES)
         here = (row < stop)[:, None] & (column < k)[None, :]
         at = (row - start).to(tl.int64)[:, None] * k + column[None, :]
@@ -69,8 +71,11 @@ def unpack_weight(
 def unpack_rows(weight: planes.Planes, start: int, out: Tensor) -> None:
     """Rows from ``start`` on into ``out``, (rows, K): as many as it has."""
     rows, k = out.shape
-    _unpack_kernel[(triton.cdiv(rows, _ROWS),)](
-        bits.as_stored(out),
+    launch(
+        _unpack_kernel,
+        (triton.cdiv(rows, _ROWS),),
+        on=out,
+        out_ptr=bits.as_stored(out),
         **planes.arguments(weight),
         start=start,
         stop=start + rows,
@@ -78,5 +83,4 @@ def unpack_rows(weight: planes.Planes, start: int, out: Tensor) -> None:
         ROWS=_ROWS,
         GROUPS=_GROUPS,
         num_warps=_WARPS,
-        enable_fp_fusion=False,
     )
