@@ -39,7 +39,6 @@ _ROWS = ((64, 1), (1024, 4), (1 << 62, 8))
 """Rows of a program by rows of the tensor: first fill the GPU, then reuse the sensitivities."""
 
 _NAN_CODE = tl.constexpr(E4M3.nan_code)
-_NAN = tl.constexpr(float("nan"))
 _INFINITY = tl.constexpr(float("inf"))
 _E2M1_SIGN = tl.constexpr(E2M1.sign_bit)
 _E4M3_SIGN = tl.constexpr(E4M3.sign_bit)
@@ -216,7 +215,7 @@ def _units_kernel(
             x, r, sensitivity, threshold, RULE, OFFSETS, CHOICES
         )
         magnitude = tl.where(is_fp8[:, None], q8, q4).to(tl.float32) * _UNIT
-        units = tl.where(finite, tl.where(x < 0, -magnitude, magnitude), _NAN)
+        units = tl.where(finite, tl.where(x < 0, -magnitude, magnitude), float("nan"))
         bits.store_exact(units_ptr + at, units, channel < k)
         tl.store(is_fp8_ptr + row * groups + group, is_fp8.to(tl.uint8), mask=group < groups)
 
