@@ -37,8 +37,8 @@ _INTERPRETED = triton.knobs.runtime.interpret
 def _tile(n: int, batch: int) -> dict[str, int]:
     """Tile of the decode kernel: ROWS by GROUPS blocks, BATCH columns, K in PARTS by its warps.
 
-    Enough programs for 132 processors from 4096 rows up, 84 to 134 registers a thread on sm_90. A
-    tile of 32 rows takes 8.5 instructions a weight at mixed weights where one of 16 takes 9.1.
+    Wide tiles cost fewer instructions a weight, narrow ones make more programs: 256 of a weight of
+    4096 rows, for the 132 processors of an H200. ``benchmarks/gpu_compiled.py`` counts both.
     """
     rows, groups = (16, 32) if n < 8192 else (32, 16)
     columns = 8 if batch <= 8 else 16
@@ -58,8 +58,8 @@ def _operand(
 
     Both factors and the product are exact in bf16. Both halves of a word are multiplied at once
     (a sum with -0, for sm_80 has no such product); Triton's own bf16 product takes them apart and
-    together again, 1.2 instructions a weight more on sm_90. The interpreter knows neither, and its
-    dot multiplies the raw bits of bf16: it gets the same values as fp32.
+    together again, an instruction a weight more. The interpreter knows neither, and its dot
+    multiplies the raw bits of bf16: it gets the same values as fp32.
     """
     multipliers = bits.multipliers(scale)[:, :, None, None, None]
     if INTERPRETED:
