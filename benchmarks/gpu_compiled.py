@@ -140,9 +140,10 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         raise SystemExit("benchmarks/gpu_compiled.py compiles: unset TRITON_INTERPRET.")
     rows = compiled_rows(args.capability)
-    if args.json:
+    if args.json or args.ptx:
+        kept = rows if args.ptx else [{k: v for k, v in r.items() if k != "ptx"} for r in rows]
         print(
-            json.dumps({"capability": args.capability, "triton": triton.__version__, "rows": rows})
+            json.dumps({"capability": args.capability, "triton": triton.__version__, "rows": kept})
         )
         return
     for row in rows:
