@@ -48,6 +48,7 @@ ONLY_IN = {
     "safetensors": {"pack", "sensitivity", "model"},
     "huggingface_hub": {"pack"},
     "psutil": {"sensitivity"},
+    "triton": {"kernels"},
     "numpy": {"pack", "sensitivity"},
 }
 """Where third-party packages may show up; ``torch`` may everywhere but in ``formats.spec``."""
