@@ -120,7 +120,7 @@ def _decode_kernel(
     item = tl.arange(0, BATCH)
     before = planes.first_positions(row_ptr, row, n, MODE)
     total = tl.zeros((PARTS, ROWS, BATCH), tl.float32)
-    # Loads run ahead: scales by two tiles, since they say where overflow is, the rest by one.
+    # Loads run ahead: scales by two tiles, since they say where overflow is, planes by one.
     scale = planes.load_scale(scale_ptr, row, n, 0, groups, MODE, ROWS, GROUPS)
     words = planes.load_words(words_ptr, row, n, 0, groups, MODE, ROWS, GROUPS)
     over, before = planes.load_overflow(overflow_ptr, scale, before, fp8_blocks, MODE, ROWS, GROUPS)
@@ -134,12 +134,12 @@ def _decode_kernel(
         last_scale = planes.load_scale(
             scale_ptr, row, n, ahead + GROUPS, groups, MODE, ROWS, GROUPS
         )
-        patterns = planes.patterns(words, over, scale, MODE, ROWS, GROUPS)
-        weights = _operand(patterns, scale, PARTS, ROWS, GROUPS * bits.VALUES // PARTS, INTERPRETED)
-        words, over, scale, next_scale = next_words, next_over, next_scale, last_scale
         column = first * bits.VALUES + tl.arange(0, GROUPS * bits.VALUES)
         x_here = (item < batch)[:, None] & (column < k)[None, :]
         x = tl.load(x_ptr + item[:, None] * k + column[None, :], x_here, other=0)
+        patterns = planes.patterns(words, over, scale, MODE, ROWS, GROUPS)
+        weights = _operand(patterns, scale, PARTS, ROWS, GROUPS * bits.VALUES // PARTS, INTERPRETED)
+        words, over, scale, next_scale = next_words, next_over, next_scale, last_scale
         x = bits.from_bf16_bits(x.to(tl.int32)) if INTERPRETED else x.to(tl.bfloat16, bitcast=True)
         x = planes.swap_lanes(tl.reshape(x, (BATCH, GROUPS, 2, 2, 2, 2)), MODE)
         x = tl.permute(tl.reshape(x, (BATCH, PARTS, GROUPS * bits.VALUES // PARTS)), (1, 2, 0))
