@@ -111,7 +111,7 @@ def test_every_policy_reaches_its_share(policy: str, tokens: Tensor) -> None:
         assert kept == round(0.6 * blocks)
         # Random scores follow from the codes, which repeat now and then.
         assert share(counts) == pytest.approx(0.6, abs=(2 if policy == "random" else 0.2) * POINTS)
-    rule = "random" if policy == "random" else "difference"
+    rule = "random" if policy == "random" else "benefit"
     assert {site.rule for site in config_of(model).sites.values()} == {rule}
 
 

@@ -73,6 +73,13 @@ def quantize(
     fp4_activations: Annotated[
         float | None, typer.Option(help="The same for activations. [default: as --fp4]")
     ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="A budget instead of shares: mean of the bits of a weight and of an activation "
+            "value, 4.5 to 8."
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="YAML file with any recipe keys; options override it.")
     ] = None,
@@ -107,6 +114,7 @@ def quantize(
     given: dict[str, Any] = {
         "fp4": fp4,
         "fp4_activations": fp4_activations,
+        "bits": bits,
         "samples": samples,
         "seq_len": seq_len,
         "seed": seed,
