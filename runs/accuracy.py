@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int)
     parser.add_argument("--windows", type=int, help="evaluate on the first so many only")
     parser.add_argument("--seeds", type=int, default=1, help="calibrations to average over")
-    parser.add_argument("--only", help="comma-separated beginnings of row names")
+    parser.add_argument("--only", help="names of rows, separated by semicolons")
     parser.add_argument("--cache", type=Path, default=Path("accuracy-cache"))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -231,8 +231,10 @@ def main() -> None:
     reference = [logits_of(original.eval(), batch) for batch in batches(windows)]
     losses = [loss_of(r, b) for r, b in zip(reference, batches(windows), strict=True)]
 
-    wanted = [n for n in ROWS if not args.only or n.startswith(tuple(args.only.split(",")))]
-    wanted = ["fp8", "nvfp4", *(n for n in wanted if n not in ("fp8", "nvfp4"))]
+    asked = args.only.split(";") if args.only else list(ROWS)
+    if unknown := set(asked) - set(ROWS):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    wanted = [name for name in ROWS if name in asked or name in ("fp8", "nvfp4")]
     found: dict[str, list[Measured]] = {name: [] for name in wanted}
     for seed in range(args.seeds):
         chosen = {"samples": args.samples, "seq_len": seq_len, "seed": seed}

@@ -87,6 +87,13 @@ def quantize(
         str | None,
         typer.Option(help="Calibration TEXT. [default: docstrings of the Python library]"),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that keeps the calibration: made if missing, else used again, which saves "
+            "most of the time under another recipe. Must be of this model and text."
+        ),
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Calibration sequences. [default: 512]")
     ] = None,
@@ -125,7 +132,7 @@ def quantize(
     chosen = replace(chosen, **{k: v for k, v in given.items() if v is not None})
     from fgmp.workflow import quantize_to
 
-    summary = quantize_to(model, output, chosen, calib, _reporter())
+    summary = quantize_to(model, output, chosen, calib, _reporter(), calibration)
     _show(summary, as_json, _print_summary)
 
 

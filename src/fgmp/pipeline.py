@@ -61,6 +61,7 @@ def quantize(
     held_out: Sequence[Any] | Tensor | None = None,
     groups: dict[str, list[str]] | None = None,
     state: Path | None = None,
+    reuse: bool = False,
     progress: Stages = silent,
     report: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
@@ -76,6 +77,8 @@ def quantize(
             which then take no part in calibration.
         groups: activation sites that override those found by tensor identity.
         state: file that keeps an interrupted calibration, from which a later call goes on.
+        reuse: ``state`` is a calibration to be used again: refuse one of another model, of other
+            sequences or sites instead of starting anew over it.
         progress: reports on long stages; see ``fgmp.progress``.
         report: gets a line for a person now and then.
 
@@ -107,7 +110,14 @@ def quantize(
 
     with progress("calibrating", len(samples)) as advance:
         calibration = calibrate(
-            model, linears, samples, loss, groups=groups, state=state, advance=advance
+            model,
+            linears,
+            samples,
+            loss,
+            groups=groups,
+            state=state,
+            reuse=reuse,
+            advance=advance,
         )
     calibrated = time.perf_counter()
     statistics = {site.linears[0]: site for site in calibration.sites.values()}
@@ -119,7 +129,7 @@ def quantize(
         for owner, site in statistics.items()
     }
     histograms = {owner: new_histogram(record) for owner, record in records.items()}
-    if policy.fraction is None:
+    if policy.fraction is None and (recipe.bits is not None or 0 < recipe.activation_fraction < 1):
         with progress("scoring activations", len(samples)) as advance:
             count = {o: partial(_count_input, histograms[o], records[o]) for o in records}
             _observe(model, linears, count, samples, loss, advance)
