@@ -143,7 +143,8 @@ class _FourOverSixSite(ActivationSite):
         at6, at4 = ((q - FP8_FACTOR * u).square().sum(-1, keepdim=True) for q in tried)
         self.counts[0] += at6.numel()
         self.counts[1] += at6.numel()
-        return from_blocks(torch.where(at4 < at6, tried[1], tried[0]), x.shape[-1])
+        better = torch.where(at4 < at6, tried[1], tried[0])
+        return from_blocks(better, x.shape[-1]).bfloat16()
 
 
 def gptq(setting: Setting) -> nn.Module:
@@ -290,7 +291,8 @@ class _ChannelSite(ActivationSite):
         tokens = x.numel() // x.shape[-1]
         self.counts[0] += tokens * int((~self.fp8).sum())
         self.counts[1] += tokens * len(self.fp8)
-        return from_blocks(torch.where(self.fp8.unsqueeze(-1), high, low), x.shape[-1])
+        mixed = torch.where(self.fp8.unsqueeze(-1), high, low)
+        return from_blocks(mixed, x.shape[-1]).bfloat16()
 
 
 def _channel_harm(parts: Parts, setting: Setting) -> dict[str, Tensor]:
