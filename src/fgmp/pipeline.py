@@ -25,7 +25,7 @@ from fgmp.formats.activation import Site, sensitivity_codes, site_threshold
 from fgmp.formats.spec import E2M1, E4M3, FP4_BITS
 from fgmp.formats.weight import check_finite, quantize_weight
 from fgmp.model.convert import install
-from fgmp.model.linear import mixed_linears, sites
+from fgmp.model.linear import ActivationSite, mixed_linears, sites
 from fgmp.model.select import linearize, matrices, quantizable
 from fgmp.model.store import CONFIG_ATTRIBUTE, config_of
 from fgmp.model.transformers import mark_quantized
@@ -306,7 +306,10 @@ def _moments(
         owner: new_moments(linears[owner].in_features, linears[owner].weight.device)
         for owner in records
     }
-    add = {owner: partial(_add_input, moments[owner], record) for owner, record in records.items()}
+    add = {
+        owner: partial(_add_input, moments[owner], ActivationSite(record))
+        for owner, record in records.items()
+    }
     _observe(model, linears, add, samples, loss, advance)
     return moments
 
@@ -338,9 +341,11 @@ def _count_input(
         add_scores(histogram, args[0], record)
 
 
-def _add_input(moments: Moments, record: Site, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+def _add_input(
+    moments: Moments, site: ActivationSite, _: nn.Module, args: tuple[Tensor, ...]
+) -> None:
     if args[0].numel():
-        add_moments(moments, args[0], record)
+        add_moments(moments, args[0], site(args[0]).float() * site.record.t)
 
 
 def _choose(

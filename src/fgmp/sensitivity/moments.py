@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fgmp.formats.activation import Site, fake_quantize
-
 MOMENT_BYTES = 2 * 4
 """Of H and C, an entry."""
 
@@ -34,10 +32,8 @@ def new_moments(k: int, device: torch.device) -> Moments:
     return Moments(torch.zeros(k, k, device=device), torch.zeros(k, k, device=device))
 
 
-def add_moments(moments: Moments, x: Tensor, site: Site) -> None:
-    """Add the tokens of one activation tensor, (..., K), as ``site`` quantizes them."""
-    units, _ = fake_quantize(x, site)
-    q = units.flatten(0, -2) * site.t
-    flat = x.flatten(0, -2).float()
+def add_moments(moments: Moments, x: Tensor, q: Tensor) -> None:
+    """Add the tokens of one activation tensor and of what it is quantized to, (..., K) each."""
+    q = q.flatten(0, -2).float()
     moments.h.addmm_(q.T, q)
-    moments.c.addmm_(flat.T, q)
+    moments.c.addmm_(x.flatten(0, -2).float().T, q)
