@@ -14,12 +14,14 @@ ROOT = Path(fgmp.__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "progress": set(),
+    "console": set(),
     "demo.text": set(),
     "data": {"errors"},
     "recipe": {"errors"},
     "formats": {"errors"},
     "sensitivity": {"errors", "formats"},
     "pack": {"errors", "formats"},
+    "hardware": {"console", "errors", "formats", "pack"},
     "assign": {"formats", "sensitivity", "pack"},
     "model": {"errors", "formats", "pack"},
     "evaluation": {"formats", "pack", "model", "progress"},
@@ -33,15 +35,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("pack", "model", "evaluation", "pipeline"),
     },
     "demo.quickstart": {"demo.text", "recipe", "pack", "evaluation", "report", "workflow"},
-    "cli": {"errors", "progress", "recipe", "evaluation", "workflow", "demo.quickstart"},
+    "cli": {
+        *("errors", "progress", "console", "recipe"),
+        *("hardware", "evaluation", "workflow", "demo.quickstart"),
+    },
 }
 """A part is a package or a module of the top level; the two halves of ``demo`` lie on either side
 of ``workflow``. Each part may import those named, which all stand above it."""
 
 ONLY_IN = {
     "transformers": {"model", "workflow", "cli"},
-    "rich": {"progress", "cli"},
-    "typer": {"cli"},
+    "rich": {"progress", "console", "cli"},
+    "typer": {"console", "hardware", "cli"},
+    "amaranth": {"hardware"},
     "yaml": {"recipe"},
     "datasets": {"data"},
     "safetensors": {"pack", "sensitivity", "model"},

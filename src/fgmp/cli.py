@@ -1,10 +1,7 @@
 """The command line: parse, call, print. Progress goes to stderr, results to stdout."""
 
-import json
-import math
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +9,13 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from fgmp.console import Json, print_facts, show, stderr
 from fgmp.errors import FGMPError
-
-_console = Console(stderr=True)
+from fgmp.hardware.cli import app as hardware
 
 
 class _Commands(TyperGroup):
@@ -30,11 +28,11 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except FGMPError as error:
-            text = f"[bold red]error:[/] {_escaped(str(error))}"
-            _console.print(text, highlight=False, soft_wrap=True)
+            text = f"[bold red]error:[/] {escape(str(error))}"
+            stderr.print(text, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as interruption:
-            _console.print("interrupted")
+            stderr.print("interrupted")
             raise typer.Exit(130) from interruption
 
 
@@ -55,7 +53,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+app.add_typer(hardware, name="hw")
+
 Text = Annotated[str, typer.Option("--data", help="Evaluation text: file, JSON lines or dataset.")]
 SeqLen = Annotated[
     int | None,
@@ -118,7 +117,7 @@ def quantize(
     from fgmp.workflow import quantize_to
 
     summary = quantize_to(model, output, chosen, calib, _reporter())
-    _show(summary, as_json, _print_summary)
+    show(summary, as_json, _print_summary)
 
 
 @app.command("eval")
@@ -134,7 +133,7 @@ def evaluate(
     """
     from fgmp.workflow import evaluate_model
 
-    _show(evaluate_model(model, data, seq_len, _reporter()), as_json, _print_facts)
+    show(evaluate_model(model, data, seq_len, _reporter()), as_json, print_facts)
 
 
 @app.command()
@@ -155,11 +154,11 @@ def compare(
     found = compare_models(model, directory, data, seq_len, _reporter())
     facts = {**vars(found), "rows": [row.to_dict() for row in found.rows]}
 
-    def show(_: dict[str, Any]) -> None:
+    def show_rows(_: dict[str, Any]) -> None:
         _print_rows(found.rows)
-        _print_facts({"quantized": _coverage(facts)})
+        print_facts({"quantized": _coverage(facts)})
 
-    _show(facts, as_json, show)
+    show(facts, as_json, show_rows)
 
 
 @app.command()
@@ -170,7 +169,7 @@ def inspect(
     """Check a checkpoint byte by byte and show where its FP8 blocks are."""
     from fgmp.evaluation.inspect import inspect_checkpoint
 
-    _show(inspect_checkpoint(directory), as_json, _print_inspection)
+    show(inspect_checkpoint(directory), as_json, _print_inspection)
 
 
 @app.command()
@@ -187,7 +186,7 @@ def generate(
 
     stream = None if as_json else _write
     found = generate_text(directory, prompt, max_new_tokens, temperature, seed, stream)
-    _show(found, as_json, lambda facts: _write("\n"))
+    show(found, as_json, lambda facts: _write("\n"))
 
 
 @app.command()
@@ -208,12 +207,12 @@ def quickstart(
     rows = found.pop("comparison")
     facts = {**found, "rows": [row.to_dict() for row in rows]}
 
-    def show(_: dict[str, Any]) -> None:
+    def show_rows(_: dict[str, Any]) -> None:
         _print_rows(rows)
         _print_summary(found["summary"])
-        _print_facts({"report": found["report"], "whole run": f"{found['seconds']:.0f} s"})
+        print_facts({"report": found["report"], "whole run": f"{found['seconds']:.0f} s"})
 
-    _show(facts, as_json, show)
+    show(facts, as_json, show_rows)
 
 
 def main() -> None:
@@ -231,39 +230,13 @@ def _reporter() -> Any:
 
     logging.disable_progress_bar()
     return Reporter(
-        stages=bars(_console), line=lambda text: _console.print(_escaped(text), highlight=False)
+        stages=bars(stderr), line=lambda text: stderr.print(escape(text), highlight=False)
     )
-
-
-def _show(facts: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
-    if as_json:
-        print(json.dumps(_finite(facts)))
-    else:
-        show(facts)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _print_facts(facts: dict[str, Any]) -> None:
-    grid = Table.grid(padding=(0, 2))
-    for key, value in facts.items():
-        if value is None or value == {} or value == []:
-            continue
-        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
-        grid.add_row(key.replace("_", " "), _escaped(shown))
-    Console().print(grid)
 
 
 def _coverage(facts: dict[str, Any]) -> str:
@@ -273,7 +246,7 @@ def _coverage(facts: dict[str, Any]) -> str:
 
 def _print_summary(summary: dict[str, Any]) -> None:
     fractions = summary["fp4_fraction"]
-    _print_facts(
+    print_facts(
         {
             "checkpoint": summary["output"],
             "FP4 blocks": f"{fractions['weights']:.1%} of weights, "
@@ -309,7 +282,7 @@ _WIDE_COLUMNS = ("95% interval", "compression", "FP4 act")
 
 def _print_inspection(facts: dict[str, Any]) -> None:
     bits, size = facts["bits_per_weight"], facts["bytes"]
-    _print_facts(
+    print_facts(
         {
             "checkpoint": facts["path"],
             "integrity": f"{facts['tensors']} tensors intact",
@@ -324,14 +297,8 @@ def _print_inspection(facts: dict[str, Any]) -> None:
     for title, by in (("layer", shares["by_layer"]), ("kind of layer", shares["by_kind"])):
         shown = Table(title, "FP8 blocks", "")
         for name, share in by.items():
-            shown.add_row(_escaped(name), f"{share:.1%}", "█" * round(40 * share))
+            shown.add_row(escape(name), f"{share:.1%}", "█" * round(40 * share))
         Console().print(shown)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 if __name__ == "__main__":
