@@ -17,7 +17,7 @@ import numpy as np
 
 from fgmp.hardware.cells import Cell, Energy, Library
 from fgmp.hardware.netlist import ONE, Netlist
-from fgmp.hardware.simulate import Activity
+from fgmp.hardware.gates import Activity
 from fgmp.hardware.timing import Timing, default_slew
 
 CAUSES = ("logic", "registers", "clock", "leakage")
@@ -50,7 +50,7 @@ def cycle_energy(
 
     Args:
         netlist, library, timing: the design.
-        activity: toggles, from ``simulate``.
+        activity: toggles, from ``gates``.
         period_ns: clock period, over which leakage runs.
     """
     units: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(CAUSES, 0.0))

@@ -91,7 +91,7 @@ def _script(top: str, period_ps: float | None) -> list[str]:
     timed = "" if period_ps is None else f" -D {period_ps:.6g} -constr {_MOUNT}/abc.constr"
     return [
         f"read_rtlil {_MOUNT}/design.il",
-        f"synth -noabc -top {top}",
+        f"synth -noalumacc -noabc -top {top}",
         "setattr -unset init w:*",
         f"dfflegalize -cell $_DFF_P_ x -cell $_DFFE_PP_ x -mince {_SMALLEST_GATED}",
         "opt_clean -purge",

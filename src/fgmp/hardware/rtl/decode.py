@@ -12,7 +12,7 @@ significands, 2 by 2 to 4 by 4 bits, and adds the shifts.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from amaranth.hdl import Cat, Module, Mux, Signal, Value
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
 
 from fgmp.formats.spec import Minifloat
 
@@ -45,6 +45,11 @@ def decode(m: Module, fmt: Minifloat, code: Value) -> Decoded:
         shift=named(m, "shift", (exponent - normal)[: fmt.exponent_bits]),
         shift_max=(1 << fmt.exponent_bits) - 2,
     )
+
+
+def decode_magnitude(m: Module, fmt: Minifloat, code: Value) -> Decoded:
+    """Parts of a code without its sign bit, such as a block scale's."""
+    return decode(m, fmt, Cat(code, Const(0, 1)))
 
 
 def shifted(m: Module, value: Value, amount: Value, most: int) -> Value:

@@ -12,13 +12,14 @@ selected is still to the last gate.
 
 from typing import Any
 
-from amaranth.hdl import Cat, Const, Module, Signal, Value
+from amaranth.hdl import Const, Module, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from fgmp.formats.spec import BLOCK, E2M1, E4M3, Minifloat
 from fgmp.hardware.datapath import Unit, signed_bits
-from fgmp.hardware.rtl.decode import decode, named, shifted, signed_sum
+from fgmp.hardware.rtl.decode import decode, decode_magnitude, named, shifted, signed_sum
+from fgmp.hardware.rtl.pipeline import Pipeline
 
 SCALE_BITS = E4M3.bits - 1
 """A block scale is positive: its code has no sign bit."""
@@ -59,18 +60,25 @@ class DotUnit(wiring.Component):
 
     def elaborate(self, platform: Any) -> Module:
         m = Module()
-        stage = _Stage(m, self.cuts, self.valid)
-        magnitudes, signs = self._products(m)
-        gain, shift = self._gain(m)
-        *products, gain, shift = stage.cut("products", [*magnitudes, *signs, gain, shift])
-        total = signed_sum(m, products[:BLOCK], products[BLOCK:])
-        exact = total[: signed_bits(self.unit.sum_max)].as_signed()
-        exact, gain, shift = stage.cut("sums", [exact, gain, shift])
-        scaled = named(m, "scaled", exact * gain)
+        pipeline = Pipeline(m, self.valid)
+
+        def cut(name: str) -> None:
+            if name in self.cuts:
+                pipeline.next()
+
+        magnitudes, signs = (pipeline.carry(v, "product") for v in self._products(m))
+        gains = pipeline.carry(self._gain(m), "gain")
+        cut("products")
+        total = signed_sum(m, magnitudes.now, signs.now)
+        exact = pipeline.carry([total[: signed_bits(self.unit.sum_max)].as_signed()], "sum")
+        cut("sums")
+        gain, shift = gains.now
+        scaled = named(m, "scaled", exact.now[0] * gain)
         most = _twos(self.unit.constant_gain) + self.unit.scales * _SCALE_SHIFT_MAX
         whole = shifted(m, scaled, shift, most)[: len(self.contribution)]
-        (whole,) = stage.cut("scaled", [whole])
-        m.d.comb += [self.contribution.eq(whole), self.done.eq(stage.valid)]
+        contribution = pipeline.carry([whole], "contribution")
+        cut("scaled")
+        m.d.comb += [self.contribution.eq(contribution.now[0]), self.done.eq(pipeline.valid)]
         return m
 
     def _products(self, m: Module) -> tuple[list[Value], list[Value]]:
@@ -85,7 +93,7 @@ class DotUnit(wiring.Component):
             signs.append(named(m, "sign", a.sign ^ w.sign))
         return magnitudes, signs
 
-    def _gain(self, m: Module) -> tuple[Value, Value]:
+    def _gain(self, m: Module) -> list[Value]:
         """Odd factor and shift of the gain."""
         gain: Value = Const(self.unit.constant_gain >> _twos(self.unit.constant_gain))
         shift: Value = Const(_twos(self.unit.constant_gain))
@@ -94,31 +102,10 @@ class DotUnit(wiring.Component):
             (self.unit.weight, self.weight),
         ):
             if fmt is E2M1:
-                scale = decode(m, E4M3, Cat(block.scale, Const(0, 1)))
+                scale = decode_magnitude(m, E4M3, block.scale)
                 gain = gain * scale.significand
                 shift = shift + scale.shift
-        return named(m, "gain", gain), named(m, "gain_shift", shift)
-
-
-class _Stage:
-    """The pipeline: cuts that exist load while the pair of blocks before them is valid."""
-
-    def __init__(self, m: Module, cuts: tuple[str, ...], valid: Value) -> None:
-        self._m, self._cuts, self.valid = m, cuts, valid
-
-    def cut(self, name: str, values: list[Value]) -> list[Value]:
-        """The values, or registers that hold them a cycle later."""
-        if name not in self._cuts:
-            return values
-        held = [
-            Signal(v.shape(), name=f"{name}_{i}", reset_less=True) for i, v in enumerate(values)
-        ]
-        passed = Signal(name=f"{name}_valid")
-        with self._m.If(self.valid):
-            self._m.d.sync += [h.eq(v) for h, v in zip(held, values, strict=True)]
-        self._m.d.sync += passed.eq(self.valid)
-        self.valid = passed
-        return held
+        return [named(m, "gain", gain), named(m, "gain_shift", shift)]
 
 
 def _twos(value: int) -> int:
