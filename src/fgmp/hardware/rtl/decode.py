@@ -61,16 +61,20 @@ def shifted(m: Module, value: Value, amount: Value, most: int) -> Value:
     return value
 
 
-def signed_sum(m: Module, magnitudes: Sequence[Value], signs: Sequence[Value]) -> Value:
-    """Sum of ``(-1)**sign * magnitude``, signed.
+def signed_sum(
+    m: Module, magnitudes: Sequence[Value], signs: Sequence[Value], addition: str
+) -> Value:
+    """Sum of ``(-1)**sign * magnitude``, signed; ``addition`` as in ``datapath.ADDITIONS``.
 
-    A negative term enters as its complement and one; the ones are counted in a term of their own,
-    which costs less than an incrementer for each.
+    In two's complement a negative term enters as its complement and one; the ones are counted in a
+    term of their own, which costs less than an incrementer for each.
     """
-    terms = [
-        Cat(magnitude ^ sign.replicate(len(magnitude)), sign).as_signed()
-        for magnitude, sign in zip(magnitudes, signs, strict=True)
-    ]
+    pairs = list(zip(magnitudes, signs, strict=True))
+    if addition == "apart":
+        positive = [named(m, "positive", v & (~sign).replicate(len(v))) for v, sign in pairs]
+        negative = [named(m, "negative", v & sign.replicate(len(v))) for v, sign in pairs]
+        return tree(m, positive) - tree(m, negative)
+    terms = [Cat(v ^ sign.replicate(len(v)), sign).as_signed() for v, sign in pairs]
     return tree(m, terms) + tree(m, signs)
 
 

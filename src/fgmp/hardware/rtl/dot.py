@@ -18,7 +18,7 @@ from amaranth.lib.wiring import In, Out
 
 from fgmp.formats.spec import BLOCK, E2M1, E4M3, Minifloat
 from fgmp.hardware.datapath import Unit, signed_bits
-from fgmp.hardware.rtl.decode import decode, decode_magnitude, named, shifted, signed_sum
+from fgmp.hardware.rtl.decode import Decoded, decode, decode_magnitude, named, shifted, signed_sum
 from fgmp.hardware.rtl.pipeline import Pipeline
 
 SCALE_BITS = E4M3.bits - 1
@@ -45,8 +45,9 @@ class DotUnit(wiring.Component):
         done: ``contribution`` is that of a pair.
     """
 
-    def __init__(self, unit: Unit, cuts: tuple[str, ...]) -> None:
+    def __init__(self, unit: Unit, cuts: tuple[str, ...], addition: str) -> None:
         self.unit = unit
+        self.addition = addition
         self.cuts = cuts
         super().__init__(
             {
@@ -66,10 +67,19 @@ class DotUnit(wiring.Component):
             if name in self.cuts:
                 pipeline.next()
 
-        magnitudes, signs = (pipeline.carry(v, "product") for v in self._products(m))
+        products = self._products(m)
+        significands = pipeline.carry([p.significand for p in products], "significand")
+        shifts = pipeline.carry([p.shift for p in products], "shift")
+        signs = pipeline.carry([p.sign for p in products], "sign")
         gains = pipeline.carry(self._gain(m), "gain")
+        cut("significands")
+        most = products[0].shift_max
+        placed = [
+            shifted(m, v, s, most) for v, s in zip(significands.now, shifts.now, strict=True)
+        ]
+        magnitudes = pipeline.carry(placed, "magnitude")
         cut("products")
-        total = signed_sum(m, magnitudes.now, signs.now)
+        total = signed_sum(m, magnitudes.now, signs.now, self.addition)
         exact = pipeline.carry([total[: signed_bits(self.unit.sum_max)].as_signed()], "sum")
         cut("sums")
         gain, shift = gains.now
@@ -81,17 +91,21 @@ class DotUnit(wiring.Component):
         m.d.comb += [self.contribution.eq(contribution.now[0]), self.done.eq(pipeline.valid)]
         return m
 
-    def _products(self, m: Module) -> tuple[list[Value], list[Value]]:
-        """Magnitudes and signs of the 16 products."""
-        magnitudes, signs = [], []
+    def _products(self, m: Module) -> list[Decoded]:
+        """Products of the 16 pairs of elements, not yet shifted."""
+        products = []
         for i in range(BLOCK):
             a = decode(m, self.unit.activation, self.activation.codes[i])
             w = decode(m, self.unit.weight, self.weight.codes[i])
-            product = named(m, "product", a.significand * w.significand)
-            shift = named(m, "shifts", a.shift + w.shift)
-            magnitudes.append(shifted(m, product, shift, a.shift_max + w.shift_max))
-            signs.append(named(m, "sign", a.sign ^ w.sign))
-        return magnitudes, signs
+            products.append(
+                Decoded(
+                    sign=named(m, "sign", a.sign ^ w.sign),
+                    significand=named(m, "product", a.significand * w.significand),
+                    shift=named(m, "shifts", a.shift + w.shift),
+                    shift_max=a.shift_max + w.shift_max,
+                )
+            )
+        return products
 
     def _gain(self, m: Module) -> list[Value]:
         """Odd factor and shift of the gain."""

@@ -1,0 +1,159 @@
+"""What stands at a lane's ports while it runs a linear of a real model.
+
+A lane keeps a weight block for ``reuse`` tokens, then takes the next block of the same row: the
+order of a weight-stationary array. Formats therefore interleave as the model's blocks do, and a unit
+that is not selected keeps what it saw last. Averages over isolated units or over noise would miss
+both.
+
+A stream is one lane's ports over consecutive cycles, from some place in some linear on; 64 of them
+run side by side in the bits of a word (see ``gates``). Linears are drawn by how many pairs of
+blocks they multiply.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fgmp.errors import InputError
+from fgmp.formats.activation import ActivationCodes
+from fgmp.formats.codec import decode_e2m1, decode_e4m3, encode_e4m3
+from fgmp.formats.spec import BLOCK, E2M1, E4M3, FP8_BLOCK, FP8_FACTOR
+from fgmp.hardware.datapath import Datapath
+from fgmp.hardware.gates import Words
+from fgmp.pack.planes import BlockCodes
+
+STREAMS = 64
+"""Streams in a word."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """The operands of one linear: activation blocks (M, G), M tokens, and weight blocks (N, G).
+
+    ``activation_fp8`` and ``weight_fp8`` are the same tensors with every block in FP8, codes uint8
+    (M, G, 16) and (N, G, 16): what an FP8-only lane would be given.
+    """
+
+    name: str
+    activation: BlockCodes
+    weight: BlockCodes
+    activation_fp8: Tensor
+    weight_fp8: Tensor
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of blocks that the linear multiplies."""
+        return self.activation.is_fp8.numel() * self.weight.is_fp8.shape[0]
+
+    def mix(self) -> dict[tuple[bool, bool], int]:
+        """Pairs by (activation is FP8, weight is FP8): the joint distribution, block by block."""
+        a8 = self.activation.is_fp8.sum(0).double()
+        w8 = self.weight.is_fp8.sum(0).double()
+        m, n = self.activation.is_fp8.shape[0], self.weight.is_fp8.shape[0]
+        return {
+            (a, w): int(((a8 if a else m - a8) * (w8 if w else n - w8)).sum())
+            for a in (False, True)
+            for w in (False, True)
+        }
+
+
+def activation_blocks(codes: ActivationCodes) -> BlockCodes:
+    """A quantized activation (M, G) in the form of a weight's blocks."""
+    wide = codes.is_fp8.unsqueeze(-1)
+    scale = torch.where(codes.is_fp8, torch.full_like(codes.scale, FP8_BLOCK), codes.scale)
+    return BlockCodes(codes.is_fp8, torch.where(wide, codes.fp8, codes.fp4), scale)
+
+
+def requantized_fp8(blocks: BlockCodes) -> Tensor:
+    """FP8 codes of every block, uint8 (..., 16); an FP4 block's from its decoded values.
+
+    The tensor that was quantized would give other codes; this is for want of it.
+    """
+    fp4 = decode_e2m1(blocks.codes & 0xF) * decode_e4m3(blocks.scale & 0x7F).unsqueeze(-1)
+    return torch.where(blocks.is_fp8.unsqueeze(-1), blocks.codes, encode_e4m3(fp4 / FP8_FACTOR))
+
+
+def stimulate(
+    layers: list[Layer], datapath: Datapath, cycles: int, seed: int = 0
+) -> dict[str, Words]:
+    """Words (cycles, bits, 1) for every port of ``Lane``.
+
+    Args:
+        layers: what the model computes.
+        datapath: its ``kind`` decides which codes are at the ports: of FP4 alone only the E2M1 code
+            of blocks that have one, so an FP4 lane is to be given all-FP4 layers.
+        cycles: length of each stream.
+        seed: chooses linears, rows and tokens.
+
+    Raises:
+        InputError: no linear has ``reuse`` tokens.
+    """
+    reuse = datapath.reuse
+    usable = [layer for layer in layers if layer.activation.is_fp8.shape[0] >= reuse]
+    if not usable:
+        raise InputError(f"operand streams need a linear of at least {reuse} tokens, got none")
+    rng = np.random.default_rng(seed)
+    weights = np.array([layer.pairs for layer in usable], dtype=float)
+    chosen = rng.choice(len(usable), size=STREAMS, p=weights / weights.sum())
+    ports: dict[str, list[np.ndarray]] = {}  # type: ignore[type-arg]
+    for index in chosen:
+        for port, bits in _stream(usable[index], datapath, cycles, rng).items():
+            ports.setdefault(port, []).append(bits)
+    weight = np.uint64(1) << np.arange(STREAMS, dtype=np.uint64)
+    return {
+        port: (np.stack(bits, -1).astype(np.uint64) * weight).sum(-1, dtype=np.uint64)[..., None]
+        for port, bits in ports.items()
+    }
+
+
+def _stream(
+    layer: Layer, datapath: Datapath, cycles: int, rng: np.random.Generator
+) -> dict[str, "np.ndarray"]:  # type: ignore[type-arg]
+    """One lane's ports: bits (cycles, width), low bit first."""
+    reuse = datapath.reuse
+    tokens, blocks = layer.activation.is_fp8.shape
+    rows = layer.weight.is_fp8.shape[0]
+    tiles = tokens // reuse
+    # The place in the linear's order (tile, row, block, token), wrapping at its end.
+    total = tiles * rows * blocks * reuse
+    place = (int(rng.integers(total // reuse)) * reuse + np.arange(cycles)) % total
+    slot = place % reuse
+    block = place // reuse % blocks
+    row = place // (reuse * blocks) % rows
+    token = place // (reuse * blocks * rows) * reuse + slot
+    one = np.ones(cycles, dtype=np.uint8)
+    return {
+        "activation": _block_bits(
+            layer.activation, layer.activation_fp8, datapath, torch.tensor(token), torch.tensor(block)
+        ),
+        "weight": _block_bits(
+            layer.weight, layer.weight_fp8, datapath, torch.tensor(row), torch.tensor(block)
+        ),
+        "valid": one[:, None],
+        "new_weight": (slot == 0)[:, None],
+        "slot": _bits(slot, max((reuse - 1).bit_length(), 0)),
+        "first": (block == 0)[:, None],
+        "last": (block == blocks - 1)[:, None],
+    }
+
+
+def _block_bits(
+    blocks: BlockCodes, fp8: Tensor, datapath: Datapath, row: Tensor, block: Tensor
+) -> "np.ndarray":  # type: ignore[type-arg]
+    """Blocks as ``rtl.lane.block_layout`` orders them: codes, then scale and flag where needed."""
+    if datapath.formats == (E4M3,):
+        return _bits(fp8[row, block].numpy(), E4M3.bits).reshape(len(row), -1)
+    is_fp8 = blocks.is_fp8[row, block].numpy()
+    width = max(fmt.bits for fmt in datapath.formats)
+    parts = [_bits(blocks.codes[row, block].numpy(), width).reshape(len(row), BLOCK * width)]
+    parts.append(_bits(blocks.scale[row, block].numpy(), E4M3.bits - 1))
+    if datapath.formats != (E2M1,):
+        parts.append(is_fp8[:, None])
+    return np.concatenate(parts, axis=1)
+
+
+def _bits(values: "np.ndarray", width: int) -> "np.ndarray":  # type: ignore[type-arg]
+    """(...) to (..., width), low bit first."""
+    return (values[..., None].astype(np.uint32) >> np.arange(width, dtype=np.uint32)) & 1
