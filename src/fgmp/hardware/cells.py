@@ -178,12 +178,7 @@ def embedded() -> Library:
 
 
 def _gate(
-    name: str,
-    drive: int,
-    function: str,
-    efforts: tuple[float, ...],
-    parasitic: float,
-    hidden: float,
+    name: str, drive: int, function: str, efforts: tuple[float, ...], parasitic: float, hidden: float
 ) -> Cell:
     pins = "ABS" if "S" in function else "ABCD"
     capacitance = {pin: drive * g for pin, g in zip(pins, efforts, strict=False)}

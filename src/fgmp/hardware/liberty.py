@@ -163,11 +163,11 @@ class _Units:
 
     def table(self, group: Group, factor: float) -> Table:
         template = self.templates.get(group.names[0] if group.names else "")
-        order = [(template.values.get(f"variable_{i}", "") if template else "") for i in (1, 2)]
+        order = [
+            (template.values.get(f"variable_{i}", "") if template else "") for i in (1, 2)
+        ]
         axes = [
-            _numbers(
-                group.lists.get(f"index_{i}") or (template and template.lists.get(f"index_{i}"))
-            )
+            _numbers(group.lists.get(f"index_{i}") or (template and template.lists.get(f"index_{i}")))
             for i in (1, 2)
         ]
         values = _numbers(group.lists.get("values")) * factor
@@ -250,9 +250,7 @@ def _clock_gate(inputs: dict[str, Group]) -> dict[str, object] | None:
 def _leakage(group: Group) -> float:
     """The stated mean, or the mean over states."""
     stated = [
-        g
-        for g in group.all("leakage_power")
-        if not _GROUND.match(g.values.get("related_pg_pin", ""))
+        g for g in group.all("leakage_power") if not _GROUND.match(g.values.get("related_pg_pin", ""))
     ]
     plain = [g.number("value") for g in stated if "when" not in g.values]
     if plain:

@@ -59,12 +59,8 @@ def cycle_energy(
     for gate in netlist.gates:
         cell = library.cells[gate.cell]
         energy = toggles[gate.output] * load[gate.output] * half_square
-        energy += _internal(
-            cell,
-            [(toggles[n], slew[n]) for n in gate.inputs],
-            toggles[gate.output],
-            load[gate.output],
-        )
+        energy += _internal(cell, [(toggles[n], slew[n]) for n in gate.inputs],
+                            toggles[gate.output], load[gate.output])
         units[gate.unit]["logic"] += energy
         units[gate.unit]["leakage"] += cell.leakage * period_ns * 1e-3
     for flop in netlist.flops:
@@ -106,18 +102,12 @@ def _pin_energy(tables: tuple[Energy, ...], slew: float, quiet: float) -> float:
 
 
 def _register(
-    data: int,
-    output: int,
-    library: Library,
-    timing: Timing,
-    toggles: "np.ndarray",  # type: ignore[type-arg]
+    data: int, output: int, library: Library, timing: Timing, toggles: "np.ndarray"  # type: ignore[type-arg]
 ) -> float:
     """Energy of a register's data pin and output, its inverter included; not of its clock."""
     flop, half_square = library.flip_flop, library.voltage**2 / 2
     out, load = toggles[output], timing.load[output]
-    energy = toggles[data] * _pin_energy(
-        flop.input_energy.get(flop.data, ()), timing.slew[data], 1.0
-    )
+    energy = toggles[data] * _pin_energy(flop.input_energy.get(flop.data, ()), timing.slew[data], 1.0)
     if flop.inverted:
         inverter = library.inverter
         between = sum(inverter.capacitance.values())

@@ -126,11 +126,7 @@ def _stream(
     one = np.ones(cycles, dtype=np.uint8)
     return {
         "activation": _block_bits(
-            layer.activation,
-            layer.activation_fp8,
-            datapath,
-            torch.tensor(token),
-            torch.tensor(block),
+            layer.activation, layer.activation_fp8, datapath, torch.tensor(token), torch.tensor(block)
         ),
         "weight": _block_bits(
             layer.weight, layer.weight_fp8, datapath, torch.tensor(row), torch.tensor(block)

@@ -118,6 +118,4 @@ def _run(work: Path) -> None:
     if done.returncode or not (work / "netlist.json").exists():
         log = (work / "log").read_text() if (work / "log").exists() else done.stdout
         errors = [line for line in (log + done.stdout).splitlines() if "ERROR" in line]
-        raise InputError(
-            f"Yosys failed: {(errors or log.strip().splitlines() or ['no output'])[-1]}"
-        )
+        raise InputError(f"Yosys failed: {(errors or log.strip().splitlines() or ['no output'])[-1]}")

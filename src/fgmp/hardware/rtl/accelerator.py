@@ -6,8 +6,8 @@
 
 A bank holds two tiles, one that is computed and one that is loaded. A weight bank feeds the lanes
 of one weight row, an activation bank those of one activation row; the order of work is that of
-``hardware.array``. Whoever has no room holds back whoever feeds it, by ready; the counters say how many
-cycles the lanes waited, and for what.
+``hardware.array``. Whoever has no room holds back whoever feeds it, by ready; the counters say how
+many cycles the lanes waited, and for what.
 """
 
 from typing import Any
