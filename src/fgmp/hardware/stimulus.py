@@ -10,6 +10,7 @@ run side by side in the bits of a word (see ``gates``). Linears are drawn by how
 blocks they multiply.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fgmp.errors import InputError
-from fgmp.formats.activation import ActivationCodes
-from fgmp.formats.codec import decode_e2m1, decode_e4m3, encode_e4m3
+from fgmp.formats.activation import MULTIPLIER_BITS, ActivationCodes, Site
+from fgmp.formats.codec import decode_e2m1, decode_e4m3, encode_e4m3, to_blocks
 from fgmp.formats.spec import BLOCK, E2M1, E4M3, FP8_BLOCK, FP8_FACTOR
 from fgmp.hardware.datapath import Datapath
 from fgmp.hardware.gates import Words
@@ -26,6 +27,9 @@ from fgmp.pack.planes import BlockCodes
 
 STREAMS = 64
 """Streams in a word."""
+
+_EXPONENT_BITS = 9
+"""Of the quantizer's multiplier, ``rtl.encode.EXPONENT_BITS``; that file needs Amaranth."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +105,7 @@ def stimulate(
     for index in chosen:
         for port, bits in _stream(usable[index], datapath, cycles, rng).items():
             ports.setdefault(port, []).append(bits)
-    weight = np.uint64(1) << np.arange(STREAMS, dtype=np.uint64)
-    return {
-        port: (np.stack(bits, -1).astype(np.uint64) * weight).sum(-1, dtype=np.uint64)[..., None]
-        for port, bits in ports.items()
-    }
+    return _words(ports)
 
 
 def _stream(
@@ -157,3 +157,77 @@ def _block_bits(
 def _bits(values: "np.ndarray", width: int) -> "np.ndarray":  # type: ignore[type-arg]
     """(...) to (..., width), low bit first."""
     return (values[..., None].astype(np.uint32) >> np.arange(width, dtype=np.uint32)) & 1
+
+
+@dataclass(frozen=True, eq=False)
+class SiteInput:
+    """What the quantizer of one site sees: bf16 values (M, K) and the site's record."""
+
+    x: Tensor
+    site: Site
+
+
+def stimulate_quantizer(sites: list[SiteInput], cycles: int, seed: int = 0) -> dict[str, Words]:
+    """Words (cycles, bits, 1) for every port of ``Quantizer``: a block a cycle, K fastest.
+
+    Each stream stays at one site; sites are drawn by how many blocks they quantize.
+    """
+    rng = np.random.default_rng(seed)
+    weights = np.array([s.x.numel() for s in sites], dtype=float)
+    chosen = rng.choice(len(sites), size=STREAMS, p=weights / weights.sum())
+    ports: dict[str, list[np.ndarray]] = {}  # type: ignore[type-arg]
+    for index in chosen:
+        for port, bits in _quantizer_stream(sites[index], cycles, rng).items():
+            ports.setdefault(port, []).append(bits)
+    return _words(ports)
+
+
+def _quantizer_stream(
+    source: SiteInput, cycles: int, rng: np.random.Generator
+) -> dict[str, "np.ndarray"]:  # type: ignore[type-arg]
+    blocks = to_blocks(source.x.to(torch.bfloat16).float()).to(torch.bfloat16)
+    tokens, groups, _ = blocks.shape
+    place = (int(rng.integers(tokens * groups)) + np.arange(cycles)) % (tokens * groups)
+    values = blocks.view(torch.int16).numpy().reshape(-1, BLOCK)[place].astype(np.uint16)
+    sensitivity = to_blocks(source.site.sensitivity.float()).byte().numpy()[place % groups]
+    significand, exponent = _multiplier_parts(source.site.r)
+    constants = np.concatenate(
+        [
+            _integer_bits(significand, MULTIPLIER_BITS),
+            _integer_bits(exponent, _EXPONENT_BITS),
+            _integer_bits(source.site.threshold, 64),
+        ]
+    )
+    one = np.ones((cycles, 1), dtype=np.uint8)
+    return {
+        "input__payload": np.concatenate(
+            [
+                _bits(values, 16).reshape(cycles, -1),
+                _bits(sensitivity, E4M3.bits - 1).reshape(cycles, -1),
+            ],
+            axis=1,
+        ),
+        "input__valid": one,
+        "output__ready": one,
+        "site": np.broadcast_to(constants, (cycles, len(constants))),
+        "clear": 0 * one,
+    }
+
+
+def _multiplier_parts(r: float) -> tuple[int, int]:
+    """r = significand * 2**(exponent - 11), the significand's first of 12 bits set."""
+    fraction, exponent = math.frexp(r)
+    return int(fraction * 2**MULTIPLIER_BITS), exponent - 1
+
+
+def _integer_bits(value: int, width: int) -> "np.ndarray":  # type: ignore[type-arg]
+    return np.array([value >> i & 1 for i in range(width)], dtype=np.uint8)
+
+
+def _words(ports: dict[str, list["np.ndarray"]]) -> dict[str, Words]:  # type: ignore[type-arg]
+    """Streams of bits (cycles, width) to words."""
+    weight = np.uint64(1) << np.arange(STREAMS, dtype=np.uint64)
+    return {
+        port: (np.stack(bits, -1).astype(np.uint64) * weight).sum(-1, dtype=np.uint64)[..., None]
+        for port, bits in ports.items()
+    }
