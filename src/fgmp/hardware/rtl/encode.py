@@ -16,6 +16,7 @@ from fgmp.formats.activation import MULTIPLIER_BITS
 from fgmp.formats.codec import E2M1_MIDPOINTS
 from fgmp.formats.spec import E2M1, E4M3, FP8_FACTOR
 from fgmp.hardware.rtl.decode import Decoded, named, tree
+from fgmp.hardware.rtl.floats import Code, rounded
 
 BF16_BITS, BF16_MANTISSA, BF16_BIAS = 16, 7, 127
 CODE_BITS = E4M3.bits - 1
@@ -24,9 +25,13 @@ EXPONENT_BITS = 9
 
 _SIGNIFICAND_BITS = 1 + BF16_MANTISSA + MULTIPLIER_BITS
 _TOP = _SIGNIFICAND_BITS - 1
-_KEPT = 1 + E4M3.mantissa_bits
 _EXPONENT_MIN = 1 - E4M3.bias
-_EXPONENT_MAX = (E4M3.max_code >> E4M3.mantissa_bits) - E4M3.bias
+_E4M3 = Code(
+    exponent_bits=E4M3.exponent_bits,
+    mantissa_bits=E4M3.mantissa_bits,
+    bias=E4M3.bias,
+    limit=E4M3.max_code,
+)
 _QUARTERS = [int(4 * mid) for mid in E2M1_MIDPOINTS]
 _BELOW = _TOP - E4M3.mantissa_bits - 2
 """Bits of 6 |u| below a quarter of the last bit of s, where u and s have the same exponent."""
@@ -66,19 +71,7 @@ def multiply(m: Module, x: Value, r_significand: Value, r_exponent: Value) -> Pr
 
 def encode_e4m3(m: Module, significand: Value, exponent: Value) -> Value:
     """The code of |u|, seven bits, to nearest even and saturated."""
-    missing = named(m, "missing", _EXPONENT_MIN - exponent)
-    subnormal = missing > 0
-    # One more than all kept bits is far enough for anything smaller.
-    most = _KEPT + 1
-    amount = named(m, "amount", Mux(subnormal, Mux(missing > most, most, missing), 0)[:3])
-    moved = named(m, "moved", Cat(Const(0, most), significand) >> amount)
-    place = len(moved) - _KEPT
-    kept, half, rest = moved[place:], moved[place - 1], moved[: place - 1].any()
-    field = named(m, "field", Mux(subnormal, 0, exponent + E4M3.bias)[: E4M3.exponent_bits])
-    rounded = named(m, "rounded", Cat(kept[:-1], field) + (half & (rest | kept[0])))
-    too_large = (exponent > _EXPONENT_MAX) | (rounded > E4M3.max_code)
-    saturated = Mux(too_large, E4M3.max_code, rounded)
-    return named(m, "fp8", Mux(significand.any(), saturated, 0)[:CODE_BITS])
+    return rounded(m, _E4M3, significand, exponent)
 
 
 def midpoints(m: Module, scale: Decoded) -> list[Value]:
