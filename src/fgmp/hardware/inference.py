@@ -3,8 +3,8 @@
     lanes       each pair of blocks, by the formats of its two sides, in the unit that they select
     totals      each pair of blocks, with the lane's control
     quantizer   each block of a site's activation once, however many linears read it
-    buffers     weight blocks once for ``reuse`` tokens of each row of lanes, activation blocks once for
-                ``lanes`` outputs, bf16 outputs written once and read once by the quantizer
+    buffers     weight blocks once for ``reuse`` tokens of each row of lanes, activation blocks once
+                for ``lanes`` outputs, bf16 outputs written once and read once by the quantizer
     dram        each weight once a pass
 
 Activations stay on the chip. Attention, norms, embeddings, the output head and the KV cache are
@@ -54,7 +54,10 @@ Mix = Mapping[tuple[bool, bool], float]
 
 def independent(activation_fp4: float, weight_fp4: float) -> dict[tuple[bool, bool], float]:
     """The mix of two shares of FP4 blocks that know nothing of each other."""
-    a, w = {False: activation_fp4, True: 1 - activation_fp4}, {False: weight_fp4, True: 1 - weight_fp4}
+    a, w = (
+        {False: activation_fp4, True: 1 - activation_fp4},
+        {False: weight_fp4, True: 1 - weight_fp4},
+    )
     return {(i, j): a[i] * w[j] for i in a for j in w}
 
 
@@ -92,7 +95,7 @@ class Machine:
         quantizer_fj: of a block; of an FP8 or FP4 machine its own, simpler quantizer's is not
             known, so it is charged none.
         bits: of a value in memory, FP4 and FP8, scales and flags included.
-        lanes, rows, reuse: outputs at a time, tokens at a time, tokens that a weight block stays for.
+        lanes, rows, reuse: outputs at a time, tokens at a time, tokens a weight block stays for.
     """
 
     name: str

@@ -7,13 +7,14 @@ glitches. What the lane's cycles mean in operations is :func:`per_operation`; wh
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fgmp.formats.spec import BLOCK
 from fgmp.hardware import gates, timing
 from fgmp.hardware.cells import Library
 from fgmp.hardware.datapath import FORMATS, Datapath
-from fgmp.hardware.gates import Activity, Trace, Words
+from fgmp.hardware.gates import Trace, Words
 from fgmp.hardware.netlist import Netlist
 from fgmp.hardware.power import CycleEnergy, cycle_energy
 from fgmp.hardware.synthesis import Design, synthesize
@@ -61,7 +62,6 @@ class Measurement:
 
     zero_delay: CycleEnergy
     inertial: CycleEnergy
-    settled: Activity
 
 
 def components() -> dict[str, Callable[[], Any]]:
@@ -75,8 +75,8 @@ def components() -> dict[str, Callable[[], Any]]:
         f"lane_{kind}": Datapath(kind=kind).create for kind in FORMATS
     }
     for unit in mixed.units:
-        made[unit.name] = lambda unit=unit: DotUnit(unit, mixed.cuts, mixed.addition)
-    made["totals"] = lambda: Totals(mixed)
+        made[unit.name] = partial(DotUnit, unit, mixed.cuts, mixed.addition)
+    made["totals"] = partial(Totals, mixed)
     made["quantizer"] = Quantizer
     return made
 
@@ -115,16 +115,16 @@ def measure(
     trace = Trace(gates.settle(netlist, library, stimulus).values[warm_up:])
     mean_delay = float((timed.rise.mean() + timed.fall.mean()) / 2)
     settled = gates.zero_delay(trace)
-    moving = gates.glitches(
-        netlist, library, trace, timed, mean_delay / _STEPS_A_GATE, advance
-    )
+    moving = gates.glitches(netlist, library, trace, timed, mean_delay / _STEPS_A_GATE, advance)
     return Measurement(
-        *(cycle_energy(netlist, library, timed, a, period_ns) for a in (settled, moving)),
-        settled=settled,
+        cycle_energy(netlist, library, timed, settled, period_ns),
+        cycle_energy(netlist, library, timed, moving, period_ns),
     )
 
 
-def per_operation(energy: CycleEnergy, datapath: Datapath, shares: Mapping[str, float]) -> dict[str, float]:
+def per_operation(
+    energy: CycleEnergy, datapath: Datapath, shares: Mapping[str, float]
+) -> dict[str, float]:
     """fJ an operation by part of a lane.
 
     Args:

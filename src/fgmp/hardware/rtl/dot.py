@@ -74,9 +74,7 @@ class DotUnit(wiring.Component):
         gains = pipeline.carry(self._gain(m), "gain")
         cut("significands")
         most = products[0].shift_max
-        placed = [
-            shifted(m, v, s, most) for v, s in zip(significands.now, shifts.now, strict=True)
-        ]
+        placed = [shifted(m, v, s, most) for v, s in zip(significands.now, shifts.now, strict=True)]
         magnitudes = pipeline.carry(placed, "magnitude")
         cut("products")
         total = signed_sum(m, magnitudes.now, signs.now, self.addition)

@@ -75,7 +75,9 @@ class Lane(wiring.Component):
         contribution: Value = Const(0, signed(1))
         done: Value = Const(0, 1)
         for unit in self.datapath.units:
-            m.submodules[unit.name] = dot = DotUnit(unit, self.datapath.cuts, self.datapath.addition)
+            m.submodules[unit.name] = dot = DotUnit(
+                unit, self.datapath.cuts, self.datapath.addition
+            )
             m.submodules[f"{unit.name}_operands"] = operands = Operands(unit)
             m.d.comb += [
                 operands.activation.eq(_narrowed(unit.activation, self.activation)),
