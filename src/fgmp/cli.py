@@ -215,6 +215,41 @@ def quickstart(
     show(facts, as_json, show_rows)
 
 
+Liberty = Annotated[
+    Path | None,
+    typer.Option(help="Cell library, plain or gzip. [default: the embedded one, ratios only]"),
+]
+
+
+@hardware.command("synth")
+def synthesize(liberty: Liberty = None, as_json: Json = False) -> None:
+    """Area, cells and depth of every unit, by Yosys and abc."""
+    from fgmp.accelerator import synthesize_units
+
+    show(synthesize_units(liberty, _reporter()), as_json, _print_units)
+
+
+@hardware.command("energy")
+def energy(
+    directory: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="An fgmp checkpoint.")],
+    liberty: Liberty = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="TEXT for the activations. [default: docstrings of the Python library]"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Energy of the lanes on the model's own operands, and of serving it.
+
+    Synthesizes the recommended lane, the best FP8-only lane, an FP4-only lane and the quantizer,
+    runs the model's operands through their gates with and without delays, and counts what a prefill
+    and a decode take.
+    """
+    from fgmp.accelerator import energy as measure
+
+    show(measure(directory, liberty, data, _reporter()), as_json, _print_energy)
+
+
 def main() -> None:
     """Run a command and exit: 0 done, 1 refused, 2 wrong usage, 130 interrupted."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -237,6 +272,42 @@ def _reporter() -> Any:
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _print_units(facts: dict[str, Any]) -> None:
+    shown = Table("unit", f"area, {facts['area_unit']}", "cells", "depth", box=SIMPLE_HEAD)
+    for name, unit in facts["units"].items():
+        shown.add_row(name, f"{unit['area_um2']:,.0f}", f"{unit['cells']:,}", str(unit["depth"]))
+    Console().print(shown)
+
+
+def _print_energy(facts: dict[str, Any]) -> None:
+    unit = facts["unit"]
+    shown = Table("lane", "area", "zero delay", "with glitches", box=SIMPLE_HEAD)
+    for name, lane in facts["lanes"].items():
+        energies = (f"{lane[key]:.3g}" for key in ("zero_delay", "inertial"))
+        shown.add_row(name, f"{lane['area_um2']:,.0f}", *energies)
+    Console().print(shown)
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in facts["fj_per_op"].items())
+    served = {
+        f"{model}, {phase}": ", ".join(
+            f"{what.replace('_', ' ')} {value:.1f}%"
+            for what, value in found["saving_vs_fp8_percent"].items()
+        )
+        for model, phases in facts["inference"].items()
+        for phase, found in phases.items()
+    }
+    print_facts(
+        {
+            f"parts, {unit}": parts,
+            "saving against FP8": f"{facts['saving_vs_fp8_percent']:.1f}% of a lane, "
+            f"{facts['saving_zero_delay_percent']:.1f}% without glitches",
+            "quantizer": f"{facts['ppu_percent']:.2f}% of dot-product energy, "
+            f"{facts['ppu_stall_percent']:.2f}% of cycles",
+            **{f"saving, {name}": value for name, value in served.items()},
+            "assumptions": "; ".join(facts["assumptions"]),
+        }
+    )
 
 
 def _coverage(facts: dict[str, Any]) -> str:

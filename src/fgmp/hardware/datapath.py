@@ -133,7 +133,7 @@ class Datapath:
     kind: str = "mixed"
     k_max: int = 16384
     reuse: int = 16
-    cuts: tuple[str, ...] = ("sums",)
+    cuts: tuple[str, ...] = ("sums", "scaled")
     addition: str = "apart"
     accumulator: str = "exact"
 

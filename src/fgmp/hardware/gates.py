@@ -15,6 +15,7 @@ up for as long; shorter pulses are swallowed. With g the function's waveform and
 Words are uint64; bit b of word w is stream 64 w + b.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class Trace:
     @property
     def transitions(self) -> int:
         """Pairs of consecutive cycles, over all streams."""
-        return (self.values.shape[0] - 1) * self.values.shape[2] * 64
+        return int((self.values.shape[0] - 1) * self.values.shape[2] * 64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +143,7 @@ def zero_delay(trace: Trace) -> Activity:
     values = trace.values
     count = np.zeros(values.shape[1])
     ones = np.zeros(values.shape[1])
-    for before, now in zip(values[:-1], values[1:], strict=True):
+    for before, now in itertools.pairwise(values):
         count += np.bitwise_count(before ^ now).sum(-1)
         ones += np.bitwise_count(now).sum(-1)
     return Activity(count / trace.transitions, ones / trace.transitions, trace.transitions)

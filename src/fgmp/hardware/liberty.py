@@ -1,10 +1,10 @@
 """Liberty files: the subset that synthesis and power need, read and written.
 
 Read are area, functions, pin capacitances, leakage, NLDM tables of delay and slew, and internal
-power. Of power tables only those of the supply count: a table for the ground pin (``related_pg_pin``
-VSS) says where the same charge leaves. Cells that gate-level arithmetic does not use are skipped:
-several outputs, latches, scan, asynchronous flip-flops unless there is no other (their set and
-reset are tied off), and whatever says ``dont_use``.
+power. Of power tables only those of the supply count: a table for the ground pin
+(``related_pg_pin`` VSS) says where the same charge leaves. Skipped are cells that gate-level
+arithmetic does not use: several outputs, latches, scan, falling edges, whatever says ``dont_use``.
+Set and reset of a flip-flop are taken as tied off.
 
 :func:`write` makes the small file that abc maps with. Energies are fJ, times ps, capacitances fF,
 leakage nW, whatever units the file is in.
@@ -15,6 +15,7 @@ import itertools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,7 @@ _STATEMENT = re.compile(
     re.VERBOSE,
 )
 _GROUND = re.compile(r"^(vss|gnd|vgnd|vpw)$", re.IGNORECASE)
+_OPERATORS = "!'()*&+|^"
 _PREFIXES = {"f": 1e-15, "p": 1e-12, "n": 1e-9, "u": 1e-6, "m": 1e-3, "": 1.0, "k": 1e3}
 
 
@@ -163,13 +165,9 @@ class _Units:
 
     def table(self, group: Group, factor: float) -> Table:
         template = self.templates.get(group.names[0] if group.names else "")
-        order = [
-            (template.values.get(f"variable_{i}", "") if template else "") for i in (1, 2)
-        ]
-        axes = [
-            _numbers(group.lists.get(f"index_{i}") or (template and template.lists.get(f"index_{i}")))
-            for i in (1, 2)
-        ]
+        given = template.lists if template else {}
+        order = [(template.values.get(f"variable_{i}", "") if template else "") for i in (1, 2)]
+        axes = [_numbers(group.lists.get(f"index_{i}") or given.get(f"index_{i}")) for i in (1, 2)]
         values = _numbers(group.lists.get("values")) * factor
         sizes = [max(len(axis), 1) for axis in axes]
         if values.size != sizes[0] * sizes[1]:
@@ -204,15 +202,13 @@ def _cell(group: Group, units: _Units) -> Cell | None:
     if len(outputs) != 1 or group.values.get("dont_use") == "true" or not inputs:
         return None
     output = pins[outputs[0]]
-    state: dict[str, object] = {}
+    state: dict[str, Any] | None
     if group.values.get("clock_gating_integrated_cell", "").startswith("latch_posedge"):
         state = _clock_gate(inputs)
     elif group.all("ff"):
         state = _flip_flop(group.all("ff")[0], inputs, output)
-    elif "function" not in output.values or group.all("latch") or group.all("statetable"):
-        return None
-    elif set(tokens(output.values["function"])) - set(inputs) - set("!'()*&+|^ "):
-        return None
+    else:
+        state = _combinational(group, inputs, output)
     if state is None:
         return None
     return Cell(
@@ -225,11 +221,19 @@ def _cell(group: Group, units: _Units) -> Cell | None:
         output_energy=_energies(output, units),
         input_energy={n: _energies(g, units) for n, g in inputs.items() if _energies(g, units)},
         max_load=output.number("max_capacitance", np.inf) * units.load,
-        **({"function": output.values["function"]} | state if not state else state),  # type: ignore[arg-type]
+        **state,
     )
 
 
-def _flip_flop(ff: Group, inputs: dict[str, Group], output: Group) -> dict[str, object] | None:
+def _combinational(group: Group, inputs: dict[str, Group], output: Group) -> dict[str, Any] | None:
+    function = output.values.get("function", "")
+    if not function or group.all("latch") or group.all("statetable"):
+        return None
+    known = set(tokens(function)) <= set(inputs) | set(_OPERATORS)
+    return {"function": function} if known else None
+
+
+def _flip_flop(ff: Group, inputs: dict[str, Group], output: Group) -> dict[str, Any] | None:
     clock, data = ff.values.get("clocked_on", "").strip("() "), ff.values.get("next_state", "")
     data = data.strip("() ")
     inverted_data = data.startswith("!")
@@ -239,7 +243,7 @@ def _flip_flop(ff: Group, inputs: dict[str, Group], output: Group) -> dict[str, 
     return {"clock": clock, "data": data.lstrip("!"), "inverted": inverted}
 
 
-def _clock_gate(inputs: dict[str, Group]) -> dict[str, object] | None:
+def _clock_gate(inputs: dict[str, Group]) -> dict[str, Any] | None:
     clocks = [n for n, g in inputs.items() if g.values.get("clock") == "true" or "CLK" in n.upper()]
     enables = [n for n in inputs if n not in clocks and n.upper().startswith("E")]
     if not clocks or not enables:
@@ -250,7 +254,9 @@ def _clock_gate(inputs: dict[str, Group]) -> dict[str, object] | None:
 def _leakage(group: Group) -> float:
     """The stated mean, or the mean over states."""
     stated = [
-        g for g in group.all("leakage_power") if not _GROUND.match(g.values.get("related_pg_pin", ""))
+        g
+        for g in group.all("leakage_power")
+        if not _GROUND.match(g.values.get("related_pg_pin", ""))
     ]
     plain = [g.number("value") for g in stated if "when" not in g.values]
     if plain:
@@ -261,7 +267,7 @@ def _leakage(group: Group) -> float:
 
 
 def _arcs(output: Group, units: _Units) -> tuple[Arc, ...]:
-    arcs = []
+    arcs: list[Arc] = []
     for timing in output.all("timing"):
         kind = timing.values.get("timing_type", "combinational")
         if kind not in ("combinational", "rising_edge"):
@@ -271,7 +277,7 @@ def _arcs(output: Group, units: _Units) -> tuple[Arc, ...]:
         pin = timing.values.get("related_pin", "")
         if all(tables) and not any(arc.pin == pin for arc in arcs):
             sense = timing.values.get("timing_sense", "non_unate")
-            arcs.append(Arc(pin, sense, *tables))  # type: ignore[arg-type]
+            arcs.append(Arc(pin, sense, *(t for t in tables if t)))
     return tuple(arcs)
 
 
@@ -304,7 +310,7 @@ def truth(function: str, pins: str | list[str]) -> tuple[bool, ...]:
 
 
 def python_expression(function: str) -> str:
-    """A liberty function in Python's integer operators. Juxtaposition is AND, as in the standard."""
+    """A liberty function in Python's integer operators. Pins side by side are AND-ed."""
     out: list[str] = []
     for token in tokens(function):
         if token == "'":

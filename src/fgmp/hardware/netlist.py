@@ -6,8 +6,7 @@ gates they become is the library's matter, and ``power`` accounts for it.
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -90,14 +89,14 @@ class Netlist:
 
     def area(self, library: Library) -> dict[str, float]:
         """Area by unit, registers and clock gates included."""
-        total: Counter[str] = Counter()
+        total: dict[str, float] = defaultdict(float)
         for gate in self.gates:
-            total[gate.unit] += library.cells[gate.cell].area  # type: ignore[assignment]
+            total[gate.unit] += library.cells[gate.cell].area
         for flop in self.flops:
-            total[flop.unit] += flop_area(library)  # type: ignore[assignment]
+            total[flop.unit] += flop_area(library)
         for (unit, _), count in self.clock_gates.items():
-            total[unit] += count * sum(cell.area for cell in library.clock_gate)  # type: ignore[assignment]
-        return {unit: float(area) for unit, area in total.items()}
+            total[unit] += count * sum(cell.area for cell in library.clock_gate)
+        return dict(total)
 
     @property
     def cells(self) -> int:
@@ -117,7 +116,7 @@ def from_yosys(text: str, top: str, library: Library) -> Netlist:
     cells being of unit ``""``.
     """
     module = json.loads(text)["modules"][top]
-    numbers: dict[object, int] = dict(_CONSTANTS)
+    numbers: dict[object, int] = dict(_CONSTANTS.items())
 
     def net(bit: object) -> int:
         return numbers.setdefault(bit, len(numbers) - len(_CONSTANTS) + 2)
@@ -139,8 +138,8 @@ def from_yosys(text: str, top: str, library: Library) -> Netlist:
             gates.append(Gate(kind, unit, nets, pins[record.output][0]))
         else:
             raise InputError(
-                f"{top}: cell {name} is of type {kind}, which the library {library.name!r} does not "
-                f"hold and is no positive-edge register"
+                f"{top}: cell {name} is of type {kind}, which the library {library.name!r} does "
+                f"not hold and is no positive-edge register"
             )
     sources = {ZERO, ONE, *(n for nets in ports["input"].values() for n in nets)}
     sources |= {flop.output for flop in flops}
@@ -178,8 +177,3 @@ def _sorted(gates: list[Gate], sources: set[int], top: str) -> tuple[Gate, ...]:
     if len(order) != len(gates):
         raise InputError(f"{top}: {len(gates) - len(order)} gates form combinational loops")
     return tuple(order)
-
-
-def histogram(gates: Iterable[Gate]) -> Counter[str]:
-    """Cells by name."""
-    return Counter(gate.cell for gate in gates)

@@ -13,11 +13,9 @@ buffers and wires are not there, as no wire is.
 from collections import defaultdict
 from dataclasses import dataclass
 
-import numpy as np
-
-from fgmp.hardware.cells import Cell, Energy, Library
-from fgmp.hardware.netlist import ONE, Netlist
+from fgmp.hardware.cells import Array, Cell, Energy, Library
 from fgmp.hardware.gates import Activity
+from fgmp.hardware.netlist import ONE, Netlist
 from fgmp.hardware.timing import Timing, default_slew
 
 CAUSES = ("logic", "registers", "clock", "leakage")
@@ -59,8 +57,12 @@ def cycle_energy(
     for gate in netlist.gates:
         cell = library.cells[gate.cell]
         energy = toggles[gate.output] * load[gate.output] * half_square
-        energy += _internal(cell, [(toggles[n], slew[n]) for n in gate.inputs],
-                            toggles[gate.output], load[gate.output])
+        energy += _internal(
+            cell,
+            [(toggles[n], slew[n]) for n in gate.inputs],
+            toggles[gate.output],
+            load[gate.output],
+        )
         units[gate.unit]["logic"] += energy
         units[gate.unit]["leakage"] += cell.leakage * period_ns * 1e-3
     for flop in netlist.flops:
@@ -102,12 +104,18 @@ def _pin_energy(tables: tuple[Energy, ...], slew: float, quiet: float) -> float:
 
 
 def _register(
-    data: int, output: int, library: Library, timing: Timing, toggles: "np.ndarray"  # type: ignore[type-arg]
+    data: int,
+    output: int,
+    library: Library,
+    timing: Timing,
+    toggles: Array,
 ) -> float:
     """Energy of a register's data pin and output, its inverter included; not of its clock."""
     flop, half_square = library.flip_flop, library.voltage**2 / 2
     out, load = toggles[output], timing.load[output]
-    energy = toggles[data] * _pin_energy(flop.input_energy.get(flop.data, ()), timing.slew[data], 1.0)
+    energy = toggles[data] * _pin_energy(
+        flop.input_energy.get(flop.data, ()), timing.slew[data], 1.0
+    )
     if flop.inverted:
         inverter = library.inverter
         between = sum(inverter.capacitance.values())

@@ -1,31 +1,41 @@
 """What stands at a lane's ports while it runs a linear of a real model.
 
 A lane keeps a weight block for ``reuse`` tokens, then takes the next block of the same row: the
-order of a weight-stationary array. Formats therefore interleave as the model's blocks do, and a unit
-that is not selected keeps what it saw last. Averages over isolated units or over noise would miss
-both.
+order of a weight-stationary array. Formats therefore interleave as the model's blocks do, and a
+unit that is not selected keeps what it saw last. Averages over isolated units or over noise would
+miss both.
 
 A stream is one lane's ports over consecutive cycles, from some place in some linear on; 64 of them
 run side by side in the bits of a word (see ``gates``). Linears are drawn by how many pairs of
 blocks they multiply.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fgmp.errors import InputError
-from fgmp.formats.activation import ActivationCodes
-from fgmp.formats.codec import decode_e2m1, decode_e4m3, encode_e4m3
+from fgmp.formats.activation import MULTIPLIER_BITS, ActivationCodes, Site
+from fgmp.formats.codec import decode_e2m1, decode_e4m3, encode_e4m3, to_blocks
 from fgmp.formats.spec import BLOCK, E2M1, E4M3, FP8_BLOCK, FP8_FACTOR
+from fgmp.formats.weight import quantize_weight
 from fgmp.hardware.datapath import Datapath
 from fgmp.hardware.gates import Words
 from fgmp.pack.planes import BlockCodes
 
+Bits = NDArray[Any]
+"""Integers, or zeros and ones with the low bit first in the last axis."""
+
 STREAMS = 64
 """Streams in a word."""
+
+_EXPONENT_BITS = 9
+"""Of the quantizer's multiplier, ``rtl.encode.EXPONENT_BITS``; that file needs Amaranth."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +76,41 @@ def activation_blocks(codes: ActivationCodes) -> BlockCodes:
     return BlockCodes(codes.is_fp8, torch.where(wide, codes.fp8, codes.fp4), scale)
 
 
-def requantized_fp8(blocks: BlockCodes) -> Tensor:
-    """FP8 codes of every block, uint8 (..., 16); an FP4 block's from its decoded values.
+def layer(name: str, activation: ActivationCodes, weight: BlockCodes) -> Layer:
+    """A linear's operands; FP8 codes of FP4 weight blocks are made from their decoded values.
 
-    The tensor that was quantized would give other codes; this is for want of it.
+    The weight that was quantized would give others, which take 3% more energy on the FP8 lane
+    (docs/energy.md): whatever a saving against that lane is, it is a little more.
     """
-    fp4 = decode_e2m1(blocks.codes & 0xF) * decode_e4m3(blocks.scale & 0x7F).unsqueeze(-1)
-    return torch.where(blocks.is_fp8.unsqueeze(-1), blocks.codes, encode_e4m3(fp4 / FP8_FACTOR))
+    units = decode_e2m1(weight.codes & 0xF) * decode_e4m3(weight.scale & 0x7F).unsqueeze(-1)
+    wide = weight.is_fp8.unsqueeze(-1)
+    return Layer(
+        name,
+        activation_blocks(activation),
+        weight,
+        activation.fp8,
+        torch.where(wide, weight.codes, encode_e4m3(units / FP8_FACTOR)),
+    )
+
+
+def all_fp4(layer: Layer) -> Layer:
+    """The same linear with every block in FP4; FP8 blocks are encoded anew from their values."""
+    return replace(
+        layer,
+        activation=_narrowed(layer.activation),
+        weight=_narrowed(layer.weight),
+    )
+
+
+def _narrowed(blocks: BlockCodes) -> BlockCodes:
+    units = decode_e4m3(blocks.codes) * FP8_FACTOR
+    again = quantize_weight(units.flatten(-2), 1.0)
+    wide = blocks.is_fp8
+    return BlockCodes(
+        torch.zeros_like(wide),
+        torch.where(wide.unsqueeze(-1), again.fp4, blocks.codes),
+        torch.where(wide, again.scale, blocks.scale),
+    )
 
 
 def stimulate(
@@ -97,20 +135,16 @@ def stimulate(
     rng = np.random.default_rng(seed)
     weights = np.array([layer.pairs for layer in usable], dtype=float)
     chosen = rng.choice(len(usable), size=STREAMS, p=weights / weights.sum())
-    ports: dict[str, list[np.ndarray]] = {}  # type: ignore[type-arg]
+    ports: dict[str, list[Bits]] = {}
     for index in chosen:
         for port, bits in _stream(usable[index], datapath, cycles, rng).items():
             ports.setdefault(port, []).append(bits)
-    weight = np.uint64(1) << np.arange(STREAMS, dtype=np.uint64)
-    return {
-        port: (np.stack(bits, -1).astype(np.uint64) * weight).sum(-1, dtype=np.uint64)[..., None]
-        for port, bits in ports.items()
-    }
+    return _words(ports)
 
 
 def _stream(
     layer: Layer, datapath: Datapath, cycles: int, rng: np.random.Generator
-) -> dict[str, "np.ndarray"]:  # type: ignore[type-arg]
+) -> dict[str, Bits]:
     """One lane's ports: bits (cycles, width), low bit first."""
     reuse = datapath.reuse
     tokens, blocks = layer.activation.is_fp8.shape
@@ -126,7 +160,11 @@ def _stream(
     one = np.ones(cycles, dtype=np.uint8)
     return {
         "activation": _block_bits(
-            layer.activation, layer.activation_fp8, datapath, torch.tensor(token), torch.tensor(block)
+            layer.activation,
+            layer.activation_fp8,
+            datapath,
+            torch.tensor(token),
+            torch.tensor(block),
         ),
         "weight": _block_bits(
             layer.weight, layer.weight_fp8, datapath, torch.tensor(row), torch.tensor(block)
@@ -141,7 +179,7 @@ def _stream(
 
 def _block_bits(
     blocks: BlockCodes, fp8: Tensor, datapath: Datapath, row: Tensor, block: Tensor
-) -> "np.ndarray":  # type: ignore[type-arg]
+) -> Bits:
     """Blocks as ``rtl.lane.block_layout`` orders them: codes, then scale and flag where needed."""
     if datapath.formats == (E4M3,):
         return _bits(fp8[row, block].numpy(), E4M3.bits).reshape(len(row), -1)
@@ -154,6 +192,78 @@ def _block_bits(
     return np.concatenate(parts, axis=1)
 
 
-def _bits(values: "np.ndarray", width: int) -> "np.ndarray":  # type: ignore[type-arg]
+def _bits(values: Bits, width: int) -> Bits:
     """(...) to (..., width), low bit first."""
     return (values[..., None].astype(np.uint32) >> np.arange(width, dtype=np.uint32)) & 1
+
+
+@dataclass(frozen=True, eq=False)
+class SiteInput:
+    """What the quantizer of one site sees: bf16 values (M, K) and the site's record."""
+
+    x: Tensor
+    site: Site
+
+
+def stimulate_quantizer(sites: list[SiteInput], cycles: int, seed: int = 0) -> dict[str, Words]:
+    """Words (cycles, bits, 1) for every port of ``Quantizer``: a block a cycle, K fastest.
+
+    Each stream stays at one site; sites are drawn by how many blocks they quantize.
+    """
+    rng = np.random.default_rng(seed)
+    weights = np.array([s.x.numel() for s in sites], dtype=float)
+    chosen = rng.choice(len(sites), size=STREAMS, p=weights / weights.sum())
+    ports: dict[str, list[Bits]] = {}
+    for index in chosen:
+        for port, bits in _quantizer_stream(sites[index], cycles, rng).items():
+            ports.setdefault(port, []).append(bits)
+    return _words(ports)
+
+
+def _quantizer_stream(source: SiteInput, cycles: int, rng: np.random.Generator) -> dict[str, Bits]:
+    blocks = to_blocks(source.x.to(torch.bfloat16).float()).to(torch.bfloat16)
+    tokens, groups, _ = blocks.shape
+    place = (int(rng.integers(tokens * groups)) + np.arange(cycles)) % (tokens * groups)
+    values = blocks.view(torch.int16).numpy().reshape(-1, BLOCK)[place].astype(np.uint16)
+    sensitivity = to_blocks(source.site.sensitivity.float()).byte().numpy()[place % groups]
+    significand, exponent = _multiplier_parts(source.site.r)
+    constants = np.concatenate(
+        [
+            _integer_bits(significand, MULTIPLIER_BITS),
+            _integer_bits(exponent, _EXPONENT_BITS),
+            _integer_bits(source.site.threshold, 64),
+        ]
+    )
+    one = np.ones((cycles, 1), dtype=np.uint8)
+    return {
+        "input__payload": np.concatenate(
+            [
+                _bits(values, 16).reshape(cycles, -1),
+                _bits(sensitivity, E4M3.bits - 1).reshape(cycles, -1),
+            ],
+            axis=1,
+        ),
+        "input__valid": one,
+        "output__ready": one,
+        "site": np.broadcast_to(constants, (cycles, len(constants))),
+        "clear": 0 * one,
+    }
+
+
+def _multiplier_parts(r: float) -> tuple[int, int]:
+    """r = significand * 2**(exponent - 11), the significand's first of 12 bits set."""
+    fraction, exponent = math.frexp(r)
+    return int(fraction * 2**MULTIPLIER_BITS), exponent - 1
+
+
+def _integer_bits(value: int, width: int) -> Bits:
+    return np.array([value >> i & 1 for i in range(width)], dtype=np.uint8)
+
+
+def _words(ports: dict[str, list[Bits]]) -> dict[str, Words]:
+    """Streams of bits (cycles, width) to words."""
+    weight = np.uint64(1) << np.arange(STREAMS, dtype=np.uint64)
+    return {
+        port: (np.stack(bits, -1).astype(np.uint64) * weight).sum(-1, dtype=np.uint64)[..., None]
+        for port, bits in ports.items()
+    }

@@ -1,10 +1,10 @@
 """Loads, slews, delays and arrival times of a netlist: what both glitches and energies need.
 
-One pass in topological order. A gate's delay and slew come from its tables at the slew of each input
-and the load of its output, as the mean over inputs and, for slews, over edges: the question here is
-how a circuit switches on average and not whether a chip works. :attr:`Timing.arrival` alone takes the
-worst of both, to compare design points at one clock period; setup time is not in it. Wires have no
-capacitance but what ``wire_load`` says.
+One pass in topological order. A gate's delay and slew come from its tables at the slew of each
+input and the load of its output, as the mean over inputs and, for slews, over edges: the question
+here is how a circuit switches on average and not whether a chip works. :attr:`Timing.arrival` alone
+takes the worst of both, to compare design points at one clock period; setup time is not in it.
+Wires have no capacitance but what ``wire_load`` says.
 """
 
 from dataclasses import dataclass
