@@ -152,7 +152,7 @@ def energy(
     reporter = reporter or Reporter()
     library = library_of(path, reporter)
     model = load_model(name)
-    tokens = _tokens(name, model, data)
+    tokens = text_windows(name, model, data)
     found = operands(model, tokens)
     measured = measure(found, library, reporter)
     fractions = config_of(model).result
@@ -376,7 +376,8 @@ def assumptions(
     return [*stated, "the embedded library knows no femtojoules: all energies are ratios"]
 
 
-def _tokens(name: str, model: nn.Module, data: str | None) -> torch.Tensor:
+def text_windows(name: str, model: nn.Module, data: str | None) -> torch.Tensor:
+    """Windows that drive the netlists, int64 (B, L); of the Python library without ``data``."""
     length = min(TOKENS, context_length(model))
     tokenizer = load_tokenizer(name)
     if data is not None:
