@@ -1,8 +1,8 @@
 """The accelerator's parameters: how many lanes, how they are fed, what fits.
 
-``lanes`` weight rows meet ``rows`` activation rows in ``lanes * rows`` lanes, a block of each a cycle.
-A weight block stays in its lanes for ``datapath.reuse`` cycles while as many activation blocks pass,
-so that an activation tile has ``rows * reuse`` rows. A linear runs as
+``lanes`` weight rows meet ``rows`` activation rows in ``lanes * rows`` lanes, a block of each a
+cycle. A weight block stays in its lanes for ``datapath.reuse`` cycles while as many activation
+blocks pass, so that an activation tile has ``rows * reuse`` rows. A linear runs as
 
     for each activation tile           quantized once, while the one before is computed
         for each tile of weight rows   loaded while the one before is computed

@@ -142,7 +142,7 @@ def activation_words(x: Tensor) -> npt.NDArray[np.uint16]:
 
 
 def normalised(value: float, bits: int) -> tuple[int, int]:
-    """A positive float as ``significand * 2**(exponent - bits + 1)``, the first bit set; or zeros."""
+    """A positive float as ``significand * 2**(exponent - bits + 1)``, its first bit set."""
     if value == 0:
         return 0, 0
     exponent = math.frexp(value)[1] - 1

@@ -89,7 +89,9 @@ def in_amaranth(array: Array, image: LinearImage, x: Tensor) -> Outcome:
             for item in fed.streams[name]:
                 ctx.set(_whole(port.payload), item)
                 ctx.set(port.valid, 1)
-                await ctx.tick().until(port.ready)
+                async for *_, ready in ctx.tick().sample(port.ready):
+                    if ready:
+                        break
             ctx.set(port.valid, 0)
 
         return bench
@@ -159,9 +161,9 @@ def _counters() -> list[str]:
 
 def _configuration(constants: dict[str, int]) -> dict[str, int]:
     """The header's fields as the ports take them."""
-    from fgmp.hardware.rtl.accelerator import SHAPE
     from fgmp.hardware.rtl.epilogue import SCALE
     from fgmp.hardware.rtl.ppu import SITE
+    from fgmp.hardware.rtl.tiles import SHAPE
 
     c = constants
     site = {"significand": c["r_significand"], "exponent": c["r_exponent"]} | c
@@ -177,7 +179,8 @@ def _placed(
     array: Array, image: LinearImage, tokens: int, found: list[int]
 ) -> tuple[Words, npt.NDArray[np.uint16]]:
     """Results in rows and columns; those of rows beyond the last token are dropped."""
-    from fgmp.hardware.rtl.accelerator import SIZE_BITS, results_layout
+    from fgmp.hardware.rtl.accelerator import results_layout
+    from fgmp.hardware.rtl.tiles import SIZE_BITS
 
     mask = (1 << SIZE_BITS) - 1
     at = results_layout(array)["values"].offset

@@ -6,8 +6,8 @@
 
 A bank holds two tiles, one that is computed and one that is loaded. A weight bank feeds the lanes
 of one weight row, an activation bank those of one activation row; the order of work is that of
-``hardware.array``. Whoever has no room holds back whoever feeds it, by ready; the counters say how many
-cycles the lanes waited, and for what.
+``hardware.array``. Whoever has no room holds back whoever feeds it, by ready; the counters say how
+many cycles the lanes waited, and for what.
 """
 
 from typing import Any
@@ -99,7 +99,7 @@ class Accelerator(wiring.Component):
             array.rows, array.datapath.reuse, array.groups_max
         )
         self._activation_tiles = tiles
-        wiring.connect(m, wiring.flipped(self.sensitivities), table.input)
+        self._gate(m, self.sensitivities, table.input)
         group, next_group = Signal(SIZE_BITS), Signal(SIZE_BITS)
         entered = named(m, "entered", quantizer.input.valid & quantizer.input.ready)
         with m.If(begin):
@@ -133,6 +133,14 @@ class Accelerator(wiring.Component):
             self._activations.clear.eq(begin),
         ]
 
+    def _gate(self, m: Module, outer: Any, inner: Any) -> None:
+        """A stream that flows while a linear runs: what comes early waits for it to begin."""
+        m.d.comb += [
+            inner.payload.eq(outer.payload),
+            inner.valid.eq(outer.valid & self.busy),
+            outer.ready.eq(inner.ready & self.busy),
+        ]
+
     def _load_weights(self, m: Module, begin: Value) -> None:
         """The image through the unpacker into the weight banks."""
         m.submodules.unpacker = unpacker = Unpacker()
@@ -140,8 +148,8 @@ class Accelerator(wiring.Component):
         m.submodules.weight_banks = self._weights = Banks(
             self.array.lanes, 1, self.array.groups_max
         )
-        wiring.connect(m, wiring.flipped(self.flags), unpacker.flags)
-        wiring.connect(m, wiring.flipped(self.words), unpacker.words)
+        self._gate(m, self.flags, unpacker.flags)
+        self._gate(m, self.words, unpacker.words)
         taken = named(m, "unpacked", unpacker.output.valid & unpacker.output.ready)
         m.d.comb += [
             unpacker.output.ready.eq(self.busy & ~self._weights.full & ~tiles.done),
@@ -161,10 +169,11 @@ class Accelerator(wiring.Component):
         array, width = self.array, self.array.datapath.total_bits
         m.submodules.issue = self._issue = issue = Issue(array)
         depth = 2 * array.datapath.reuse
+        # Totals that have been started on never wait: their places in the queue are reserved, and
+        # the queue has two more, for it refuses while an item moves from its memory to its output.
         m.submodules.totals = totals = SyncFIFOBuffered(
-            width=(array.lanes * width + 1) * array.rows, depth=depth
+            width=(array.lanes * width + 1) * array.rows, depth=depth + 2
         )
-        # Totals that have been started on never wait: their places in the queue are reserved.
         room = Signal(range(depth + 1), init=depth)
         step = named(
             m,
@@ -183,6 +192,7 @@ class Accelerator(wiring.Component):
             issue.start.eq(begin),
             self._activations.read.eq(step),
             self._activations.group.eq(issue.group),
+            self._activations.slot.eq(issue.slot),
             self._activations.slot.eq(issue.slot),
             self._activations.release.eq(issue.activation_release),
             self._activation_tiles.slot.eq(issue.slot),
@@ -227,7 +237,7 @@ class Accelerator(wiring.Component):
         array, width = self.array, self.array.datapath.total_bits
         m.submodules.biases = table = Table(32, array.outputs_max)
         m.submodules.drain = drain = Drain(array)
-        wiring.connect(m, wiring.flipped(self.biases), table.input)
+        self._gate(m, self.biases, table.input)
         queue = data.StructLayout(
             {
                 "totals": data.ArrayLayout(data.ArrayLayout(width, array.lanes), array.rows),

@@ -4,9 +4,9 @@
     y = fl32(y + bias)                      if there is one
     output = bf16(y)
 
-Each ``fl32`` rounds once, subnormals included, as the software's fp32 does. A layer without bias has
-biases of -0, which change no sum, whereas +0 would turn -0 into 0. The rows of a value that was not
-finite are NaN, 0x7FC00000.
+Each ``fl32`` rounds once, subnormals included, as the software's fp32 does. A layer without bias
+has biases of -0, which change no sum, whereas +0 would turn -0 into 0. The rows of a value that
+was not finite are NaN, 0x7FC00000.
 """
 
 from typing import Any

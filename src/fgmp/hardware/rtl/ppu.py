@@ -83,6 +83,7 @@ class Quantizer(wiring.Component):
     def elaborate(self, platform: Any) -> Module:
         m = Module()
         advance = named(m, "advance", ~self.output.valid | self.output.ready)
+        m.d.comb += self.input.ready.eq(advance)
         pipeline = Pipeline(m, self.input.valid, advance)
         carry = pipeline.carry
 

@@ -4,8 +4,8 @@
         Issue    for each block of K, for each slot         a cycle
         Drain    for each slot, for each lane               a cycle
 
-A tile of activation rows has ``reuse`` slots of ``rows`` rows, the last perhaps fewer; a weight tile
-has ``lanes`` rows, the last of a weight perhaps fewer.
+A tile of activation rows has ``reuse`` slots of ``rows`` rows, the last perhaps fewer; a weight
+tile has ``lanes`` rows, the last of a weight perhaps fewer.
 """
 
 from typing import Any

@@ -8,14 +8,13 @@ further block is taken.
 from typing import Any
 
 from amaranth.hdl import Cat, Module, Signal
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
 from fgmp.hardware.array import Array
 from fgmp.hardware.datapath import Datapath
-from fgmp.hardware.rtl import ppu
 from fgmp.hardware.rtl.decode import named
 from fgmp.hardware.rtl.lane import block_layout
 

@@ -1,8 +1,8 @@
 """The streamed image (docs/format.md, section 5) to blocks as a lane takes them, one a cycle.
 
 The image comes in two streams, its flags a byte at a time and its blocks in words of 16 bytes, and
-its blocks have 9 or 16 bytes. A buffer of two words gives away the bytes of a block and takes a word
-whenever there is room, both in one cycle.
+its blocks have 9 or 16 bytes. A buffer of two words gives away the bytes of a block and takes a
+word whenever there is room, both in one cycle.
 """
 
 from typing import Any
