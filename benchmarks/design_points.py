@@ -2,9 +2,9 @@
 
     python benchmarks/design_points.py CHECKPOINT ... --data TEXT --liberty FILE -o RESULT.json
 
-Every lane is synthesized once and driven by the operands of every checkpoint. FP8-only lanes see one
-checkpoint: their codes do not depend on the share of FP4 blocks. The best of them is what the mixed
-lanes' savings are against.
+Every lane is synthesized once and driven by the operands of every checkpoint. FP8-only lanes see
+one checkpoint: their codes hardly depend on the share of FP4 blocks. The best of them is what the
+mixed lanes' savings are against.
 """
 
 import argparse

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from fgmp.errors import InputError
+from fgmp.errors import FGMPError, InputError
 from fgmp.formats.spec import BLOCK, E4M3
-from fgmp.hardware import gates, liberty, netlist, silicon, stimulus, synthesis
+from fgmp.hardware import gates, liberty, netlist, silicon, stimulus, synthesis, yosys
 from fgmp.hardware.cells import Library, embedded
 from fgmp.hardware.datapath import Datapath
 from fgmp.hardware.stimulus import Layer
@@ -100,13 +100,13 @@ def test_gated_units_are_still() -> None:
 
 
 def test_without_yosys_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthesis, "find_spec", lambda name: None)
+    monkeypatch.setattr(yosys, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'fgmp\[hw\]'"):
         synthesis.synthesize(synthesis.Design("", "top"), embedded())
 
 
 def test_yosys_errors_are_passed_on() -> None:
-    with pytest.raises(InputError, match=r"Yosys failed: .*"):
+    with pytest.raises(FGMPError, match=r"Yosys refused: .*"):
         synthesis.synthesize(synthesis.Design("module \\a\nend\n", "absent"), embedded())
 
 
