@@ -34,10 +34,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "progress", "recipe", "data", "demo.text"),
         *("pack", "model", "evaluation", "pipeline"),
     },
+    "accelerator": {
+        *("errors", "data", "demo.text", "formats", "hardware", "pack", "model", "workflow"),
+    },
     "demo.quickstart": {"demo.text", "recipe", "pack", "evaluation", "report", "workflow"},
     "cli": {
         *("errors", "progress", "console", "recipe"),
-        *("hardware", "evaluation", "workflow", "demo.quickstart"),
+        *("hardware", "evaluation", "workflow", "accelerator", "demo.quickstart"),
     },
 }
 """A part is a package or a module of the top level; the two halves of ``demo`` lie on either side
@@ -48,12 +51,13 @@ ONLY_IN = {
     "rich": {"progress", "console", "cli"},
     "typer": {"console", "hardware", "cli"},
     "amaranth": {"hardware"},
+    "platformdirs": {"hardware"},
     "yaml": {"recipe"},
     "datasets": {"data"},
     "safetensors": {"pack", "sensitivity", "model"},
     "huggingface_hub": {"pack"},
     "psutil": {"sensitivity"},
-    "numpy": {"pack", "sensitivity"},
+    "numpy": {"hardware", "pack", "sensitivity"},
 }
 """Where third-party packages may show up; ``torch`` may everywhere but in ``formats.spec``."""
 

