@@ -50,6 +50,8 @@ class Lane(wiring.Component):
         last: the pair ends one.
         total: the slot's new total, two's complement, :attr:`Datapath.latency` cycles later.
         done: ``total`` is that of a pair that was marked ``last``.
+
+    Once elaborated, ``operands`` has the operand registers by the name of their unit.
     """
 
     def __init__(self, datapath: Datapath) -> None:
@@ -71,6 +73,7 @@ class Lane(wiring.Component):
 
     def elaborate(self, platform: Any) -> Module:
         m = Module()
+        self.operands = {unit.name: Operands(unit) for unit in self.datapath.units}
         m.submodules.totals = totals = Totals(self.datapath)
         contribution: Value = Const(0, signed(1))
         done: Value = Const(0, 1)
@@ -78,7 +81,7 @@ class Lane(wiring.Component):
             m.submodules[unit.name] = dot = DotUnit(
                 unit, self.datapath.cuts, self.datapath.addition
             )
-            m.submodules[f"{unit.name}_operands"] = operands = Operands(unit)
+            m.submodules[f"{unit.name}_operands"] = operands = self.operands[unit.name]
             m.d.comb += [
                 operands.activation.eq(_narrowed(unit.activation, self.activation)),
                 operands.weight.eq(_narrowed(unit.weight, self.weight)),
