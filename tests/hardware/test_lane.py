@@ -97,6 +97,7 @@ def test_only_the_selected_unit_moves() -> None:
     kinds = [(a, w) for a in (0, 1) for w in (0, 1)]
     # An Eulerian tour of the complete graph on four kinds: all 16 transitions.
     tour = [0, 0, 1, 1, 2, 2, 3, 3, 0, 2, 0, 3, 1, 3, 2, 1, 0]
+    sides = (lane.activation, lane.weight)
     steps = [(kinds[i], new) for new in (1, 0) for i in tour] + [(None, 1)] * 3
     a, w = (random_blocks(len(steps), 0, seed) for seed in (5, 6))
 
@@ -104,7 +105,7 @@ def test_only_the_selected_unit_moves() -> None:
         before = None
         for i, (kind, new) in enumerate(steps):
             shown = port(a, i, lane.datapath), port(w, i, lane.datapath)
-            for side, fields, flag in zip((lane.activation, lane.weight), shown, kind or (0, 0)):
+            for side, fields, flag in zip(sides, shown, kind or (0, 0), strict=True):
                 ctx.set(side, fields | {"is_fp8": flag})
             ctx.set(lane.valid, kind is not None)
             ctx.set(lane.new_weight, new)
