@@ -31,7 +31,7 @@ from fgmp.formats.activation import Site, multiplier, quantize
 from fgmp.formats.spec import BLOCK, E4M3, FP8_BLOCK
 from fgmp.hardware.array import Array
 from fgmp.hardware.datapath import Datapath
-from fgmp.hardware.image import LinearImage, normalised
+from fgmp.hardware.image import normalised
 from fgmp.hardware.rtl import epilogue, ppu
 from fgmp.hardware.run import in_verilator
 from fgmp.hardware.verify import Layer, mismatches
@@ -48,10 +48,13 @@ Drawer = np.random.Generator
 
 def packed(fields: list[tuple[np.ndarray, int]], width: int) -> np.ndarray:
     """Fields of so many bits, the first lowest, as rows of ``width`` bytes."""
-    bits = [(values[..., None].astype(np.uint64) >> np.arange(n, dtype=np.uint64)) & np.uint64(1)
-            for values, n in fields]  # fmt: skip
-    flat = np.concatenate([b.reshape(len(b), -1).astype(np.uint8) for b in bits], axis=1)
-    rows = np.packbits(flat, axis=1, bitorder="little")
+    bits = []
+    for values, n in fields:
+        words = np.ascontiguousarray(values)
+        as_bytes = words.view(np.uint8).reshape(*words.shape, words.itemsize)
+        each = np.unpackbits(as_bytes, axis=-1, bitorder="little")[..., :n]
+        bits.append(each.reshape(len(words), -1))
+    rows = np.packbits(np.concatenate(bits, axis=1), axis=1, bitorder="little")
     return np.pad(rows, ((0, 0), (0, width - rows.shape[1])))
 
 
@@ -61,7 +64,7 @@ def blocks_of(codes: np.ndarray, scale: np.ndarray, is_fp8: np.ndarray) -> Block
 
 
 def random_side(n: int, is_fp8: np.ndarray, draw: Drawer) -> BlockCodes:
-    """Blocks of the given formats: uniform codes, or those of one exponent, or few that are not 0."""
+    """Blocks of the given formats: uniform codes, codes of one exponent, or mostly zeros."""
     codes = draw.integers(256, size=(n, BLOCK), dtype=np.uint8)
     kind = draw.integers(4, size=(n, 1))
     narrow = codes & 0x87 | draw.integers(16, size=(n, 1), dtype=np.uint8) << 3
@@ -73,8 +76,8 @@ def random_side(n: int, is_fp8: np.ndarray, draw: Drawer) -> BlockCodes:
 
 
 def directed(fp8: tuple[bool, bool]) -> Iterator[tuple[BlockCodes, BlockCodes]]:
-    """Every pair of codes alone in a block, in a place that moves; every pair of block scales, under
-    sixteen largest codes of either sign."""
+    """Every pair of codes alone in a block, in a place that moves; every pair of block scales,
+    under sixteen largest codes of either sign."""
     counts = [256 if wide else 16 for wide in fp8]
     left, right = (g.reshape(-1) for g in np.meshgrid(*map(np.arange, counts), indexing="ij"))
     place = np.arange(len(left)) * 7 % BLOCK
@@ -197,7 +200,7 @@ def check_quantizer(model: Model, n: int, r: float, draw: Drawer) -> int:
     scale = np.where(wide, 0, q.scale[0])
     rows = model.inputs.rows(n + ppu.LATENCY)
     field = model.inputs.of
-    words = x.view(torch.int16).numpy().astype(np.int64) & 0xFFFF
+    words = x.view(torch.int16).numpy()
     width = model.inputs.places["input__payload"][1]
     field(rows, "input__payload")[:n] = packed([(words, 16), (sensitivity.numpy(), 7)], width)
     field(rows, "input__valid")[:n] = 1

@@ -1,5 +1,6 @@
 """The lane in Amaranth's simulator: every E2M1 product, every selection, totals of all kinds."""
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -41,6 +42,24 @@ def test_a_total_may_have_one_block_and_no_partner(kind: str) -> None:
     lane = Datapath(kind=kind, reuse=1).create()
     a, w = (random_blocks(40, SHARES[kind], seed) for seed in (3, 4))
     assert play_lane(lane, a, w, 1) == expected(lane, a, w, 1)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_fp32_accumulator(share: float) -> None:
+    """Bit for bit what rounding each contribution and each sum gives, and within its bound."""
+    lane = Datapath(reuse=2, accumulator="fp32").create()
+    length, u = 9, Fraction(1, 2**24)
+    a, w = (random_blocks(10 * 2 * length, share, seed) for seed in (7, 8))
+    w = take(w, torch.arange(180) // 2)
+    each = lane.datapath.contributions(a, w).view(10, length, 2).transpose(1, 2)
+    wanted = lane.datapath.totals(each).flatten()
+    found = play_lane(lane, a, w, length)
+    assert [f & 0xFFFF_FFFF for f in found] == (
+        wanted.view(torch.int32).long() & 0xFFFF_FFFF
+    ).tolist()
+    for total, terms in zip(wanted.tolist(), each.flatten(0, 1).tolist(), strict=True):
+        bound = ((1 + u) ** length - 1) * sum(map(abs, terms))
+        assert abs(Fraction(total) - sum(terms)) <= bound
 
 
 def extremes(code_a: int, code_w: int, is_fp8: tuple[bool, bool]) -> tuple[BlockCodes, BlockCodes]:

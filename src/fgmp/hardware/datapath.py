@@ -179,8 +179,8 @@ class Datapath:
 
     @property
     def total_bits(self) -> int:
-        """Width of the exact accumulator."""
-        return signed_bits(self.total_max)
+        """Width of an accumulator."""
+        return signed_bits(self.total_max) if self.accumulator == "exact" else 32
 
     @property
     def contribution_bits(self) -> int:
@@ -205,6 +205,19 @@ class Datapath:
         a, a_gain = self._integers(activation)
         w, w_gain = self._integers(weight)
         return (a * w).sum(-1) * a_gain * w_gain
+
+    def totals(self, contributions: Tensor) -> Tensor:
+        """What an accumulator holds after ``contributions``, int64 (..., G), in order.
+
+        Returns:
+            int64 (...), exact; or fp32 (...), where each contribution and each sum was rounded
+            once, which is off by at most ``((1 + 2**-24)**G - 1) * sum |contribution|``.
+        """
+        if self.accumulator == "exact":
+            return contributions.sum(-1)
+        # A contribution has less than 53 bits, so that the detour by float64 rounds once.
+        terms = contributions.double().float().unbind(-1)
+        return sum(terms[1:], terms[0])
 
     def _integers(self, blocks: BlockCodes) -> tuple[Tensor, Tensor]:
         """Elements as integers, int64 (..., 16), and their gains, int64 (...)."""

@@ -11,7 +11,9 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
 from fgmp.hardware.datapath import Datapath, Unit
+from fgmp.hardware.rtl.decode import named
 from fgmp.hardware.rtl.dot import operand_layout
+from fgmp.hardware.rtl.floats import fp32_sum, integer_to_fp32
 
 
 class Operands(wiring.Component):
@@ -56,7 +58,7 @@ class Operands(wiring.Component):
 
 
 class Totals(wiring.Component):
-    """The running totals of a lane, exact integers; one cycle of latency.
+    """The running totals of a lane, exact integers or fp32; one cycle of latency.
 
     Ports:
         contribution: what to add, two's complement.
@@ -70,6 +72,7 @@ class Totals(wiring.Component):
 
     def __init__(self, datapath: Datapath) -> None:
         self.slots = datapath.reuse
+        self.exact = datapath.accumulator == "exact"
         super().__init__(
             {
                 "contribution": In(datapath.contribution_bits),
@@ -89,7 +92,11 @@ class Totals(wiring.Component):
             for name in ("last_total", *(f"slot_{i}" for i in range(self.slots)))
         )
         held = Array(slots)[self.slot]
-        new = Mux(self.first, 0, held) + self.contribution.as_signed()
+        old = Mux(self.first, 0, held)
+        if self.exact:
+            new = old + self.contribution.as_signed()
+        else:
+            new = fp32_sum(m, named(m, "old", old), integer_to_fp32(m, self.contribution))
         with m.If(self.valid):
             m.d.sync += held.eq(new)
             with m.If(self.last):
