@@ -35,7 +35,9 @@ MIXED = [
     Datapath(cuts=("sums",)),
     Datapath(cuts=("sums", "scaled")),
     Datapath(cuts=("significands", "sums", "scaled")),
-    Datapath(cuts=("sums", "scaled"), k_max=4096),
+    Datapath(k_max=4096),
+    Datapath(shared=True),
+    Datapath(gated=False),
 ]
 
 
@@ -48,6 +50,8 @@ def point(
     facts: dict[str, Any] = {
         "kind": datapath.kind,
         "addition": datapath.addition,
+        "shared": datapath.shared,
+        "gated": datapath.gated,
         "cuts": list(datapath.cuts),
         "accumulator_bits": datapath.total_bits,
         **made.summary(),

@@ -140,8 +140,9 @@ def per_operation(
     found = {}
     for unit in datapath.units:
         own = by_unit.get(unit.name, 0.0) + by_unit.get(f"{unit.name}_operands", 0.0)
-        if shares.get(unit.name):
-            found[unit.name] = own / shares[unit.name] / OPERATIONS
+        share = sum(shares.get(name, 0.0) for name in datapath.computes(unit))
+        if share:
+            found |= dict.fromkeys(datapath.computes(unit), own / share / OPERATIONS)
     found["totals"] = by_unit.get("totals", 0.0) / OPERATIONS
     found["control"] = by_unit.get("", 0.0) / OPERATIONS
     return found
