@@ -24,19 +24,18 @@ from fgmp.hardware.datapath import Datapath
 from fgmp.model.source import load_model
 from fgmp.workflow import Reporter
 
+_CUTS = ((), ("significands",), ("sums",), ("significands", "sums"), ("products", "sums"))
 FP8 = [
-    Datapath(kind="fp8", addition=addition, cuts=cuts)
-    for addition in ("complement", "apart")
-    for cuts in ((), ("significands",), ("sums",), ("significands", "sums"), ("products", "sums"))
+    *(Datapath(kind="fp8", addition="complement", cuts=cuts) for cuts in _CUTS[2:4]),
+    *(Datapath(kind="fp8", cuts=cuts) for cuts in _CUTS),
 ]
 MIXED = [
-    Datapath(addition="complement", cuts=("sums",)),
-    Datapath(addition="complement", cuts=("significands", "sums", "scaled")),
+    Datapath(),
+    Datapath(shared=True),
+    Datapath(addition="complement"),
     Datapath(cuts=("sums",)),
-    Datapath(cuts=("sums", "scaled")),
     Datapath(cuts=("significands", "sums", "scaled")),
     Datapath(k_max=4096),
-    Datapath(shared=True),
     Datapath(gated=False),
 ]
 

@@ -132,8 +132,8 @@ class Datapath:
         cuts: where pipeline registers stand, some of :data:`CUTS`. Operands and totals always
             have registers.
         addition: one of :data:`ADDITIONS`.
-        shared: one unit computes FP4 by FP8 and FP8 by FP4, its operands exchanged; otherwise two do.
-        gated: a unit that is not selected keeps its operands, otherwise it sees every pair.
+        shared: one unit computes FP4 by FP8 and FP8 by FP4, its operands exchanged, not two.
+        gated: a unit that is not selected keeps its operands; else it sees every pair.
         accumulator: ``exact`` integers, or ``fp32``, which rounds every contribution and sum.
     """
 

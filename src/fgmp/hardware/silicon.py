@@ -20,9 +20,9 @@ from fgmp.hardware.power import CycleEnergy, cycle_energy
 from fgmp.hardware.synthesis import Design, synthesize
 from fgmp.hardware.timing import Timing
 
-PERIOD_NS = 2.0
-"""Clock period that synthesis sizes for and leakage is counted over: 500 MHz, which every design
-point of docs/energy.md meets on ASAP7. In the embedded library it is 1000 tau."""
+PERIOD_NS = 2.5
+"""Clock period that synthesis sizes for and leakage is counted over: 400 MHz, which every design
+point of docs/energy.md meets on ASAP7. In the embedded library it is 1250 tau."""
 
 OPERATIONS = 2 * BLOCK
 """Operations of a pair of blocks: a multiplication and an addition an element."""
@@ -137,7 +137,7 @@ def per_operation(
         and ``control``, fJ for any operation.
     """
     by_unit = energy.by_unit()
-    found = {}
+    found: dict[str, float] = {}
     for unit in datapath.units:
         own = by_unit.get(unit.name, 0.0) + by_unit.get(f"{unit.name}_operands", 0.0)
         share = sum(shares.get(name, 0.0) for name in datapath.computes(unit))

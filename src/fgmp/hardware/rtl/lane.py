@@ -80,12 +80,13 @@ class Lane(wiring.Component):
             )
             m.submodules[f"{unit.name}_operands"] = operands = Operands(unit)
             selected = self.valid & self._selects(unit)
-            sides, exchanged = [self.activation, self.weight], Const(0, 1)
+            exchanged: Value = Const(0, 1)
             if self.datapath.exchanges(unit):
                 exchanged = self.weight.is_fp8 == (unit.activation is E4M3)
+            a, w = self.activation, self.weight
             m.d.comb += [
-                operands.activation.eq(_either(unit.activation, *sides, exchanged)),
-                operands.weight.eq(_either(unit.weight, *reversed(sides), exchanged)),
+                operands.activation.eq(_either(unit.activation, a, w, exchanged)),
+                operands.weight.eq(_either(unit.weight, w, a, exchanged)),
                 operands.exchanged.eq(exchanged),
                 operands.selected.eq(selected),
                 operands.load.eq(selected if self.datapath.gated else self.valid),
