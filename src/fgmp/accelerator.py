@@ -355,9 +355,9 @@ def assumptions(
     stated = [
         f"cells: {library.name}, {library.voltage:g} V; no wires, an ideal clock net",
         f"clock period {silicon.PERIOD_NS:g} ns, one pair of blocks a lane a cycle",
-        f"operands: {tokens.numel()} tokens of {data or 'docstrings of the Python library'}",
-        "FP8 codes of weights that the checkpoint holds in FP4 are those of values that would round "
-        "to them; FP4 codes of FP8 blocks are made from their values",
+        f"operands: {tokens.numel()} tokens of {Path(data).name if data else 'Python docstrings'}",
+        "FP8 codes of weights that the checkpoint holds in FP4 are drawn from the values that "
+        "round to them; FP4 codes of FP8 blocks are made from their values",
         f"{LANES} lanes share an activation block; a weight block stays for {LANE.reuse} tokens",
         *(
             f"{phase}: {tokens} tokens together, {passes} times"
