@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,15 +22,18 @@ from torch import Tensor
 
 from fgmp.formats import activation
 from fgmp.formats.activation import Site, multiplier
-from fgmp.formats.codec import E2M1_MIDPOINTS
+from fgmp.formats.codec import E2M1_MIDPOINTS, decode_e2m1, decode_e4m3
 from fgmp.formats.spec import (
     BLOCK,
     E4M3,
     FP8_FACTOR,
     SCALE_MAX_CODE,
     SCALE_MIN_CODE,
+    SENSITIVITY_BITS,
     THRESHOLD_ALL_FP4,
     THRESHOLD_ALL_FP8,
+    UNIT_BITS,
+    UNIT_MAX,
 )
 from fgmp.formats.weight import quantize_weight, tensor_scale
 
@@ -39,7 +43,8 @@ ABOUT = [
     "Blocks of 16 in FGMP arithmetic (docs/numerics.md): inputs and every intermediate result.",
     "Hexadecimal strings hold the bits of 16 elements, element 0 first, all of the same width:",
     "bf16 4 digits, fp32 8, E4M3 2, E2M1 1. A single fp32 value is 8 digits, a code 2.",
-    "Sections 'activation' and 'weight' map kinds of blocks to rows; a row is 'fields' in order.",
+    "Sections map kinds of blocks to rows; a row is 'fields' in order. 'activation' is the site's",
+    "rule 'difference' with scales 'max', 'leaves' the rule 'benefit' and the scales 'search'.",
     "Regenerate and compare: python scripts/make_vectors.py --check",
 ]
 ACTIVATION_FIELDS = {
@@ -53,6 +58,21 @@ ACTIVATION_FIELDS = {
     "S": "the score, an integer below 2**60",
     "T": "T_site, -1 to 2**63 - 1",
     "flag": "1 if the block is FP8: S > T, or an element is not finite",
+}
+LEAF_FIELDS = {
+    "x": "input, bf16, finite",
+    "r": "multiplier of the site, fp32, at most 12 significant bits",
+    "sensitivity": "E4M3 codes of the channels",
+    "v": "6u in units of 2**-10 t, the integers that errors are measured from",
+    "E8": "sum of g_int (q8 - v)**2",
+    "E4max": "sum of g_int (q4 - v)**2 under scales 'max'",
+    "E4": "the same under scales 'search', the least of four",
+    "s": "E4M3 code of the scale that 'search' takes",
+    "fp4": "E2M1 codes under it",
+    "fp8": "E4M3 codes",
+    "S": "the score of rule 'benefit' with 'search': max(0, E4 - E8)",
+    "T": "T_site, -1 to 2**63 - 1",
+    "flag": "1 if the block is FP8: S > T",
 }
 WEIGHT_FIELDS = {
     "x": "weight, fp32",
@@ -241,6 +261,66 @@ def activation_rows(kind: Callable[[Bits], Iterator[Block]], seed: int) -> Itera
         ]
 
 
+def candidates(bits: Bits) -> Iterator[Block]:
+    """Largest values of every scale code, and the rest spread so that each candidate wins."""
+    for index in range(3 * SCALE_MAX_CODE):
+        largest = E4M3.magnitudes[SCALE_MIN_CODE + index % SCALE_MAX_CODE]
+        rest = (largest * (1 + bits.below(32)) / 32 for _ in range(BLOCK - 1))
+        yield [bits.sign() * largest, *(bits.sign() * bf16(v) for v in rest)], 1.0
+
+
+def equal_errors(bits: Bits) -> Iterator[Block]:
+    """One value alone, or twice: often exact, or equally far off, under several scales."""
+    for index in range(60):
+        lonely = [0.0] * BLOCK
+        lonely[bits.below(BLOCK)] = bits.sign() * E4M3.magnitudes[8 + 2 * index]
+        if index % 3 == 0:
+            lonely[bits.below(BLOCK)] = bits.sign() * E4M3.magnitudes[8 + 2 * index]
+        yield lonely, 1.0
+
+
+LEAF_KINDS = (ordinary, candidates, equal_errors, zeros, underflow, subnormal, saturated, far_apart)
+_LEAF_STEP = {ordinary: 3, subnormal: 3}
+"""Of some kinds every third block is enough."""
+
+
+def leaf_rows(kind: Callable[[Bits], Iterator[Block]], seed: int) -> Iterator[list[object]]:
+    bits = Bits(seed)
+    for index, (values, r) in enumerate(kind(bits)):
+        if index % _LEAF_STEP.get(kind, 1):
+            continue
+        x = torch.tensor(values).bfloat16()
+        site = Site(r, bits.codes(), 1.0, 0, "benefit", "search")
+        score = int(activation.quantize(x, site).score)
+        limit = threshold(bits, score, index)
+        codes = activation.quantize(x, replace(site, threshold=limit))
+        largest = activation.quantize(x, replace(site, scales="max"))
+        unit = FP8_FACTOR * 2**UNIT_BITS
+        v = (x.double() * r * unit).round().clamp(-UNIT_MAX * 2**UNIT_BITS, UNIT_MAX * 2**UNIT_BITS)
+        g = [int(E4M3.magnitude(c) * 2**SENSITIVITY_BITS) for c in site.sensitivity.tolist()]
+
+        def error(units: Tensor, v: Tensor = v, g: list[int] = g) -> int:
+            ints = (units.double() * 2**UNIT_BITS - v).long().tolist()
+            return sum(w * d * d for w, d in zip(g, ints, strict=True))
+
+        q8 = decode_e4m3(codes.fp8[0]) * FP8_FACTOR
+        yield [
+            hexadecimal(x.view(torch.int16), 4),
+            hexadecimal(torch.tensor([r]).view(torch.int32), 8),
+            hexadecimal(site.sensitivity, 2),
+            [int(value) for value in v.tolist()],
+            error(q8),
+            error(decode_e2m1(largest.fp4[0]) * decode_e4m3(largest.scale)),
+            error(decode_e2m1(codes.fp4[0]) * decode_e4m3(codes.scale)),
+            hexadecimal(codes.scale, 2),
+            hexadecimal(codes.fp4, 1),
+            hexadecimal(codes.fp8, 2),
+            score,
+            limit,
+            int(codes.is_fp8),
+        ]
+
+
 def threshold(bits: Bits, score: int, index: int) -> int:
     """Exactly the score, one below it, about it, anywhere, or one of the two ends."""
     choices = (
@@ -320,6 +400,10 @@ def render() -> str:
         "activation": (
             ACTIVATION_FIELDS,
             {kind.__name__: activation_rows(kind, i) for i, kind in enumerate(ACTIVATION_KINDS)},
+        ),
+        "leaves": (
+            LEAF_FIELDS,
+            {kind.__name__: leaf_rows(kind, 200 + i) for i, kind in enumerate(LEAF_KINDS)},
         ),
         "weight": (
             WEIGHT_FIELDS,

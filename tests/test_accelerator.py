@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -66,9 +67,9 @@ def test_energy(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All keys, and relations that hold in any library."""
-    facts: dict[str, Any] = json.loads(
-        run(capsys, monkeypatch, "hw", "energy", str(checkpoint), "--json")
-    )
+    plot = checkpoint.parent / "energy.svg"
+    words = ("hw", "energy", str(checkpoint), "--plot", str(plot), "--json")
+    facts: dict[str, Any] = json.loads(run(capsys, monkeypatch, *words))
     assert {
         *("fj_per_op", "saving_vs_fp8_percent", "ppu_percent", "cycles", "ppu_stall_percent"),
         "assumptions",
@@ -92,6 +93,9 @@ def test_energy(
     assert llama["prefill"]["ppu_stall_percent"] < 1
     assert "joules" not in llama["prefill"]
     assert any("ratios" in line for line in facts["assumptions"])
+    drawn = ElementTree.parse(plot)
+    bars = [e for e in drawn.iter() if e.tag.endswith("rect") and e.get("height") == "20"]
+    assert len(bars) == len(lanes) * 4
 
 
 def test_a_model_that_is_not_quantized_is_refused(

@@ -23,7 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pack": {"errors", "formats"},
     "hardware": {"console", "errors", "formats", "pack"},
     "assign": {"formats", "sensitivity", "pack"},
-    "model": {"errors", "formats", "pack"},
+    "kernels": {"errors", "formats", "pack"},
+    "model": {"errors", "formats", "pack", "kernels"},
     "evaluation": {"formats", "pack", "model", "progress"},
     "report": {"evaluation"},
     "pipeline": {

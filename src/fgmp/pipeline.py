@@ -172,7 +172,12 @@ def uniform(
     linears_of = {owner: site.linears for owner, site in config.sites.items()}
     limit = -torch.inf if weight_fp4 == 0 else torch.inf
     records = {
-        owner: replace(site.record, threshold=site_threshold(limit, 1.0, 1.0), rule="difference")
+        owner: replace(
+            site.record,
+            threshold=site_threshold(limit, 1.0, 1.0),
+            rule="difference",
+            scales="max",
+        )
         for owner, site in sites(quantized).items()
     }
     weights = {}
@@ -322,7 +327,10 @@ def _finish(
     config = CheckpointConfig(
         sites={
             owner: SiteConfig(
-                names, activations.records[owner].rule, activations.fp4_fractions[owner]
+                names,
+                activations.records[owner].rule,
+                activations.fp4_fractions[owner],
+                activations.records[owner].scales,
             )
             for owner, names in assignment.linears_of.items()
         },

@@ -107,13 +107,52 @@ def weight_block(
     return scale, fp4, fp8
 
 
-def activation_block(x: list[Fraction], r: Fraction) -> tuple[int, list[int], list[int]]:
-    """(scale code, E2M1 codes, E4M3 codes) of 16 finite bf16 values under the multiplier r."""
+def activation_block(
+    x: list[Fraction], r: Fraction, sensitivity: list[int] | None = None
+) -> tuple[int, list[int], list[int]]:
+    """(scale code, E2M1 codes, E4M3 codes) of 16 finite bf16 values under the multiplier r.
+
+    With ``sensitivity`` the scale is searched: of the codes one below, equal to, four and five
+    above that of the largest value, the one of least error, the larger of equals.
+    """
     u = [v * r for v in x]
     fp8 = [signed(nearest(E4M3, abs(v)), v, 128) for v in u]
-    scale = max(1, *(code & 127 for code in fp8))
-    fp4 = [signed(nearest(E2M1, 6 * abs(v) / E4M3[scale]), v, 8) for v in u]
-    return scale, fp4, fp8
+    largest = max(1, *(code & 127 for code in fp8))
+    if sensitivity is None:
+        return largest, fp4_under(largest, u), fp8
+    tried = {min(max(largest + offset, 1), 126) for offset in (-1, 0, 4, 5)}
+    scale = min(tried, key=lambda s: (error(s, fp4_under(s, u), u, sensitivity), -s))
+    fp4 = fp4_under(scale, u)
+    return scale if any(code & 7 for code in fp4) else 1, fp4, fp8
+
+
+def fp4_under(scale: int, u: list[Fraction]) -> list[int]:
+    """E2M1 codes under a scale code."""
+    return [signed(nearest(E2M1, 6 * abs(v) / E4M3[scale]), v, 8) for v in u]
+
+
+def target(u: Fraction) -> int:
+    """v: 6u in steps of 2**-10, ties to even, at most 2688."""
+    return max(-2688 * 2**10, min(2688 * 2**10, round(6 * u * 2**10)))
+
+
+def error(scale: int | None, codes: list[int], u: list[Fraction], sensitivity: list[int]) -> int:
+    """sum g_int (q - v)**2 of E2M1 codes under a scale, or of E4M3 codes where that is None."""
+    total = 0
+    for code, value, weight in zip(codes, u, sensitivity, strict=True):
+        if scale is None:
+            q = 6 * E4M3[code & 127] * (-1 if code & 128 else 1)
+        else:
+            q = E2M1[code & 7] * E4M3[scale] * (-1 if code & 8 else 1)
+        total += int(E4M3[weight] * 2**9) * (int(q * 2**10) - target(value)) ** 2
+    return total
+
+
+def benefit(
+    scale: int, fp4: list[int], fp8: list[int], u: list[Fraction], sensitivity: list[int]
+) -> int:
+    """S of the rule ``benefit``: how much less FP8 errs than FP4, at least 0."""
+    return max(0, error(scale, fp4, u, sensitivity) - error(None, fp8, u, sensitivity))
 
 
 def score(scale: int, fp4: list[int], fp8: list[int], sensitivity: list[int]) -> int:

@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fgmp.formats.activation import (
+    SCALES,
     Site,
     fake_quantize,
     fl32,
@@ -27,7 +28,8 @@ from fgmp.formats.spec import THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
 from . import model
 
 MIDPOINTS = [(a + b) / 2 for a, b in zip(model.E2M1[:-1], model.E2M1[1:], strict=True)]
-RULES = ("difference", "random")
+RULES = ("difference", "benefit", "random")
+LEAVES = [(rule, scales) for rule in RULES for scales in SCALES]
 
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False, width=32)
 
@@ -43,8 +45,8 @@ def heavy_tailed(*shape, seed=0):
     return torch.randn(shape, generator=generator) * torch.exp2(exponents)
 
 
-def a_site(k, *, threshold=0, r=3.5, rule="difference", seed=0):
-    return Site(r, random_codes(k, seed), 1.0, threshold, rule)
+def a_site(k, *, threshold=0, r=3.5, rule="difference", scales="max", seed=0):
+    return Site(r, random_codes(k, seed), 1.0, threshold, rule, scales)
 
 
 def check_against_model(x, site):
@@ -52,11 +54,16 @@ def check_against_model(x, site):
     codes = quantize(x, site)
     sensitivity = site.sensitivity.tolist()
     for b, block in enumerate(x.bfloat16().tolist()):
-        s, fp4, fp8 = model.activation_block([Fraction(v) for v in block], Fraction(site.r))
+        exact, r = [Fraction(v) for v in block], Fraction(site.r)
+        searched = sensitivity if site.scales == "search" else None
+        s, fp4, fp8 = model.activation_block(exact, r, searched)
         assert codes.scale[b].item() == s
         assert codes.fp4[b, 0].tolist() == fp4
         assert codes.fp8[b, 0].tolist() == fp8
-        score = model.score(s, fp4, fp8, sensitivity)
+        if site.rule == "benefit":
+            score = model.benefit(s, fp4, fp8, [v * r for v in exact], sensitivity)
+        else:
+            score = model.score(s, fp4, fp8, sensitivity)
         assert codes.score[b].item() == score
         assert codes.is_fp8[b].item() == (score > site.threshold)
 
@@ -179,14 +186,24 @@ def test_seven_compares_are_the_division():
 # The decision
 
 
-def reachable_pairs(s):
-    """(e2m1, e4m3) that one u, 0 <= u <= u_max, can have when the block's scale is code s."""
+def highest(s):
+    """The largest u, up to saturation, whose FP8 code is s."""
+    return model.E4M3[-1] if s == 126 else (model.E4M3[s] + model.E4M3[s + 1]) / 2
+
+
+def scale_choices():
+    """(code of the largest magnitude, scale code) under ``search``."""
+    for largest in range(1, 127):
+        yield from ((largest, min(max(largest + d, 1), 126)) for d in SCALES["search"])
+
+
+def reachable_pairs(largest, s):
+    """(e2m1, e4m3) that one u can have when the block's largest has code ``largest``, under s."""
     scale = model.E4M3[s]
-    top = model.E4M3[-1] if s == 126 else (scale + model.E4M3[s + 1]) / 2
-    for high in range(s + 1):
+    for high in range(largest + 1):
         # u that round to code high, as a closed interval; the closure only adds pairs.
         low_u = (model.E4M3[high] + model.E4M3[max(high - 1, 0)]) / 2
-        high_u = top if high == s else (model.E4M3[high] + model.E4M3[high + 1]) / 2
+        high_u = highest(high)
         first = model.nearest(model.E2M1, 6 * low_u / scale)
         last = model.nearest(model.E2M1, 6 * high_u / scale)
         yield from ((low, high) for low in range(first, last + 1))
@@ -196,12 +213,40 @@ def test_bounds_of_the_decision():
     """Over all scales and reachable pairs: |q4 - q8| <= 2**19, attained, and S < 2**60."""
     largest = max(
         abs(model.E2M1[low] * model.E4M3[s] - 6 * model.E4M3[high]) * 2**10
-        for s in range(1, 127)
-        for low, high in reachable_pairs(s)
+        for largest, s in scale_choices()
+        for low, high in reachable_pairs(largest, s)
     )
     assert largest == 2**19
     g_max = 448 * 2**9
     assert 16 * g_max * largest**2 < 2**60
+
+
+def test_bounds_of_the_errors():
+    """|q4 - v| <= 448 * 2**10 under every scale tried, |q8 - v| <= 96 * 2**10: errors < 2**60.
+
+    Between two rounding points q is constant and v rises with u, so the ends of those stretches
+    hold the extremes.
+    """
+    worst4 = max(
+        abs(value * model.E4M3[s] * 2**10 - model.target(u))
+        for largest, s in scale_choices()
+        for value, first, last in zip(
+            model.E2M1, (0, *MIDPOINTS), (*MIDPOINTS, Fraction(10**9)), strict=True
+        )
+        if first * model.E4M3[s] / 6 <= highest(largest)
+        for u in (first * model.E4M3[s] / 6, min(last * model.E4M3[s] / 6, highest(largest)))
+    )
+    assert worst4 == 448 * 2**10 < 2**19
+    edges = [(a + b) / 2 for a, b in zip(model.E4M3[:-1], model.E4M3[1:], strict=True)]
+    worst8 = max(
+        abs(6 * value * 2**10 - model.target(u))
+        for value, first, last in zip(
+            model.E4M3, (0, *edges), (*edges, Fraction(10**9)), strict=True
+        )
+        for u in (first, last)
+    )
+    assert worst8 == 96 * 2**10
+    assert 16 * 448 * 2**9 * worst4**2 < 2**60
 
 
 def test_the_largest_score():
@@ -212,11 +257,69 @@ def test_the_largest_score():
     check_against_model(x, site)
 
 
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("rule", ["difference", "benefit"])
 @pytest.mark.parametrize("scale", [1e-6, 0.1, 1.0, 30.0, 1e4])
-def test_quantize_against_the_model(scale):
+def test_quantize_against_the_model(scale, rule, scales):
     """Blocks that underflow, ordinary ones and ones that saturate."""
     x = heavy_tailed(60, 16, seed=1) * scale
-    check_against_model(x, a_site(16, r=2.0625 if scale < 1 else 7.375, threshold=10**13))
+    r = 2.0625 if scale < 1 else 7.375
+    check_against_model(x, a_site(16, r=r, threshold=10**13, rule=rule, scales=scales))
+
+
+@pytest.mark.parametrize("scales", SCALES)
+def test_the_smallest_and_largest_scales_against_the_model(scales):
+    """Blocks on a grid about 2**-9 and about 448, where candidates meet the ends of the codes."""
+    g = torch.Generator().manual_seed(12)
+    low = torch.randint(-24, 25, (80, 16), generator=g) * 2.0**-12
+    high = torch.randint(-30, 31, (80, 16), generator=g) * 16.0
+    for x in (low, high):
+        check_against_model(x, a_site(16, r=1.0, rule="benefit", scales=scales))
+
+
+def test_every_candidate_is_chosen_somewhere():
+    site = a_site(16, rule="benefit", scales="search")
+    x = heavy_tailed(2000, 16, seed=13)
+    searched = quantize(x, site)
+    largest = quantize(x, replace(site, scales="max")).scale.int()
+    assert set((searched.scale.int() - largest).flatten().tolist()) == set(SCALES["search"])
+
+
+def test_search_never_errs_more_and_equal_errors_take_the_larger_scale():
+    """6, 3 and 0 are exact under s and s / 2; every code of such a block is tried by hand."""
+    x = torch.tensor([[4.0, 2.0, 1.0, 0.0] * 4]) * 16 / 6
+    site = a_site(16, r=1.0, rule="benefit", scales="search")
+    codes = quantize(x.bfloat16().float(), site)
+    # u is not exact in bf16, so the largest is: 4 * 16 / 6 = 10.667 -> E4M3 11, and 16 = 11 + 4.
+    assert decode_e4m3(codes.scale).item() == 16
+    tie = torch.tensor([[8.0] + [0.0] * 15])  # 8 is 6 s of s = 8/6 .. exact only as 4 * 12
+    assert decode_e4m3(quantize(tie, site).scale).item() == 12
+    x = heavy_tailed(500, 16, seed=14)
+    kept = [quantize(x, replace(site, scales=scales)) for scales in ("max", "search")]
+    u = [[Fraction(v) for v in block] for block in x.bfloat16().tolist()]
+    better = 0
+    for b, values in enumerate(u):
+        errors = [
+            model.error(c.scale[b].item(), c.fp4[b, 0].tolist(), values, site.sensitivity.tolist())
+            for c in kept
+        ]
+        assert errors[1] <= errors[0]
+        better += errors[1] < errors[0]
+    assert better > 200
+
+
+def test_benefit_is_zero_where_fp8_does_not_help():
+    """u = 2/3 of s = 10 is 4 in FP4 but for bf16's rounding, and 6.5 in FP8: FP8 would be worse.
+
+    Under ``difference`` such a block is among the first to become FP8.
+    """
+    x = torch.tensor([[10.0] + [20 / 3] * 15])
+    site = a_site(16, r=1.0, rule="benefit")
+    assert quantize(x, site).score.item() == 0
+    assert quantize(x, replace(site, rule="difference")).score.item() > 0
+    assert not quantize(x, site).is_fp8.any()
+    assert quantize(x, replace(site, threshold=THRESHOLD_ALL_FP8)).is_fp8.all()
+    check_against_model(x, site)
 
 
 def test_input_is_rounded_to_bf16_first():
@@ -234,13 +337,13 @@ def codes_equal(a, b):
     return all(torch.equal(getattr(a, f), getattr(b, f)) for f in vars(a))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "scales"), LEAVES)
 @pytest.mark.parametrize("k", [16, 172, 256])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
-def test_fake_quantize_is_quantize(rule, k, share):
+def test_fake_quantize_is_quantize(rule, scales, k, share):
     """Values and flags, at thresholds that some scores equal or miss by one."""
     x = heavy_tailed(3, 50, k, seed=k)
-    site = a_site(k, rule=rule, r=5.5)
+    site = a_site(k, rule=rule, scales=scales, r=5.5)
     ranked = quantize(x, site).score.flatten().sort().values
     middle = ranked[int(share * (len(ranked) - 1))].item()
     ends = (THRESHOLD_ALL_FP8, THRESHOLD_ALL_FP4)
@@ -255,22 +358,24 @@ def test_fake_quantize_is_quantize(rule, k, share):
         assert units.shape == x.shape
 
 
-def test_fake_quantize_of_small_and_large_blocks():
+@pytest.mark.parametrize(("rule", "scales"), LEAVES)
+def test_fake_quantize_of_small_and_large_blocks(rule, scales):
     """Largest values from far below the smallest scale to far above 448, a block an octave."""
     levels = torch.exp2(torch.arange(-20.0, 20.0)).view(-1, 1)
     x = torch.rand(40, 16, generator=torch.Generator().manual_seed(11)) * levels
     for threshold in (0, 10**6, 10**10, THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8):
-        site = a_site(16, r=1.0, threshold=threshold)
+        site = a_site(16, r=1.0, threshold=threshold, rule=rule, scales=scales)
         exact = quantize(x, site)
         units, is_fp8 = fake_quantize(x, site)
         assert torch.equal(units, exact.units(16))
         assert torch.equal(is_fp8, exact.is_fp8)
 
 
-def test_fake_quantize_at_every_score():
+@pytest.mark.parametrize(("rule", "scales"), LEAVES[:4])
+def test_fake_quantize_at_every_score(rule, scales):
     """A block alone is FP4 under T = S and FP8 under T = S - 1, whatever fp32 makes of it."""
     x = heavy_tailed(300, 16, seed=3)
-    site = a_site(16)
+    site = a_site(16, rule=rule, scales=scales)
     flipped = 0
     for block, score in zip(x, quantize(x, site).score.flatten().tolist(), strict=True):
         for threshold, expected in ((score, False), (score - 1, True)):
@@ -367,12 +472,12 @@ def test_one_channel_with_gradient():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "scales"), LEAVES)
 @pytest.mark.parametrize("threshold", [-1, 0, 10**14, 2**63 - 1])
-def test_non_finite_elements_make_an_fp8_block(bad, rule, threshold):
+def test_non_finite_elements_make_an_fp8_block(bad, rule, scales, threshold):
     """The block is FP8 whatever the threshold, its broken element NaN; other blocks are not."""
     x = heavy_tailed(4, 40, seed=7)
-    site = a_site(40, threshold=threshold, rule=rule)
+    site = a_site(40, threshold=threshold, rule=rule, scales=scales)
     clean, clean_flags = fake_quantize(x, site)
     x[2, 17] = bad
     codes = quantize(x, site)
@@ -417,16 +522,18 @@ def test_underflowing_products_keep_the_sign_of_x():
     assert quantize(x, site).fp8[0, 0, :2].tolist() == [0x80, 0]
 
 
-def test_saturated_values_are_equal_in_both_formats():
+@pytest.mark.parametrize(("rule", "scales"), LEAVES[:4])
+def test_saturated_values_are_equal_in_both_formats(rule, scales):
     x = torch.tensor([[1e6, -1e6] * 8])
-    assert quantize(x, a_site(16, r=1.0)).score.item() == 0
+    assert quantize(x, a_site(16, r=1.0, rule=rule, scales=scales)).score.item() == 0
     assert saturated(x, a_site(16, r=1.0)).item() == 16
 
 
-def test_zero_blocks():
+@pytest.mark.parametrize("scales", SCALES)
+def test_zero_blocks(scales):
     x = torch.zeros(2, 16)
     x[1] = -0.0
-    codes = quantize(x, a_site(16, threshold=0))
+    codes = quantize(x, a_site(16, threshold=0, scales=scales))
     assert codes.scale.tolist() == [[1], [1]]
     assert not codes.fp4.any()
     assert not codes.fp8.any()

@@ -32,6 +32,7 @@ def numbers(text, digits):
 
 
 ACTIVATIONS = list(rows("activation"))
+LEAVES = list(rows("leaves"))
 WEIGHTS = list(rows("weight"))
 KINDS = sorted({kind for kind, _ in ACTIVATIONS})
 
@@ -78,6 +79,46 @@ def test_weight_rows(kind):
         assert int(row["s"], 16) == scale
         assert numbers(row["fp4"], 1) == fp4
         assert numbers(row["fp8"], 2) == fp8
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kind, _ in LEAVES}))
+def test_leaf_rows(kind):
+    for row in (row for k, row in LEAVES if k == kind):
+        _, x, r, sensitivity = parse(row)
+        u = [v * r for v in x]
+        assert row["v"] == [model.target(value) for value in u]
+        largest, fp4_largest, _ = model.activation_block(x, r)
+        scale, fp4, fp8 = model.activation_block(x, r, sensitivity)
+        assert int(row["s"], 16) == scale
+        assert numbers(row["fp4"], 1) == fp4
+        assert numbers(row["fp8"], 2) == fp8
+        assert row["E8"] == model.error(None, fp8, u, sensitivity)
+        assert row["E4max"] == model.error(largest, fp4_largest, u, sensitivity)
+        assert row["E4"] == model.error(scale, fp4, u, sensitivity)
+        assert row["S"] == model.benefit(scale, fp4, fp8, u, sensitivity)
+        assert row["flag"] == (row["S"] > row["T"])
+
+
+def test_the_leaves_that_matter_are_there():
+    """Every candidate wins, ties between scales happen, and FP8 is the worse one now and then."""
+    offsets, ties = {}, 0
+    for _, row in LEAVES:
+        _, x, r, sensitivity = parse(row)
+        u = [v * r for v in x]
+        largest, _, _ = model.activation_block(x, r)
+        by_scale = {
+            s: model.error(s, model.fp4_under(s, u), u, sensitivity)
+            for s in {min(max(largest + d, 1), 126) for d in (-1, 0, 4, 5)}
+        }
+        won = int(row["s"], 16) - largest
+        offsets[won] = offsets.get(won, 0) + 1
+        ties += list(by_scale.values()).count(row["E4"]) > 1 and row["E4"] > 0
+    assert all(offsets[d] > 50 for d in (-1, 0, 4, 5))
+    assert ties > 5
+    assert sum(row["E4"] < row["E8"] for _, row in LEAVES) > 20
+    assert sum(0 < row["S"] == row["T"] for _, row in LEAVES) > 50
+    assert {-1, 2**63 - 1} <= {row["T"] for _, row in LEAVES}
+    assert len(LEAVES) >= 1000
 
 
 def test_the_cases_that_matter_are_there():

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fgmp.formats import activation
 from fgmp.formats.activation import Site, multiplier, quantize, sensitivity_codes
 from fgmp.formats.linear import exact_linear
 from fgmp.formats.spec import THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
 from fgmp.formats.weight import quantize_weight, tensor_scale
+from fgmp.kernels import ops
 from fgmp.model.linear import ActivationSite, MixedLinear, mixed_linears, sites
 from fgmp.pack.planes import PackedWeight, pack, unpack_units
 
@@ -57,13 +57,14 @@ def x() -> Tensor:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The tensors that were quantized since."""
     seen: list[Tensor] = []
-    original = activation.fake_quantize
+    original = ops.fake_quantize_activation
 
-    def counted(x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+    def counted(x: Tensor, *site: object) -> tuple[Tensor, Tensor]:
         seen.append(x)
-        return original(x, site)
+        units, flags = original(x, *site)
+        return units, flags
 
-    monkeypatch.setattr(activation, "fake_quantize", counted)
+    monkeypatch.setattr(ops, "fake_quantize_activation", counted)
     return seen
 
 

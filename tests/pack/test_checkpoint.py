@@ -42,7 +42,7 @@ K = 40
 
 SITES = {
     "a": SiteConfig(["a", "b"], "difference", 0.7),
-    "c": SiteConfig(["c"], "random", 0.5),
+    "c": SiteConfig(["c"], "benefit", 0.5, "search"),
     "d": SiteConfig(["d"], "difference", 0.0),
 }
 MODES = {"a": "mixed", "b": "mixed", "c": "fp4", "d": "fp8"}
@@ -380,8 +380,13 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "the rule is a list": (lambda c: c["sites"]["a"].update(rule=[]), "is malformed"),
     "the rule is unknown": (
         lambda c: c["sites"]["a"].update(rule="entropy"),
-        "sites.a.rule must be one of ['difference', 'random'], got 'entropy'",
+        "sites.a.rule must be one of ['benefit', 'difference', 'random'], got 'entropy'",
     ),
+    "the scales are unknown": (
+        lambda c: c["sites"]["a"].update(scales="all"),
+        "sites.a.scales must be one of ['max', 'search'], got 'all'",
+    ),
+    "the scales are a number": (lambda c: c["sites"]["a"].update(scales=4), "is malformed"),
     "the owner is not listed": (
         lambda c: c["sites"]["a"].update(linears=["b"]),
         "sites.a.linears must hold its owner, got ['b']",

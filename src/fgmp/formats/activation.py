@@ -3,16 +3,17 @@
     x  is rounded to bf16 first
     u  = x * r                        exact in fp32: 8 bits times 12
     FP8 code = E4M3(u)                value 6 * e4m3 * t        with t = fl32(1 / (6 r))
-    s  = the FP8 code of max |u|      at least 2**-9
+    s  = the FP8 code of max |u|      at least 2**-9; or the best of four about it
     FP4 code = E2M1(6 u / s)          value e2m1 * s * t
     S  = sum g_int * (q4 - q8)**2     an exact integer of at most 60 bits
     the block is FP8  <=>  S > T_site
 
 q4 and q8 are the decoded values in units of 2**-10 * t, g_int the sensitivity in units of
 2**-9. Sums of floats depend on their order, so no two machines would agree on a float S; the
-integer one they do. :func:`quantize` is the definition. :func:`fake_quantize` returns the
-same values faster: it decides on an fp32 estimate of S where that is provably safe and on the
-integer elsewhere.
+integer one they do. So they do on the errors that choose among scales, sums of g_int (q4 - v)**2
+with v = 6 u rounded to that unit. :func:`quantize` is the definition. :func:`fake_quantize`
+returns the same values faster: it decides on fp32 estimates where that is provably safe and on
+the integers elsewhere.
 """
 
 import math
@@ -34,6 +35,7 @@ from fgmp.formats.codec import (
 )
 from fgmp.formats.spec import (
     BLOCK,
+    E2M1,
     E4M3,
     FP8_FACTOR,
     SCALE_MAX_CODE,
@@ -43,6 +45,7 @@ from fgmp.formats.spec import (
     THRESHOLD_ALL_FP4,
     THRESHOLD_ALL_FP8,
     UNIT_BITS,
+    UNIT_MAX,
 )
 
 MULTIPLIER_BITS = 12
@@ -53,6 +56,14 @@ _MULTIPLIER_LIMIT = 2.0**100
 # The fp32 estimate of S sums 16 non-negative terms that carry two roundings each, over at most
 # 15 additions: its relative error is below (1 + 2**-24)**17 - 1 < 2**-19. Twice that is the band.
 _ESTIMATE_BAND = 2.0**-18
+
+_CHUNK_ELEMENTS = 1 << 16
+
+SCALES: dict[str, tuple[int, ...]] = {"max": (0,), "search": (5, 4, 0, -1)}
+"""Candidates for an FP4 block scale by name, as offsets from the FP8 code of the block's largest
+magnitude, the largest first. ``max`` is the paper's. In ``search``, four and five codes up are
+about 1.5 times the scale, which puts the largest value at 4 instead of 6 (Four Over Six, arXiv
+2512.02010), and one down clips it a little; these four have nine tenths of what all 126 gain."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ class Site:
         gamma: fp32 value of a sensitivity of 1, in the loss's unit over the activation's squared.
         threshold: T_site, -1 to 2**63 - 1.
         rule: what S is, a key of :data:`RULES`.
+        scales: what FP4 block scales are chosen from, a key of :data:`SCALES`.
     """
 
     r: float
@@ -72,6 +84,7 @@ class Site:
     gamma: float
     threshold: int
     rule: str = "difference"
+    scales: str = "max"
 
     @property
     def t(self) -> float:
@@ -178,15 +191,18 @@ def quantize(x: Tensor, site: Site) -> ActivationCodes:
         x: (..., K), any float dtype; rounded to bf16 first.
         site: the record of this tensor.
     """
-    x = to_blocks(x.to(torch.bfloat16).float())
+    return _quantize_blocks(to_blocks(x.to(torch.bfloat16).float()), _sensitivities(site), site)
+
+
+def _quantize_blocks(x: Tensor, sensitivity: Tensor, site: Site) -> ActivationCodes:
+    """:func:`quantize` of bf16 values in fp32, (..., 16), and g_int that broadcasts with them."""
     finite = x.isfinite()
     u = torch.where(finite, x, 0.0) * site.r
     fp8 = encode_e4m3(u, x)
-    scale = encode_e4m3(u.abs().amax(-1)).clamp(SCALE_MIN_CODE, SCALE_MAX_CODE)
-    fp4 = encode_e2m1(FP8_FACTOR * u / decode_e4m3(scale).unsqueeze(-1), x)
-    q4 = decode_e2m1(fp4) * decode_e4m3(scale).unsqueeze(-1) * 2**UNIT_BITS
-    q8 = decode_e4m3(fp8) * FP8_FACTOR * 2**UNIT_BITS
-    score = RULES[site.rule](q4.long() - q8.long(), _sensitivities(site).long(), fp8)
+    v, g = _target_units(u).mul(2**UNIT_BITS).long(), sensitivity.long()
+    fp4, scale, q4 = _best_fp4(u, x, v, g, SCALES[site.scales])
+    q8 = (decode_e4m3(fp8) * FP8_FACTOR * 2**UNIT_BITS).long()
+    score = RULES[site.rule](Integers(q4, q8, v, g, fp8))
     broken = ~finite.all(-1)
     return ActivationCodes(
         fp4=fp4,
@@ -197,6 +213,30 @@ def quantize(x: Tensor, site: Site) -> ActivationCodes:
     )
 
 
+def _best_fp4(
+    u: Tensor, x: Tensor, v: Tensor, g: Tensor, offsets: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """FP4 codes, their scale's code and q4 under the scale of least error, the larger of equals."""
+    nearest = encode_e4m3(u.abs().amax(-1)).clamp(SCALE_MIN_CODE, SCALE_MAX_CODE)
+    tried = []
+    for offset in offsets:
+        scale = (nearest.int() + offset).clamp(SCALE_MIN_CODE, SCALE_MAX_CODE).to(torch.uint8)
+        step = decode_e4m3(scale).unsqueeze(-1)
+        fp4 = encode_e2m1(FP8_FACTOR * u / step, x)
+        tried.append((fp4, scale, (decode_e2m1(fp4) * step * 2**UNIT_BITS).long()))
+    fp4, scale, q4 = tried[0]
+    least = _squared(q4 - v, g)
+    for other_fp4, other_scale, other_q4 in tried[1:]:
+        error = _squared(other_q4 - v, g)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale = torch.where(better, other_scale, scale)
+        fp4 = torch.where(better.unsqueeze(-1), other_fp4, fp4)
+        q4 = torch.where(better.unsqueeze(-1), other_q4, q4)
+    zero = (fp4 & (E2M1.sign_bit - 1) == 0).all(-1)
+    return fp4, torch.where(zero, torch.full_like(scale, SCALE_MIN_CODE), scale), q4
+
+
 def fake_quantize(x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     """The values and flags of :func:`quantize`, without the codes.
 
@@ -205,9 +245,11 @@ def fake_quantize(x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
         is_fp8, bool (..., G).
     """
     k = x.shape[-1]
-    if site.rule != "difference":
+    if site.rule not in _SQUARED_RULES:
         exact = quantize(x, site)
         return exact.units(k), exact.is_fp8
+    if (site.rule, site.scales) != ("difference", "max"):
+        return _fake_quantize_chunks(x, site)
     u, amax = _multiplied(x, site)
     if not amax.isfinite().all():
         exact = quantize(x, site)
@@ -226,21 +268,83 @@ def fake_quantize(x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     if unsure.any():
         rows, block = unsure.nonzero()[:, :-1], unsure.nonzero()[:, -1]
         integer = (difference[(*rows.unbind(-1), block)] * 2**UNIT_BITS).long()
-        is_fp8[unsure] = _weighted_difference(integer, sensitivity.long()[block]) > site.threshold
+        is_fp8[unsure] = _squared(integer, sensitivity.long()[block]) > site.threshold
     return from_blocks(torch.where(is_fp8.unsqueeze(-1), fp8, fp4), k), is_fp8
+
+
+def _fake_quantize_chunks(x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+    """:func:`fake_quantize` for any rule of squares and any scales, in pieces that caches hold."""
+    k = x.shape[-1]
+    sensitivity = _sensitivities(site)
+    units, flags = [], []
+    for rows in x.reshape(-1, k).split(max(1, _CHUNK_ELEMENTS // max(1, k))):
+        blocks = to_blocks(rows.to(torch.bfloat16).float())
+        fp4, fp8, score, doubt = _estimated_blocks(blocks, sensitivity, site)
+        is_fp8 = score > site.threshold
+        value = torch.where(is_fp8.unsqueeze(-1), fp8, fp4)
+        unsure = doubt | ~blocks.isfinite().all(-1)
+        if unsure.any():
+            weights = sensitivity.expand(blocks.shape)[unsure]
+            exact = _quantize_blocks(blocks[unsure].unsqueeze(1), weights.unsqueeze(1), site)
+            is_fp8[unsure] = exact.is_fp8.squeeze(1)
+            value[unsure] = exact.units(BLOCK)
+        units.append(from_blocks(value, k))
+        flags.append(is_fp8)
+    shape = x.shape[:-1]
+    return torch.cat(units).view(*shape, k), torch.cat(flags).view(*shape, -1)
+
+
+def _estimated_blocks(
+    x: Tensor, sensitivity: Tensor, site: Site
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """FP4 and FP8 units (..., 16), S in floating point, and where integers must decide, (...).
+
+    Doubtful is a block whose two best scales, or whose S and threshold, lie closer than the
+    estimates are good to.
+    """
+    u = x * site.r
+    fp8, v = _fp8_units(u), _target_units(u)
+    nearest = encode_e4m3(u.abs().amax(-1)).clamp(SCALE_MIN_CODE, SCALE_MAX_CODE).int()
+    six_u = u.mul_(FP8_FACTOR)
+    fp4, least = u, torch.tensor(torch.inf, dtype=torch.float64)
+    doubt = torch.zeros(nearest.shape, dtype=torch.bool, device=x.device)
+    for offset in SCALES[site.scales]:
+        code = (nearest + offset).clamp_(SCALE_MIN_CODE, SCALE_MAX_CODE)
+        scale = decode_e4m3(code).unsqueeze(-1)
+        tried = round_e2m1(six_u / scale).mul_(scale)
+        error = _estimate(tried - v, sensitivity)
+        doubt |= (error - least).abs() < error * _ESTIMATE_BAND
+        better = error < least
+        least = torch.where(better, error, least)
+        fp4 = torch.where(better.unsqueeze(-1), tried, fp4)
+    if site.rule == "benefit":
+        best = _estimate(fp8 - v, sensitivity)
+        score, size = least - best, least + best
+    else:
+        score = size = _estimate(fp4 - fp8, sensitivity)
+    doubt |= (score - site.threshold).abs() <= size * _ESTIMATE_BAND
+    return fp4, fp8, score.clamp_(min=0), doubt
 
 
 def scores(x: Tensor, site: Site) -> Tensor:
     """The scores of :func:`quantize`, without the codes: what calibration counts.
 
     Returns:
-        S, float64 (..., G), good to 2**-19: the estimate that :func:`fake_quantize` decides on.
+        S, float64 (..., G), by the estimates that :func:`fake_quantize` decides on: good to 2**-19
+        of itself, under the rule ``benefit`` to 2**-19 of the two errors that S is the difference
+        of.
     """
-    if site.rule == "difference":
+    if (site.rule, site.scales) == ("difference", "max"):
         u, amax = _multiplied(x, site)
         if amax.isfinite().all():
             fp8 = _fp8_units(u)
             return _estimate(_fp4_units(u, amax) - fp8, _sensitivities(site))
+    elif site.rule in _SQUARED_RULES and x.isfinite().all():
+        rows = to_blocks(x.to(torch.bfloat16).float().reshape(-1, x.shape[-1]))
+        sensitivity = _sensitivities(site)
+        pieces = rows.split(max(1, _CHUNK_ELEMENTS // max(1, x.shape[-1])))
+        found = [_estimated_blocks(piece, sensitivity, site)[2] for piece in pieces]
+        return torch.cat(found).view(*x.shape[:-1], -1)
     return quantize(x, site).score.double()
 
 
@@ -285,17 +389,46 @@ def _sensitivities(site: Site) -> Tensor:
     return to_blocks(decode_e4m3(site.sensitivity) * 2.0**SENSITIVITY_BITS)
 
 
-def _weighted_difference(
-    difference: Tensor, sensitivity: Tensor, _: Tensor | None = None
-) -> Tensor:
-    """S = sum g_int (q4 - q8)**2; int64 (..., G, 16) and (G, 16) to (..., G). Below 2**60."""
-    return (difference.square() * sensitivity).sum(-1)
+def _target_units(u: Tensor) -> Tensor:
+    """v in units of t, fp32: 6 u to nearest even in steps of 2**-10, clamped to what has codes."""
+    unit = float(2**UNIT_BITS)
+    return (u * (FP8_FACTOR * unit)).clamp_(-UNIT_MAX * unit, UNIT_MAX * unit).round_().div_(unit)
 
 
-def _arbitrary(_: Tensor, __: Tensor, fp8: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Integers:
+    """Blocks in units of 2**-10 * t: what rules compute S from.
+
+    Attributes:
+        q4, q8, v: decoded FP4 and FP8 values and 6 u, int64 (..., 16).
+        g: g_int, int64, broadcastable with them.
+        fp8: E4M3 codes, uint8 (..., 16).
+    """
+
+    q4: Tensor
+    q8: Tensor
+    v: Tensor
+    g: Tensor
+    fp8: Tensor
+
+
+def _squared(difference: Tensor, g: Tensor) -> Tensor:
+    """sum g_int d**2 of a block; int64 (..., 16), broadcastable, to (...). Below 2**60."""
+    return (difference.square() * g).sum(-1)
+
+
+def _difference(x: Integers) -> Tensor:
+    return _squared(x.q4 - x.q8, x.g)
+
+
+def _benefit(x: Integers) -> Tensor:
+    return (_squared(x.q4 - x.v, x.g) - _squared(x.q8 - x.v, x.g)).clamp(min=0)
+
+
+def _arbitrary(x: Integers) -> Tensor:
     """A hash of the block's FP8 codes, uniform over 0 to 2**60 - 1: a choice without reason."""
-    multipliers = torch.tensor(_HASH_MULTIPLIERS, device=fp8.device)
-    mixed = (fp8.long() * multipliers).sum(-1)
+    multipliers = torch.tensor(_HASH_MULTIPLIERS, device=x.fp8.device)
+    mixed = (x.fp8.long() * multipliers).sum(-1)
     mixed = (mixed ^ (mixed >> 31)) * _HASH_MULTIPLIERS[0]
     return (mixed ^ (mixed >> 29)) & (2**60 - 1)
 
@@ -303,10 +436,14 @@ def _arbitrary(_: Tensor, __: Tensor, fp8: Tensor) -> Tensor:
 # Odd 63-bit constants: fractional parts of the golden ratio's multiples.
 _HASH_MULTIPLIERS = [(i * 0x9E3779B97F4A7C15 | 1) & (2**63 - 1) for i in range(1, BLOCK + 1)]
 
-RULES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "difference": _weighted_difference,
+RULES: dict[str, Callable[[Integers], Tensor]] = {
+    "difference": _difference,
+    "benefit": _benefit,
     "random": _arbitrary,
 }
-"""Scores by name: (q4 - q8 int64, g_int int64, FP8 codes) of blocks to S int64 >= 0.
+"""Scores by name: blocks to S, int64 (...), 0 to 2**60 - 1.
 
-``difference`` is the paper's; ``random`` exists to compare with."""
+``difference`` is the paper's. ``benefit`` is how much FP8 lowers the weighted error, 0 where it
+does not; ``random`` exists to compare with."""
+
+_SQUARED_RULES = ("difference", "benefit")

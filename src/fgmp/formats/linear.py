@@ -5,7 +5,7 @@
 A = sum a_int * w_int is an exact integer: decoded values are integers in units of 2**-10 * t.
 :func:`exact_linear` computes it exactly and is what hardware equals bit for bit. :func:`linear`
 replaces A by an fp32 GEMM over the same operands. Every product is exact there too, so the two
-differ by the accumulation alone: |error in A * 2**-20| <= K * 2**-24 * sum |a w| to first order.
+differ by the accumulation alone, by :func:`error_bound` at most.
 """
 
 import torch
@@ -50,6 +50,27 @@ def linear(
 ) -> Tensor:
     """The linear with an fp32 accumulator; arguments and result as :func:`exact_linear`."""
     return _epilogue(activation.float() @ weight.float().T, t_x, t_w, bias)
+
+
+def error_bound(
+    activation: Tensor, weight: Tensor, t_x: float, t_w: float, bias: Tensor | None = None
+) -> Tensor:
+    """How far a linear with fp32 accumulation may be from :func:`exact_linear`, in fp64 (..., N).
+
+    Products of units are exact, so whoever adds K of them in fp32, in whatever order, with one
+    more rounding where a block's scale is multiplied in, is off by at most (K + 8) u sum |a w| /
+    (1 - (K + 8) u), u = 2**-24 (Higham, Accuracy and Stability of Numerical Algorithms, section
+    3.1); 8 covers the additions that put partial sums together. The scale, the bias and the last
+    rounding add an ulp each, on both sides.
+
+    Args:
+        activation, weight, t_x, t_w, bias: as for :func:`exact_linear`.
+    """
+    u = 2.0**-24
+    terms = (activation.shape[-1] + 8) * u
+    sums = activation.double().abs() @ weight.double().abs().T * (t_x * t_w)
+    rest = sums if bias is None else sums + bias.double().abs()
+    return sums * terms / (1 - terms) + 8 * u * rest
 
 
 def _epilogue(y: Tensor, t_x: float, t_w: float, bias: Tensor | None) -> Tensor:

@@ -4,13 +4,14 @@ The linears of a site read one tensor and share one weight scale, so their weigh
 with their rows one after the other, and the activation is quantized once for all of them.
 
 The image is a header and sections that begin at multiples of 16 bytes; integers are little-endian.
-``docs/hardware.md`` has the table that :func:`memory_map` computes.
+:data:`SECTIONS` lists them.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +30,22 @@ NO_BIAS = -0.0
 """What a linear without bias adds: the one value that changes no sum."""
 
 _R_LIMIT = 2.0**100
-_HEADER = ("outputs", "groups", "tokens", "r_significand", "r_exponent", "threshold")
-_HEADER += ("scale_significand", "scale_exponent")
+_HEADER = (
+    *("outputs", "groups", "tokens", "r_significand", "r_exponent", "threshold"),
+    *("scale_significand", "scale_exponent"),
+)
+
+SECTIONS: Final = {
+    "header": (f"{8 * len(_HEADER)}", f"int64 each: {', '.join(_HEADER)}"),
+    "flags": ("ceil(N G / 8)", "of the streamed image (docs/format.md, section 5)"),
+    "blocks": ("9 or 16 each, N G of them", "of the streamed image"),
+    "biases": ("4 N", "fp32; -0 where a linear has none"),
+    "sensitivities": ("16 G", "E4M3 codes; 0 in the padding of the last block"),
+    "activations": ("32 G M", "bf16, row by row; 0 in the padding of each row's last block"),
+    "results": ("2 N M", "bf16, row by row; written by the accelerator's user"),
+}
+"""Sections of the memory image in order: bytes and content. N output features, G = ceil(K / 16)
+blocks in a row, M tokens; each begins at a multiple of 16."""
 
 
 @dataclass(frozen=True)
@@ -111,28 +126,22 @@ class LinearImage:
 
     def memory(self, x: Tensor) -> bytes:
         """The whole image for the activations ``x`` (tokens, K), with room for the results."""
-        parts = self._sections(x)
-        return b"".join(part + bytes(-len(part) % ALIGNMENT) for part in parts.values())
+        parts = self.sections(x).values()
+        return b"".join(part + bytes(-len(part) % ALIGNMENT) for part in parts)
 
-    def memory_map(self, x: Tensor) -> dict[str, tuple[int, int]]:
-        """Offset and bytes of each section of :meth:`memory`."""
-        at, found = 0, {}
-        for name, part in self._sections(x).items():
-            found[name] = (at, len(part))
-            at += len(part) + -len(part) % ALIGNMENT
-        return found
-
-    def _sections(self, x: Tensor) -> dict[str, bytes]:
+    def sections(self, x: Tensor) -> dict[str, bytes]:
+        """What :meth:`memory` joins, by the names of :data:`SECTIONS`."""
         header = self.constants(len(x)).values()
-        return {
-            "header": b"".join(value.to_bytes(8, "little", signed=True) for value in header),
-            "flags": self.flags,
-            "blocks": self.blocks,
-            "biases": self.biases.numpy().tobytes(),
-            "sensitivities": self.sensitivities().tobytes(),
-            "activations": activation_words(x).tobytes(),
-            "results": bytes(2 * self.n * len(x)),
-        }
+        parts = (
+            b"".join(value.to_bytes(8, "little", signed=True) for value in header),
+            self.flags,
+            self.blocks,
+            self.biases.numpy().tobytes(),
+            self.sensitivities().tobytes(),
+            activation_words(x).tobytes(),
+            bytes(2 * self.n * len(x)),
+        )
+        return dict(zip(SECTIONS, parts, strict=True))
 
 
 def activation_words(x: Tensor) -> npt.NDArray[np.uint16]:

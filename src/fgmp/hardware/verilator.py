@@ -113,7 +113,9 @@ class Model:
         (folder / "bench.cpp").write_text(source)
         command = ["verilator", "--cc", "--exe", "--build", "top.v", "bench.cpp", "-o", "bench.so"]
         command += ["--top-module", "top", "--Mdir", "obj", "-Wno-fatal", "-Wno-lint", "-O3"]
-        command += ["-CFLAGS", "-fPIC -O2", "-LDFLAGS", "-shared"]
+        # -O1 simulates a quarter slower than -O2 and compiles in a third of the time.
+        command += ["-j", "2", "--output-split", "20000", "-CFLAGS", "-fPIC -O1"]
+        command += ["-LDFLAGS", "-shared"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise FGMPError(f"{folder}: Verilator failed: {done.stderr.strip()[-500:]}")
@@ -178,7 +180,7 @@ class Model:
 class _Stream(ctypes.Structure):
     """A queue as the library sees it; see the C++ above."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((n, ctypes.c_int64) for n in ("payload", "width", "valid", "ready")),
         *((n, ctypes.c_int64) for n in ("count", "at", "offered")),
         ("items", ctypes.c_void_p),

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fgmp.formats import activation, linear
+from fgmp.formats import activation
 from fgmp.formats.activation import Site
+from fgmp.kernels import ops
+from fgmp.kernels.check import PLANES
 from fgmp.pack.planes import PackedWeight, unpack_units
 
 
@@ -31,7 +33,7 @@ class ActivationSite(nn.Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.rule = site.rule
+        self.rule, self.scales = site.rule, site.scales
         self.register_buffer("r", torch.tensor(site.r, dtype=torch.float32))
         self.register_buffer("gamma", torch.tensor(site.gamma, dtype=torch.float32))
         self.register_buffer("sensitivity", site.sensitivity)
@@ -54,12 +56,15 @@ class ActivationSite(nn.Module):
                 gamma=self.gamma.item(),
                 threshold=int(self.threshold.item()),
                 rule=self.rule,
+                scales=self.scales,
             )
         return self._record
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize ``x`` (..., K) to units of t, fp32 of the same shape."""
-        if x.is_inference():  # such a tensor does not tell whether it was changed in place
+        """Quantize ``x`` (..., K) to units of t, bf16 of the same shape."""
+        # A tensor of inference mode does not tell whether it was changed in place; a compiled
+        # graph shares equal calls by itself.
+        if torch.compiler.is_compiling() or x.is_inference():
             return self._quantize(x)
         units: Tensor | None
         version, units = self._quantized.get(x, (None, None))
@@ -69,7 +74,10 @@ class ActivationSite(nn.Module):
         return units
 
     def _quantize(self, x: Tensor) -> Tensor:
-        units, is_fp8 = activation.fake_quantize(x, self.record)
+        units: Tensor
+        units, is_fp8 = ops.fake_quantize_activation(
+            x, self.r, self.sensitivity, self.threshold, self.rule, self.scales
+        )
         if self.counting:
             self.counts[0] += is_fp8.numel() - int(is_fp8.sum())
             self.counts[1] += is_fp8.numel()
@@ -95,7 +103,7 @@ class ActivationSite(nn.Module):
         self._forget()
 
     def extra_repr(self) -> str:
-        return f"K={len(self.sensitivity)}, rule={self.rule}"
+        return f"K={len(self.sensitivity)}, rule={self.rule}, scales={self.scales}"
 
 
 class MixedLinear(nn.Module):
@@ -113,9 +121,8 @@ class MixedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.n, packed.k
-        self._planes = tuple(packed.tensors())
-        for name, tensor in packed.tensors().items():
-            self.register_buffer(f"weight_{name}", tensor)
+        for name in ("shape", "t", *PLANES):
+            self.register_buffer(f"weight_{name}", getattr(packed, name))
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         if owns_site:
             self.input_site = site
@@ -125,7 +132,8 @@ class MixedLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The planes of the weight."""
-        return PackedWeight(**{name: getattr(self, f"weight_{name}") for name in self._planes})
+        names = ("shape", "t", *PLANES)
+        return PackedWeight(**{name: getattr(self, f"weight_{name}") for name in names})
 
     @property
     def weight(self) -> Tensor:
@@ -142,10 +150,15 @@ class MixedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) to (..., N) of the same dtype."""
-        units = self.input_site(x)
-        packed = self.packed
-        t_x, t_w = self.input_site.record.t, packed.t.item()
-        return linear.linear(units, unpack_units(packed), t_x, t_w, self.bias).to(x.dtype)
+        y: Tensor = ops.packed_linear(
+            self.input_site(x),
+            *(getattr(self, f"weight_{plane}") for plane in PLANES),
+            self.input_site.r,
+            self.weight_t,
+            self.bias,
+            x.dtype,
+        )
+        return y
 
     def extra_repr(self) -> str:
         return (

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fgmp.errors import CheckpointError, InputError
-from fgmp.formats.activation import RULES, Site, is_multiplier
+from fgmp.formats.activation import RULES, SCALES, Site, is_multiplier
 from fgmp.formats.spec import (
     BLOCK,
     SCALE_MAX_CODE,
@@ -55,11 +55,19 @@ _SITE_TENSORS = ("r", "gamma", "sensitivity", "threshold")
 
 @dataclass(frozen=True)
 class SiteConfig:
-    """One site: the linears that read it, its decision rule, its FP4 share at calibration."""
+    """One site: the linears that read it, its rules, its FP4 share at calibration.
+
+    Attributes:
+        linears: names; the owner is one of them.
+        rule: what decides, a key of ``formats.activation.RULES``.
+        fp4_fraction: share of FP4 blocks on the calibration tokens.
+        scales: where FP4 block scales come from, a key of ``formats.activation.SCALES``.
+    """
 
     linears: list[str]
     rule: str
     fp4_fraction: float
+    scales: str = "max"
 
 
 @dataclass(frozen=True)
@@ -110,10 +118,11 @@ class CheckpointConfig:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{where} is malformed: {error!r}") from error
         for name, site in sites.items():
-            if site.rule not in RULES:
-                raise CheckpointError(
-                    f"{where}.sites.{name}.rule must be one of {sorted(RULES)}, got {site.rule!r}"
-                )
+            for key, value, known in (("rule", site.rule, RULES), ("scales", site.scales, SCALES)):
+                if value not in known:
+                    raise CheckpointError(
+                        f"{where}.sites.{name}.{key} must be one of {sorted(known)}, got {value!r}"
+                    )
             if name not in site.linears:
                 raise CheckpointError(
                     f"{where}.sites.{name}.linears must hold its owner, got {site.linears}"
@@ -125,15 +134,19 @@ class CheckpointConfig:
         return config
 
 
-def _site_config(linears: list[str], rule: str, fp4_fraction: float) -> SiteConfig:
+def _site_config(
+    linears: list[str], rule: str, fp4_fraction: float, scales: str = "max"
+) -> SiteConfig:
     """A :class:`SiteConfig` of values that someone else wrote."""
     if not isinstance(linears, list) or not all(isinstance(name, str) for name in linears):
         raise TypeError(f"linears must be a list of names, got {linears!r}")
-    if not isinstance(rule, str) or not isinstance(fp4_fraction, int | float):
+    names = isinstance(rule, str) and isinstance(scales, str)
+    if not names or not isinstance(fp4_fraction, int | float):
         raise TypeError(
-            f"rule and fp4_fraction must be a name and a number, got {rule!r}, {fp4_fraction!r}"
+            "rule, scales and fp4_fraction must be two names and a number, got "
+            f"{rule!r}, {scales!r}, {fp4_fraction!r}"
         )
-    return SiteConfig(linears, rule, fp4_fraction)
+    return SiteConfig(linears, rule, fp4_fraction, scales)
 
 
 def write(
@@ -402,9 +415,9 @@ class Reader:
                     f"{self._files[f'{name}.weight_t']}: {name}: K and weight_t must be those of "
                     f"{owner}, which reads the same site, {wanted}, got {found}"
                 )
-        return self.site(owner, config.rule, weights[owner].k), weights
+        return self.site(owner, config, weights[owner].k), weights
 
-    def site(self, owner: str, rule: str, k: int) -> Site:
+    def site(self, owner: str, config: SiteConfig, k: int) -> Site:
         """The record of one activation site, validated; ``k`` is the width of its linears."""
         prefix = f"{owner}.input_site."
         r, gamma, sensitivity, threshold = (self.tensor(prefix + n) for n in _SITE_TENSORS)
@@ -433,7 +446,7 @@ class Reader:
         require(not offending, "sensitivity", "codes must be 0x01 to 0x7E", first)
         limit = int(threshold.item())
         require(limit >= THRESHOLD_ALL_FP8, "threshold", "must be -1 or more", limit)
-        return Site(r.item(), sensitivity, gamma.item(), limit, rule)
+        return Site(r.item(), sensitivity, gamma.item(), limit, config.rule, config.scales)
 
     def _where(self) -> str:
         return ", ".join(sorted({str(f) for f in self._files.values()}))

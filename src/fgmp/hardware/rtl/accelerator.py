@@ -99,16 +99,19 @@ class Accelerator(wiring.Component):
             array.rows, array.datapath.reuse, array.groups_max
         )
         self._activation_tiles = tiles
-        self._gate(m, self.sensitivities, table.input)
-        group, next_group = Signal(SIZE_BITS), Signal(SIZE_BITS)
+        self._gate(m, self.sensitivities, table.input, self.busy)
+        group, next_group, rows = Signal(SIZE_BITS), Signal(SIZE_BITS), Signal(SIZE_BITS)
+        expected = named(m, "expected", self.busy & table.loaded & (rows != self.shape.tokens))
         entered = named(m, "entered", quantizer.input.valid & quantizer.input.ready)
+        last = named(m, "last_group", group == self.shape.groups - 1)
         with m.If(begin):
             m.d.comb += next_group.eq(0)
         with m.Elif(entered):
-            m.d.comb += next_group.eq(Mux(group == self.shape.groups - 1, 0, group + 1))
+            m.d.comb += next_group.eq(Mux(last, 0, group + 1))
         with m.Else():
             m.d.comb += next_group.eq(group)
         m.d.sync += group.eq(next_group)
+        m.d.sync += rows.eq(Mux(begin, 0, rows + (entered & last)))
         taken = named(m, "quantized", quantizer.output.valid & quantizer.output.ready)
         m.d.comb += [
             table.count.eq(self.shape.groups),
@@ -117,10 +120,10 @@ class Accelerator(wiring.Component):
             quantizer.site.eq(self.site),
             quantizer.clear.eq(begin),
             self.nonfinite.eq(quantizer.nonfinite),
-            quantizer.input.valid.eq(self.activations.valid & self.busy & table.loaded),
+            quantizer.input.valid.eq(self.activations.valid & expected),
             quantizer.input.payload.x.eq(self.activations.payload),
             quantizer.input.payload.sensitivity.eq(table.data),
-            self.activations.ready.eq(quantizer.input.ready & self.busy & table.loaded),
+            self.activations.ready.eq(quantizer.input.ready & expected),
             quantizer.output.ready.eq(~self._activations.full),
             tiles.taken.eq(taken),
             tiles.finite.eq(quantizer.output.payload.finite),
@@ -133,12 +136,12 @@ class Accelerator(wiring.Component):
             self._activations.clear.eq(begin),
         ]
 
-    def _gate(self, m: Module, outer: Any, inner: Any) -> None:
-        """A stream that flows while a linear runs: what comes early waits for it to begin."""
+    def _gate(self, m: Module, outer: Any, inner: Any, expected: Value) -> None:
+        """A stream that flows while items are expected: the next linear's wait until it begins."""
         m.d.comb += [
             inner.payload.eq(outer.payload),
-            inner.valid.eq(outer.valid & self.busy),
-            outer.ready.eq(inner.ready & self.busy),
+            inner.valid.eq(outer.valid & expected),
+            outer.ready.eq(inner.ready & expected),
         ]
 
     def _load_weights(self, m: Module, begin: Value) -> None:
@@ -148,8 +151,9 @@ class Accelerator(wiring.Component):
         m.submodules.weight_banks = self._weights = Banks(
             self.array.lanes, 1, self.array.groups_max
         )
-        self._gate(m, self.flags, unpacker.flags)
-        self._gate(m, self.words, unpacker.words)
+        expected = named(m, "image_expected", self.busy & ~tiles.done)
+        self._gate(m, self.flags, unpacker.flags, expected)
+        self._gate(m, self.words, unpacker.words, expected)
         taken = named(m, "unpacked", unpacker.output.valid & unpacker.output.ready)
         m.d.comb += [
             unpacker.output.ready.eq(self.busy & ~self._weights.full & ~tiles.done),
@@ -237,7 +241,7 @@ class Accelerator(wiring.Component):
         array, width = self.array, self.array.datapath.total_bits
         m.submodules.biases = table = Table(32, array.outputs_max)
         m.submodules.drain = drain = Drain(array)
-        self._gate(m, self.biases, table.input)
+        self._gate(m, self.biases, table.input, self.busy)
         queue = data.StructLayout(
             {
                 "totals": data.ArrayLayout(data.ArrayLayout(width, array.lanes), array.rows),

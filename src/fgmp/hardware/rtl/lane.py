@@ -50,6 +50,8 @@ class Lane(wiring.Component):
         last: the pair ends one.
         total: the slot's new total, two's complement, :attr:`Datapath.latency` cycles later.
         done: ``total`` is that of a pair that was marked ``last``.
+
+    Once elaborated, ``operands`` has the operand registers by the name of their unit.
     """
 
     def __init__(self, datapath: Datapath) -> None:
@@ -71,6 +73,7 @@ class Lane(wiring.Component):
 
     def elaborate(self, platform: Any) -> Module:
         m = Module()
+        self.operands = {unit.name: Operands(unit) for unit in self.datapath.units}
         m.submodules.totals = totals = Totals(self.datapath)
         contribution: Value = Const(0, signed(1))
         done: Value = Const(0, 1)
@@ -78,12 +81,16 @@ class Lane(wiring.Component):
             m.submodules[unit.name] = dot = DotUnit(
                 unit, self.datapath.cuts, self.datapath.addition
             )
+<<<<<<< HEAD
             m.submodules[f"{unit.name}_operands"] = operands = Operands(unit)
             selected = self.valid & self._selects(unit)
             exchanged: Value = Const(0, 1)
             if self.datapath.exchanges(unit):
                 exchanged = self.weight.is_fp8 == (unit.activation is E4M3)
             a, w = self.activation, self.weight
+=======
+            m.submodules[f"{unit.name}_operands"] = operands = self.operands[unit.name]
+>>>>>>> hardware
             m.d.comb += [
                 operands.activation.eq(_either(unit.activation, a, w, exchanged)),
                 operands.weight.eq(_either(unit.weight, w, a, exchanged)),

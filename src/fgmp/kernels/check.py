@@ -1,0 +1,137 @@
+"""What the operators demand of their arguments: one sentence for each way of being wrong.
+
+Shapes, types and places are looked at on every call. That `row_ptr` counts the flags of `scale`
+takes a pass over the weight: kernels find it out while they read, :func:`counts` beforehand.
+"""
+
+import torch
+from torch import Tensor
+
+from fgmp.errors import InputError
+from fgmp.formats.activation import RULES, SCALES
+from fgmp.formats.spec import BLOCK, FP8_BLOCK
+from fgmp.pack.planes import MODES
+
+Planes = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""``low``, ``scale``, ``overflow``, ``row_ptr`` and ``fp8`` of a packed weight."""
+
+PLANES = ("low", "scale", "overflow", "row_ptr", "fp8")
+
+
+def require(holds: bool, operator: str, argument: str, rule: str, value: object) -> None:
+    """Raise InputError unless ``holds``."""
+    if not holds:
+        raise InputError(f"{operator}: {argument} must {rule}, got {value}")
+
+
+def _shape(operator: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    require(tensor.shape == shape, operator, name, f"have shape {list(shape)}", [*tensor.shape])
+
+
+def _tensor(
+    operator: str,
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    like: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    require(tensor.dtype == dtype, operator, name, f"be {dtype}", tensor.dtype)
+    _shape(operator, name, tensor, shape)
+    require(tensor.is_contiguous(), operator, name, "be contiguous", f"strides {tensor.stride()}")
+    require(tensor.device == like.device, operator, name, f"be on {like.device}", tensor.device)
+
+
+def activation(
+    operator: str,
+    x: Tensor,
+    r: Tensor,
+    sensitivity: Tensor,
+    threshold: Tensor,
+    rule: str,
+    scales: str,
+) -> None:
+    """Arguments of the activation quantizers.
+
+    Raises:
+        InputError: naming the argument, what it must be and what it is.
+    """
+    require(x.is_floating_point(), operator, "x", "be floating point", x.dtype)
+    require(x.dim() > 0 and x.shape[-1] > 0, operator, "x", "have shape [..., K]", [*x.shape])
+    _tensor(operator, "r", r, (), x, torch.float32)
+    _tensor(operator, "sensitivity", sensitivity, (x.shape[-1],), x, torch.uint8)
+    _tensor(operator, "threshold", threshold, (), x, torch.int64)
+    require(rule in RULES, operator, "rule", f"be one of {', '.join(RULES)}", rule)
+    require(scales in SCALES, operator, "scales", f"be one of {', '.join(SCALES)}", scales)
+
+
+def weight(operator: str, planes: Planes, k: int) -> None:
+    """Planes of a packed weight with ``k`` columns; raises as :func:`activation` does."""
+    require(k > 0, operator, "k", "be positive", k)
+    present = {name: plane for name, plane in zip(PLANES, planes, strict=True) if plane is not None}
+    if tuple(present) not in MODES.values():
+        choices = " or ".join("+".join(mode) for mode in MODES.values())
+        raise InputError(f"{operator}: planes must be {choices}, got {'+'.join(present) or 'none'}")
+    first = next(iter(present.values()))
+    require(first.dim() == 2, operator, next(iter(present)), "have two dimensions", first.dim())
+    n, groups = first.shape[0], -(-k // BLOCK)
+    shapes = {
+        "low": (n, groups * BLOCK // 2),
+        "scale": (n, groups),
+        "overflow": (len(present.get("overflow", ())), BLOCK // 2),
+        "row_ptr": (n + 1,),
+        "fp8": (n, groups * BLOCK),
+    }
+    for name, plane in present.items():
+        dtype = torch.int32 if name == "row_ptr" else torch.uint8
+        _tensor(operator, name, plane, shapes[name], first, dtype)
+
+
+def linear(
+    operator: str,
+    units: Tensor,
+    planes: Planes,
+    r: Tensor,
+    t: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    """Arguments of the packed linear; raises as :func:`activation` does."""
+    wanted = (torch.bfloat16, torch.float32)
+    require(units.dtype in wanted, operator, "units", "be bfloat16 or float32", units.dtype)
+    require(units.dim() > 0, operator, "units", "have shape [..., K]", [*units.shape])
+    weight(operator, planes, units.shape[-1])
+    dense = planes[0] if planes[0] is not None else planes[4]
+    assert dense is not None
+    require(dense.device == units.device, operator, "planes", f"be on {units.device}", dense.device)
+    _tensor(operator, "r", r, (), units, torch.float32)
+    _tensor(operator, "t", t, (), units, torch.float32)
+    if bias is not None:
+        _shape(operator, "bias", bias, (dense.shape[0],))
+        require(bias.is_floating_point(), operator, "bias", "be floating point", bias.dtype)
+        require(bias.device == units.device, operator, "bias", f"be on {units.device}", bias.device)
+    require(dtype.is_floating_point, operator, "dtype", "be floating point", dtype)
+
+
+def counts(operator: str, planes: Planes) -> None:
+    """`row_ptr` and `overflow` against the flags of `scale`; a pass over the scale bytes."""
+    _, scale, overflow, row_ptr, _ = planes
+    if scale is None:
+        return
+    found = (scale == FP8_BLOCK).sum(-1)
+    if row_ptr is None or overflow is None:
+        wrong = found != 0
+    else:
+        wrong = (row_ptr[1:] - row_ptr[:-1]).long() != found
+        wrong[0] |= row_ptr[0] != 0
+        wrong[-1] |= row_ptr[-1] != len(overflow)
+    if wrong.any():
+        raise corrupt(operator, int(wrong.nonzero()[0]))
+
+
+def corrupt(operator: str, row: int) -> InputError:
+    """The error for planes that contradict each other in a row."""
+    return InputError(
+        f"{operator}: row_ptr must count the bytes 0x80 of scale before each row and overflow have "
+        f"as many rows; row {row} does not hold to it"
+    )

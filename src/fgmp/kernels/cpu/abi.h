@@ -1,0 +1,69 @@
+// What Python hands over. library.py mirrors these records with ctypes, and the sizes asserted
+// here are checked there too. Sizes count elements; every pointer is to a contiguous array.
+#pragma once
+#include <cstdint>
+
+namespace fgmp {
+
+constexpr int64_t kBlock = 16;     // values in a block along K
+constexpr int64_t kHalf = 8;       // bytes of a block in the planes `low` and `overflow`
+constexpr uint8_t kFp8Flag = 0x80; // this bit of a scale byte marks an FP8 block
+constexpr float kFp8Factor = 6;    // an FP8 element is worth 6 * e4m3 * t
+
+// The planes of a weight (docs/format.md, section 2). kp is k rounded up to whole blocks.
+struct Weight {
+  const uint8_t *low;      // (n, kp / 2), null in mode fp8
+  const uint8_t *scale;    // (n, kp / 16), null in mode fp8
+  const uint8_t *overflow; // (n_fp8, 8), null unless mixed
+  const int32_t *row_ptr;  // (n + 1), null unless mixed
+  const uint8_t *fp8;      // (n, kp), null unless mode fp8
+  int64_t n, k, n_fp8;
+
+  int64_t blocks() const { return (k + kBlock - 1) / kBlock; }
+};
+static_assert(sizeof(Weight) == 64, "library.py mirrors it");
+
+// fp32 or bf16 numbers, row-major.
+struct Matrix {
+  void *data;
+  int64_t rows, columns;
+  int64_t is_bf16;
+};
+static_assert(sizeof(Matrix) == 32, "library.py mirrors it");
+
+// The record of an activation site (docs/numerics.md, sections 3 to 5).
+struct Site {
+  const uint8_t *sensitivity; // (k), E4M3 codes
+  int64_t threshold;
+  float r;
+  int32_t rule;
+};
+static_assert(sizeof(Site) == 24, "library.py mirrors it");
+
+// The caller's thread pool: torch's OpenMP runtime, found by Python, so that no second pool
+// competes with it for the cores. `start` has the signature of GOMP_parallel.
+struct Team {
+  void (*start)(void (*)(void *), void *, unsigned, unsigned);
+  int (*member)();
+  int (*size)();
+  int64_t threads;
+
+  // Calls body(member, size) on every thread of the team and waits.
+  template <class Body> void run(Body &&body) const {
+    if (threads <= 1)
+      return body(0, 1);
+    struct Call {
+      Body &body;
+      const Team &team;
+    } call{body, *this};
+    start(
+        [](void *p) {
+          auto *c = static_cast<Call *>(p);
+          c->body(c->team.member(), c->team.size());
+        },
+        &call, static_cast<unsigned>(threads), 0);
+  }
+};
+static_assert(sizeof(Team) == 32, "library.py mirrors it");
+
+} // namespace fgmp

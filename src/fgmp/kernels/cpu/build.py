@@ -1,0 +1,80 @@
+"""Compile the kernels: ``python src/fgmp/kernels/cpu/build.py``, or at install by hatch_build.py.
+
+One object an instruction set, all in one library; which one runs is decided when it runs, so a
+wheel works on processors that its builder never saw. No -march=native, no -ffast-math. Products
+and sums are contracted only where the source says so: quantizers must give the definition's bits.
+"""
+
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+SOURCES = Path(__file__).parent
+LIBRARY = SOURCES / "_kernels.so"
+
+_FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=default"),
+    # Comparisons become masks only where they may not trap; values are those of IEEE either way.
+    *("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"),
+    *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-unknown-pragmas"),
+    # GCC's own headers leave the unused operand of a masked intrinsic undefined.
+    "-Wno-maybe-uninitialized",
+)
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (
+    *_AVX2,
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+    *("-mavx512vbmi", "-mavx512vbmi2", "-mavx512bf16"),
+)
+
+
+def instruction_sets(machine: str) -> dict[str, tuple[str, ...]]:
+    """Compiler flags by name of the instruction set, for a machine as Python names it."""
+    wide = {"avx2": _AVX2, "avx512": _AVX512}
+    return {"portable": ()} | (wide if machine in ("x86_64", "AMD64") else {})
+
+
+def compiler() -> str | None:
+    """The first C++ compiler on the path."""
+    return next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
+
+
+def build(target: Path = LIBRARY, extra: Sequence[str] = ()) -> Path:
+    """Compile and link the library.
+
+    Args:
+        target: where it goes; replaced in one step, so that nobody loads half a library.
+        extra: more flags for every step, such as sanitizers.
+
+    Raises:
+        FileNotFoundError: there is no compiler.
+        subprocess.CalledProcessError: it failed; its message is on standard error.
+    """
+    cxx = compiler()
+    if cxx is None:
+        raise FileNotFoundError("no C++ compiler (g++, clang++ or c++) on the path")
+    with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+        scratch = Path(directory)
+        objects = [scratch / "dispatch.o"]
+        _run([cxx, *_FLAGS, *extra, "-c", SOURCES / "dispatch.cpp", "-o", objects[0]])
+        for name, flags in instruction_sets(platform.machine()).items():
+            objects.append(scratch / f"{name}.o")
+            source = [f"-DFGMP_ISA={name}", "-c", SOURCES / "kernels.cpp"]
+            _run([cxx, *_FLAGS, *flags, *extra, *source, "-o", objects[-1]])
+        linked = scratch / target.name
+        _run([cxx, "-shared", *extra, *objects, "-o", linked])
+        linked.replace(target)
+    return target
+
+
+def _run(command: Sequence[object]) -> None:
+    subprocess.run([str(part) for part in command], check=True)
+
+
+if __name__ == "__main__":
+    print(build(), file=sys.stderr)

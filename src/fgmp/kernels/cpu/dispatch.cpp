@@ -1,0 +1,21 @@
+// Which of the objects in this library the processor at hand can run.
+#include <cstdint>
+
+extern "C" {
+
+// 0 portable, 1 AVX2, 2 AVX-512 with what Zen 4 and Sapphire Rapids have of it.
+int32_t fgmp_instruction_set() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+                      __builtin_cpu_supports("avx512bf16");
+  return avx2 ? (avx512 ? 2 : 1) : 0;
+#else
+  return 0;
+#endif
+}
+}

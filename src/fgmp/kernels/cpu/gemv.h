@@ -1,0 +1,92 @@
+// Few tokens: every weight is read once, decoded, and multiplied with all of them.
+//
+// y[m][n] = sum_k x[m][k] * w[n][k] in units of t, fp32 accumulation. A row belongs to one thread
+// and its order of additions is fixed, so the result does not depend on the number of threads.
+//
+// This version takes fp32 numbers block by block. The AVX-512 one for bf16 is gemv_bf16.h.
+#pragma once
+#include "block.h"
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kFewTokens = 8;
+constexpr int64_t kRowGrain = 16;
+
+// The first row whose planes contradict each other, or -1; many threads report.
+class Fault {
+public:
+  void report(int64_t row) {
+    int64_t seen = first.load();
+    while ((seen < 0 || row < seen) && !first.compare_exchange_weak(seen, row)) {
+    }
+  }
+  int64_t row() const { return first.load(); }
+
+private:
+  std::atomic<int64_t> first{-1};
+};
+
+// The scale of the whole product, the bias, and the output: y = fl32(a * t) + bias.
+struct Epilogue {
+  Matrix y;
+  const float *bias;
+  float t;
+
+  void put(int64_t m, int64_t n, float a) const {
+    float value = a * t;
+    if (bias)
+      value += bias[n];
+    int64_t at = m * y.columns + n;
+    if (y.is_bf16)
+      static_cast<uint16_t *>(y.data)[at] = to_bf16(value);
+    else
+      static_cast<float *>(y.data)[at] = value;
+  }
+};
+
+// Tokens as fp32 (M, kp), zero beyond k.
+inline std::vector<float> widen(const Matrix &x, int64_t kp) {
+  std::vector<float> wide(x.rows * kp);
+  for (int64_t m = 0; m < x.rows; ++m)
+    for (int64_t i = 0; i < x.columns; ++i) {
+      int64_t at = m * x.columns + i;
+      wide[m * kp + i] = x.is_bf16 ? from_bf16(static_cast<const uint16_t *>(x.data)[at])
+                                   : static_cast<const float *>(x.data)[at];
+    }
+  return wide;
+}
+
+template <int M>
+void gemv_rows(const Weight &w, const float *x, Share rows, const Epilogue &out, Fault &fault) {
+  const int64_t blocks = w.blocks(), kp = blocks * kBlock;
+  for (int64_t n = rows.begin; n < rows.end; ++n) {
+    F16 sums[2][M]; // two chains hide the latency of the additions
+    for (int m = 0; m < M; ++m)
+      sums[0][m] = sums[1][m] = zero();
+    const bool sound = decode_row(w, n, 0, blocks, [&](int64_t g, F16 values) {
+      for (int m = 0; m < M; ++m)
+        sums[g % 2][m] = muladd(values, load(x + m * kp + g * kBlock), sums[g % 2][m]);
+    });
+    if (!sound)
+      fault.report(n);
+    for (int m = 0; m < M; ++m)
+      out.put(m, n, sum(add(sums[0][m], sums[1][m])));
+  }
+}
+
+inline int64_t gemv(const Weight &w, const Matrix &x, const Epilogue &out, const Team &team) {
+  using Rows = void (*)(const Weight &, const float *, Share, const Epilogue &, Fault &);
+  static constexpr Rows kRows[kFewTokens] = {gemv_rows<1>, gemv_rows<2>, gemv_rows<3>, gemv_rows<4>,
+                                             gemv_rows<5>, gemv_rows<6>, gemv_rows<7>, gemv_rows<8>};
+  const std::vector<float> wide = widen(x, w.blocks() * kBlock);
+  Fault fault;
+  team.run([&](int member, int size) {
+    kRows[x.rows - 1](w, wide.data(), share(w.n, kRowGrain, member, size), out, fault);
+  });
+  return fault.row();
+}
+
+} // namespace

@@ -1,0 +1,243 @@
+// Few tokens in bf16 on AVX-512: products by vdpbf16ps, weights at the speed of memory.
+//
+// A row is read in three passes over one panel of K, whose tokens stay in the nearest cache:
+// where its FP8 blocks are (the sign bits of the scale bytes), all blocks as FP4 without a branch
+// (an FP8 block's scale reads as zero), and the FP8 blocks alone.
+//
+//   FP4: 64 bytes hold 8 blocks. As 32 words of four nibbles each, shifted by 0, 4, 8 and 12 bits,
+//        they index a table of bf16 numbers; vdpbf16ps adds four times 32 products onto 16 lanes,
+//        two lanes a block, which then take the block's scale. The tokens are dealt likewise:
+//        nibble c of word i meets element 4 i + c.
+//   FP8: 16 fp16 words by table and shift (block.h), widened to fp32, times 6 x.
+//
+// Scales and FP8 values enter as fp16 words, 2^-8 of what they are worth; the end makes it up.
+#pragma once
+#include "gemv.h"
+
+#if defined(__AVX512BF16__)
+namespace {
+
+constexpr int64_t kChunk = 128;         // elements of one 64-byte load of the plane `low`
+constexpr int64_t kChunkBlocks = 8;     // their blocks
+constexpr int64_t kPanelNumbers = 4096; // tokens times elements that the first cache holds
+constexpr int64_t kPanelRows = 64;
+static_assert(kPanelNumbers / kBlock <= kSegment, "positions of a panel are listed at once");
+
+// Tokens as the two passes want them: dealt for FP4, in order for FP8; zero beyond k.
+class Tokens {
+public:
+  Tokens(const Matrix &x, int64_t blocks) : chunks((blocks + kChunkBlocks - 1) / kChunkBlocks) {
+    const int64_t kp = chunks * kChunk;
+    dealt.resize(x.rows * kp);
+    plain.resize(x.rows * kp);
+    const auto *source = static_cast<const uint16_t *>(x.data);
+    for (int64_t m = 0; m < x.rows; ++m)
+      for (int64_t at = 0; at < kp; at += kChunk)
+        deal(source + m * x.columns + at, std::min(kChunk, x.columns - at), m * kp + at);
+  }
+
+  const uint16_t *fp4(int64_t m, int64_t chunk) const {
+    return dealt.data() + (m * chunks + chunk) * kChunk;
+  }
+  const uint16_t *fp8(int64_t m, int64_t block) const {
+    return plain.data() + m * chunks * kChunk + block * kBlock;
+  }
+
+private:
+  void deal(const uint16_t *source, int64_t count, int64_t at) {
+    for (int64_t i = 0; i < count; ++i) {
+      dealt[at + i % 4 * 32 + i / 4] = source[i];
+      plain[at + i] = source[i];
+    }
+  }
+
+  int64_t chunks;
+  std::vector<uint16_t> dealt, plain;
+};
+
+inline __m512i bf16_table() {
+  alignas(64) uint16_t table[32]; // twice, since vpermw looks at five bits
+  for (int i = 0; i < 32; ++i)
+    table[i] = to_bf16(kE2M1[i & 15]);
+  return _mm512_load_si512(table);
+}
+
+template <int M> struct Accumulator {
+  __m512 fp4[M];
+  __m256 even[M], odd[M];
+  int64_t next; // the row's next FP8 block
+};
+
+// Adds one chunk; `here` masks the blocks of it that exist.
+template <int M>
+inline void add_fp4_chunk(const uint8_t *low, const uint8_t *scale, __mmask8 here, int64_t chunk,
+                          const Tokens &x, __m512i table, Accumulator<M> &sum) {
+  const __m512i first = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  const __m512i words = _mm512_maskz_loadu_epi64(here, low);
+  const __m128i bytes = _mm_cvtepu8_epi16(_mm_maskz_loadu_epi8(here, scale));
+  const __m128i half = _mm_and_si128(_mm_slli_epi16(bytes, 7), _mm_set1_epi16(0x3f80));
+  const __m512 s = _mm512_permutexvar_ps(first, _mm512_castps256_ps512(_mm256_cvtph_ps(half)));
+  const auto w0 = (__m512bh)_mm512_permutexvar_epi16(words, table);
+  const auto w1 = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
+  const auto w2 = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
+  const auto w3 = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
+  for (int m = 0; m < M; ++m) {
+    const uint16_t *a = x.fp4(m, chunk);
+    __m512 p = _mm512_dpbf16_ps(_mm512_setzero_ps(), w0, (__m512bh)_mm512_loadu_si512(a));
+    p = _mm512_dpbf16_ps(p, w1, (__m512bh)_mm512_loadu_si512(a + 32));
+    p = _mm512_dpbf16_ps(p, w2, (__m512bh)_mm512_loadu_si512(a + 64));
+    p = _mm512_dpbf16_ps(p, w3, (__m512bh)_mm512_loadu_si512(a + 96));
+    sum.fp4[m] = _mm512_fmadd_ps(p, s, sum.fp4[m]);
+  }
+}
+
+// Adds chunks [begin, end) of one row; `low` and `scale` are the row's.
+template <int M>
+inline void add_fp4(const uint8_t *low, const uint8_t *scale, int64_t blocks, int64_t begin,
+                    int64_t end, int64_t ahead, const Tokens &x, __m512i table, Accumulator<M> &sum) {
+  const int64_t whole = std::min(end, blocks / kChunkBlocks);
+  for (int64_t chunk = begin; chunk < whole; ++chunk) {
+    const int64_t g = chunk * kChunkBlocks;
+    _mm_prefetch(low + g * kHalf + 2*ahead, _MM_HINT_T1);
+    add_fp4_chunk<M>(low + g * kHalf, scale + g, 0xff, chunk, x, table, sum);
+  }
+  if (whole < end) {
+    const int64_t g = whole * kChunkBlocks;
+    const auto here = static_cast<__mmask8>((1 << (blocks - g)) - 1);
+    add_fp4_chunk<M>(low + g * kHalf, scale + g, here, whole, x, table, sum);
+  }
+}
+
+// Control bytes of vpmultishiftqb that bring nibble j to bits 7 to 10 of word j.
+constexpr auto kExponentAt = [] {
+  std::array<int64_t, 4> control{};
+  for (int j = 0; j < 16; ++j) {
+    const int64_t byte0 = (4 * j - 7) & 63, byte1 = (4 * j + 1) & 63;
+    control[j / 4] |= (byte0 | byte1 << 8) << (j % 4 * 16);
+  }
+  return control;
+}();
+
+// Words 2^-8 * 6 * (1 + m / 8) * 2^-7 for exponent 0 and 2^-8 * 6 * (m / 8) * 2^-6 if that is subnormal.
+inline __m512i mantissa_table(bool subnormal) {
+  alignas(64) uint16_t table[32];
+  for (int i = 0; i < 32; ++i) {
+    const float m = static_cast<float>(i & 7) / 8;
+    const float value = 0x1p-8f * kFp8Factor * (subnormal ? m * 0x1p-6f : (1 + m) * 0x1p-7f);
+    table[i] = to_bf16(i & 8 ? -value : value);
+  }
+  return _mm512_load_si512(table);
+}
+
+// An FP8 block's elements as bf16, 2^-8 * 6 times their value. Normal numbers add their exponent to
+// a table of mantissas; subnormal ones have a table of their own.
+inline __m256bh bf16_words(const uint8_t *low, const uint8_t *overflow, __m512i normal,
+                           __m512i subnormal) {
+  const __m256i low_at = _mm256_set_epi64x(0x3c3c383834343030, 0x2c2c282824242020,
+                                           0x1c1c181814141010, 0x0c0c080804040000);
+  // The exponent goes to bits 7 to 10 of a word: byte 0 takes it seven bits early, byte 1 one later.
+  const __m256i high_at = _mm256_set_epi64x(kExponentAt[3], kExponentAt[2], kExponentAt[1],
+                                            kExponentAt[0]);
+  int64_t a, b;
+  std::memcpy(&a, low, sizeof a);
+  std::memcpy(&b, overflow, sizeof b);
+  const __m256i sm = _mm256_multishift_epi64_epi8(low_at, _mm256_set1_epi64x(a));
+  const __m256i e = _mm256_and_si256(_mm256_multishift_epi64_epi8(high_at, _mm256_set1_epi64x(b)),
+                                     _mm256_set1_epi16(0x0780));
+  const __mmask16 zero = _mm256_testn_epi16_mask(e, e);
+  const __m256i v = _mm256_add_epi16(_mm256_permutexvar_epi16(sm, _mm512_castsi512_si256(normal)), e);
+  return (__m256bh)_mm256_mask_permutexvar_epi16(v, zero, sm, _mm512_castsi512_si256(subnormal));
+}
+
+template <int M>
+inline void add_fp8_block(const uint8_t *low, const uint8_t *overflow, int64_t g, const Tokens &x,
+                          __m512i normal, __m512i subnormal, __m256 (&sum)[M]) {
+  const __m256bh v = bf16_words(low + g * kHalf, overflow, normal, subnormal);
+  for (int m = 0; m < M; ++m)
+    sum[m] = _mm256_dpbf16_ps(
+        sum[m], v, (__m256bh)_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x.fp8(m, g))));
+}
+
+// Adds the FP8 blocks at `positions` after block `offset`, alternately to two chains of additions.
+template <int M>
+inline void add_fp8(const uint8_t *low, const uint8_t *overflow, const uint16_t *positions,
+                    int64_t count, int64_t offset, const Tokens &x, __m512i normal,
+                    __m512i subnormal, Accumulator<M> &sum) {
+  int64_t i = 0;
+  for (; i + 2 <= count; i += 2) {
+    add_fp8_block<M>(low, overflow + i * kHalf, offset + positions[i], x, normal, subnormal, sum.even);
+    add_fp8_block<M>(low, overflow + (i + 1) * kHalf, offset + positions[i + 1], x, normal, subnormal,
+                     sum.odd);
+  }
+  if (i < count)
+    add_fp8_block<M>(low, overflow + i * kHalf, offset + positions[i], x, normal, subnormal, sum.even);
+}
+
+template <int M>
+void gemv_bf16_rows(const Weight &w, const Tokens &x, Share rows, const Epilogue &out, Fault &fault) {
+  const int64_t blocks = w.blocks(), chunks = (blocks + kChunkBlocks - 1) / kChunkBlocks;
+  const int64_t panel = std::max<int64_t>(kPanelNumbers / M / kChunk, 1);
+  const __m512i table = bf16_table(), normal = mantissa_table(false), subnormal = mantissa_table(true);
+  Positions positions;
+  alignas(64) Accumulator<M> sums[kPanelRows];
+  for (int64_t top = rows.begin; top < rows.end; top += kPanelRows) {
+    const int64_t height = std::min(kPanelRows, rows.end - top);
+    for (int64_t i = 0; i < height; ++i) {
+      for (int m = 0; m < M; ++m)
+        {
+        sums[i].fp4[m] = _mm512_setzero_ps();
+        sums[i].even[m] = sums[i].odd[m] = _mm256_setzero_ps();
+      }
+      sums[i].next = w.row_ptr ? w.row_ptr[top + i] : 0;
+    }
+    for (int64_t begin = 0; begin < chunks; begin += panel) {
+      const int64_t end = std::min(begin + panel, chunks);
+      const int64_t g = begin * kChunkBlocks, count = std::min(end * kChunkBlocks, blocks) - g;
+      for (int64_t i = 0; i < height; ++i) {
+        const int64_t n = top + i;
+        const uint8_t *low = w.low + n * blocks * kHalf, *scale = w.scale + n * blocks;
+        Accumulator<M> sum = sums[i];
+        _mm_prefetch(scale + blocks + g, _MM_HINT_T0);
+        _mm_prefetch(scale + blocks + g + 64, _MM_HINT_T0);
+        _mm_prefetch(scale + blocks + g + 128, _MM_HINT_T0);
+        _mm_prefetch(scale + blocks + g + 192, _MM_HINT_T0);
+        add_fp4<M>(low, scale, blocks, begin, end, blocks * kHalf, x, table, sum);
+        if (w.row_ptr) {
+          const int64_t found = flagged(scale + g, count, positions);
+          if (sum.next < 0 || sum.next + found > w.n_fp8) {
+            fault.report(n);
+          } else {
+            for (int64_t b = 0; b < found; b += 8)
+              _mm_prefetch(w.overflow + (sum.next + found + b) * kHalf, _MM_HINT_T0);
+            add_fp8<M>(low, w.overflow + sum.next * kHalf, positions.at, found, g, x, normal,
+                       subnormal, sum);
+          }
+          sum.next += found;
+        }
+        sums[i] = sum;
+      }
+    }
+    for (int64_t i = 0; i < height; ++i) {
+      if (w.row_ptr && sums[i].next != w.row_ptr[top + i + 1])
+        fault.report(top + i);
+      for (int m = 0; m < M; ++m)
+        out.put(m, top + i, 256 * _mm512_reduce_add_ps(_mm512_add_ps(sums[i].fp4[m], _mm512_zextps256_ps512(_mm256_add_ps(sums[i].even[m], sums[i].odd[m])))));
+    }
+  }
+}
+
+inline int64_t gemv_bf16(const Weight &w, const Matrix &x, const Epilogue &out, const Team &team) {
+  using Rows = void (*)(const Weight &, const Tokens &, Share, const Epilogue &, Fault &);
+  static constexpr Rows kRows[kFewTokens] = {
+      gemv_bf16_rows<1>, gemv_bf16_rows<2>, gemv_bf16_rows<3>, gemv_bf16_rows<4>,
+      gemv_bf16_rows<5>, gemv_bf16_rows<6>, gemv_bf16_rows<7>, gemv_bf16_rows<8>};
+  const Tokens tokens(x, w.blocks());
+  Fault fault;
+  team.run([&](int member, int size) {
+    kRows[x.rows - 1](w, tokens, share(w.n, kRowGrain, member, size), out, fault);
+  });
+  return fault.row();
+}
+
+} // namespace
+#endif

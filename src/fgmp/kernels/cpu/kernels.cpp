@@ -1,0 +1,53 @@
+// The entry points, compiled once an instruction set: FGMP_ISA is its name and their suffix.
+// Everything else is in anonymous namespaces, so that the linker cannot mix the versions up.
+#include "gemm.h"
+#include "gemv.h"
+#include "gemv_bf16.h"
+#include "quantize.h"
+#include "unpack.h"
+
+#define FGMP_JOIN(name, isa) fgmp_##name##_##isa
+#define FGMP_NAME2(name, isa) FGMP_JOIN(name, isa)
+#define FGMP_NAME(name) FGMP_NAME2(name, FGMP_ISA)
+
+extern "C" {
+
+// y = fl32(x w^T * t) + bias. Returns the first row whose planes are corrupt, or -1.
+int64_t FGMP_NAME(linear)(const fgmp::Weight *w, const fgmp::Matrix *x, const fgmp::Matrix *y,
+                          const float *bias, float t, const fgmp::Team *team) {
+  if (x->rows == 0)
+    return -1;
+  const Epilogue out{*y, bias, t};
+#if defined(__AVX512BF16__)
+  if (x->is_bf16 && x->rows > kFewTokens)
+    return gemm<Bf16>(*w, *x, out, *team);
+  if (x->is_bf16 && !w->fp8)
+    return gemv_bf16(*w, *x, out, *team);
+#endif
+  if (x->rows <= kFewTokens)
+    return gemv(*w, *x, out, *team);
+  if (!x->is_bf16)
+    return gemm<Fp32>(*w, *x, out, *team);
+  std::vector<float> wide = widen(*x, x->columns);
+  return gemm<Fp32>(*w, {wide.data(), x->rows, x->columns, 0}, out, *team);
+}
+
+// The weight in units of t, (n, k). Returns as linear does.
+int64_t FGMP_NAME(unpack)(const fgmp::Weight *w, const fgmp::Matrix *out, const fgmp::Team *team) {
+  return unpack(*w, *out, *team);
+}
+
+// Units in bf16 and flags, a byte a block. Returns -1.
+int64_t FGMP_NAME(fake_quantize)(const fgmp::Matrix *x, const fgmp::Site *site, uint16_t *units,
+                              uint8_t *is_fp8, const fgmp::Team *team) {
+  fake_quantize(*x, *site, units, is_fp8, *team);
+  return -1;
+}
+
+// Codes, a byte an element of whole blocks, and scale bytes. Returns -1.
+int64_t FGMP_NAME(quantize)(const fgmp::Matrix *x, const fgmp::Site *site, uint8_t *codes,
+                         uint8_t *scale, const fgmp::Team *team) {
+  quantize(*x, *site, codes, scale, *team);
+  return -1;
+}
+}
