@@ -47,7 +47,8 @@ def _lanes(facts: dict[str, Any]) -> tuple[str, int]:
         for cause, colour in _COLOURS.items():
             width = lane["by_cause"][cause] * scale
             drawn.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_BAR - 6}" fill="{colour}"/>'
+                f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_BAR - 6}" '
+                f'fill="{colour}"/>'
             )
             x += width
         drawn.append(_text(x + 6, y + 15, f"{lane['inertial']:.3g}"))

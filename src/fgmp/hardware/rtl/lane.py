@@ -81,16 +81,12 @@ class Lane(wiring.Component):
             m.submodules[unit.name] = dot = DotUnit(
                 unit, self.datapath.cuts, self.datapath.addition
             )
-<<<<<<< HEAD
-            m.submodules[f"{unit.name}_operands"] = operands = Operands(unit)
+            m.submodules[f"{unit.name}_operands"] = operands = self.operands[unit.name]
             selected = self.valid & self._selects(unit)
             exchanged: Value = Const(0, 1)
             if self.datapath.exchanges(unit):
                 exchanged = self.weight.is_fp8 == (unit.activation is E4M3)
             a, w = self.activation, self.weight
-=======
-            m.submodules[f"{unit.name}_operands"] = operands = self.operands[unit.name]
->>>>>>> hardware
             m.d.comb += [
                 operands.activation.eq(_either(unit.activation, a, w, exchanged)),
                 operands.weight.eq(_either(unit.weight, w, a, exchanged)),
