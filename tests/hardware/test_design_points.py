@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from random_layers import layer, row_of
 
 from fgmp.hardware import stimulus
 from fgmp.hardware.datapath import Datapath
 from fgmp.hardware.simulate import simulate
 from fgmp.hardware.stimulus import Layer
 from fgmp.pack.planes import BlockCodes
-
-from .layers import layer, row_of
 
 CYCLES = 200
 

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from random_layers import layer, row_of
 
 from fgmp.errors import FGMPError, InputError
 from fgmp.hardware import gates, liberty, netlist, silicon, stimulus, synthesis, yosys
 from fgmp.hardware.cells import Library, embedded
 from fgmp.hardware.datapath import Datapath
-
-from .layers import layer, row_of
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "liberty"
 
