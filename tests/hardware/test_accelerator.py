@@ -183,6 +183,7 @@ def test_refusals() -> None:
     site, weight = a_site(x, 0.5, 11), a_weight(2, 16, 0.5, 11)
     for change, rule in (
         ({"rule": "random"}, "x: the accelerator needs the rule 'difference', got 'random'"),
+        ({"scales": "search"}, "x: the accelerator needs the scales 'max', got 'search'"),
         ({"r": 2.0**-101}, "x: the accelerator needs a multiplier from 2**-100 to 2**100"),
     ):
         with refuses(rule):
