@@ -13,7 +13,7 @@ from typing import Any
 from fgmp.formats.spec import BLOCK
 from fgmp.hardware import gates, timing
 from fgmp.hardware.cells import Library
-from fgmp.hardware.datapath import FORMATS, Datapath
+from fgmp.hardware.datapath import Datapath
 from fgmp.hardware.gates import Trace, Words
 from fgmp.hardware.netlist import Netlist
 from fgmp.hardware.power import CycleEnergy, cycle_energy
@@ -23,6 +23,15 @@ from fgmp.hardware.timing import Timing
 PERIOD_NS = 2.5
 """Clock period that synthesis sizes for and leakage is counted over: 400 MHz, which every design
 point of docs/energy.md meets on ASAP7. In the embedded library it is 1250 tau."""
+
+MIXED = Datapath()
+"""The recommended lane: the least energy of the design points in docs/energy.md."""
+
+FP8 = Datapath(kind="fp8", cuts=("significands", "sums"))
+"""The FP8-only lane of least energy on ASAP7."""
+
+FP4 = Datapath(kind="fp4")
+"""The FP4-only lane."""
 
 OPERATIONS = 2 * BLOCK
 """Operations of a pair of blocks: a multiplication and an addition an element."""
@@ -70,13 +79,12 @@ def components() -> dict[str, Callable[[], Any]]:
     from fgmp.hardware.rtl.ppu import Quantizer
     from fgmp.hardware.rtl.registers import Totals
 
-    mixed = Datapath()
     made: dict[str, Callable[[], Any]] = {
-        f"lane_{kind}": Datapath(kind=kind).create for kind in FORMATS
+        f"lane_{lane.kind}": lane.create for lane in (MIXED, FP8, FP4)
     }
-    for unit in mixed.units:
-        made[unit.name] = partial(DotUnit, unit, mixed.cuts, mixed.addition)
-    made["totals"] = partial(Totals, mixed)
+    for unit in MIXED.units:
+        made[unit.name] = partial(DotUnit, unit, MIXED.cuts, MIXED.addition)
+    made["totals"] = partial(Totals, MIXED)
     made["quantizer"] = Quantizer
     return made
 
