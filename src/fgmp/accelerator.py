@@ -29,11 +29,9 @@ from fgmp.model.store import config_of
 from fgmp.pack.planes import unpack
 from fgmp.workflow import Reporter
 
-BASELINES = tuple(Datapath(kind="fp8", cuts=cuts) for cuts in (("sums",), ("significands", "sums")))
-"""FP8-only lanes, of which the one that takes least energy is what FGMP is compared with."""
-
-TOKENS = 256
-"""Tokens whose activations drive the netlists."""
+BASELINES = (FP8, Datapath(kind="fp8", cuts=("sums",)))
+"""FP8-only lanes, of which the one that takes least energy is what FGMP is compared with: which
+that is depends on the library."""
 
 LANES = 16
 """Lanes that share an activation block."""
