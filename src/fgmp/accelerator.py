@@ -33,6 +33,9 @@ BASELINES = (FP8, Datapath(kind="fp8", cuts=("sums",)))
 """FP8-only lanes, of which the one that takes least energy is what FGMP is compared with: which
 that is depends on the library."""
 
+TOKENS = 256
+"""Tokens whose activations drive the netlists."""
+
 LANES = 16
 """Lanes that share an activation block."""
 
