@@ -32,11 +32,11 @@ FP8 = [
 MIXED = [
     Datapath(),
     Datapath(shared=True),
-    Datapath(addition="complement"),
-    Datapath(cuts=("sums",)),
-    Datapath(cuts=("significands", "sums", "scaled")),
-    Datapath(k_max=4096),
-    Datapath(gated=False),
+    Datapath(shared=True, addition="complement"),
+    Datapath(shared=True, gated=False),
+    Datapath(shared=True, cuts=("sums",)),
+    Datapath(shared=True, cuts=("significands", "sums", "scaled")),
+    Datapath(shared=True, k_max=4096),
 ]
 
 
