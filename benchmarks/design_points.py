@@ -24,18 +24,19 @@ from fgmp.hardware.datapath import Datapath
 from fgmp.model.source import load_model
 from fgmp.workflow import Reporter
 
+_CUTS = ((), ("significands",), ("sums",), ("significands", "sums"), ("products", "sums"))
 FP8 = [
-    Datapath(kind="fp8", addition=addition, cuts=cuts)
-    for addition in ("complement", "apart")
-    for cuts in ((), ("significands",), ("sums",), ("significands", "sums"), ("products", "sums"))
+    *(Datapath(kind="fp8", addition="complement", cuts=cuts) for cuts in _CUTS[2:4]),
+    *(Datapath(kind="fp8", cuts=cuts) for cuts in _CUTS),
 ]
 MIXED = [
-    Datapath(addition="complement", cuts=("sums",)),
-    Datapath(addition="complement", cuts=("significands", "sums", "scaled")),
-    Datapath(cuts=("sums",)),
-    Datapath(cuts=("sums", "scaled")),
-    Datapath(cuts=("significands", "sums", "scaled")),
-    Datapath(cuts=("sums", "scaled"), k_max=4096),
+    Datapath(),
+    Datapath(shared=True),
+    Datapath(shared=True, addition="complement"),
+    Datapath(shared=True, gated=False),
+    Datapath(shared=True, cuts=("sums",)),
+    Datapath(shared=True, cuts=("significands", "sums", "scaled")),
+    Datapath(shared=True, k_max=4096),
 ]
 
 
@@ -48,6 +49,8 @@ def point(
     facts: dict[str, Any] = {
         "kind": datapath.kind,
         "addition": datapath.addition,
+        "shared": datapath.shared,
+        "gated": datapath.gated,
         "cuts": list(datapath.cuts),
         "accumulator_bits": datapath.total_bits,
         **made.summary(),

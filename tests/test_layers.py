@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": {"errors"},
     "sensitivity": {"errors", "formats"},
     "pack": {"errors", "formats"},
-    "hardware": {"console", "errors", "formats", "pack"},
+    "hardware": {"console", "errors", "progress", "formats", "pack"},
     "assign": {"formats", "sensitivity", "pack"},
     "kernels": {"errors", "formats", "pack"},
     "model": {"errors", "formats", "pack", "kernels"},

@@ -21,7 +21,7 @@ from fgmp.hardware import cells, inference, liberty, silicon, stimulus, yosys
 from fgmp.hardware.cells import Library
 from fgmp.hardware.datapath import Datapath
 from fgmp.hardware.inference import Machine, Work
-from fgmp.hardware.silicon import Measurement
+from fgmp.hardware.silicon import FP4, FP8, MIXED, Measurement
 from fgmp.hardware.stimulus import Layer, SiteInput
 from fgmp.model.linear import mixed_linears
 from fgmp.model.source import context_length, load_model, load_tokenizer
@@ -29,14 +29,9 @@ from fgmp.model.store import config_of
 from fgmp.pack.planes import unpack
 from fgmp.workflow import Reporter
 
-LANE = Datapath()
-"""The recommended lane: the least energy of the design points in docs/energy.md."""
-
-NARROW = Datapath(kind="fp4", cuts=LANE.cuts)
-"""The FP4-only lane."""
-
-BASELINES = tuple(Datapath(kind="fp8", cuts=cuts) for cuts in (("sums",), ("significands", "sums")))
-"""FP8-only lanes, of which the one that takes least energy is what FGMP is compared with."""
+BASELINES = (FP8, Datapath(kind="fp8", cuts=("sums",)))
+"""FP8-only lanes, of which the one that takes least energy is what FGMP is compared with: which
+that is depends on the library."""
 
 TOKENS = 256
 """Tokens whose activations drive the netlists."""
@@ -255,12 +250,12 @@ def measure(found: Operands, library: Library, reporter: Reporter) -> Silicon:
     """Measure the recommended lane, the best FP8 lane, the FP4 lane and the quantizer."""
     narrow = [stimulus.all_fp4(layer) for layer in found.layers]
     shares = inference.unit_shares(found.mix)
-    mixed = measure_lane("fgmp", LANE, found.layers, shares, library, reporter)
+    mixed = measure_lane("fgmp", MIXED, found.layers, shares, library, reporter)
     candidates = [
         measure_lane("fp8", lane, found.layers, {"fp8xfp8": 1.0}, library, reporter)
         for lane in BASELINES
     ]
-    fp4 = measure_lane("nvfp4", NARROW, narrow, {"fp4xfp4": 1.0}, library, reporter)
+    fp4 = measure_lane("nvfp4", FP4, narrow, {"fp4xfp4": 1.0}, library, reporter)
     best = min(candidates, key=lambda lane: lane.per_op)
     return Silicon(mixed, best, fp4, measure_quantizer(found.sites, library, reporter))
 
@@ -293,7 +288,7 @@ def measure_quantizer(sites: list[SiteInput], library: Library, reporter: Report
         ports = stimulus.stimulate_quantizer(sites, _CYCLES)
         energies = silicon.measure(implementation, ports, 2 * LATENCY)
         advance()
-    return Measured("quantizer", implementation, energies, LANE, {})
+    return Measured("quantizer", implementation, energies, MIXED, {})
 
 
 def serve(work: list[Work], measured: Silicon, library: Library) -> dict[str, Any]:
@@ -355,10 +350,10 @@ def assumptions(
     stated = [
         f"cells: {library.name}, {library.voltage:g} V; no wires, an ideal clock net",
         f"clock period {silicon.PERIOD_NS:g} ns, one pair of blocks a lane a cycle",
-        f"operands: {tokens.numel()} tokens of {data or 'docstrings of the Python library'}",
-        "FP8-only and FP4-only lanes see the checkpoint's own values, weights encoded anew from "
-        "what it holds",
-        f"{LANES} lanes share an activation block; a weight block stays for {LANE.reuse} tokens",
+        f"operands: {tokens.numel()} tokens of {Path(data).name if data else 'Python docstrings'}",
+        "FP8 codes of weights that the checkpoint holds in FP4 are drawn from the values that "
+        "round to them; FP4 codes of FP8 blocks are made from their values",
+        f"{LANES} lanes share an activation block; a weight block stays for {MIXED.reuse} tokens",
         *(
             f"{phase}: {tokens} tokens together, {passes} times"
             for phase, (tokens, passes) in PHASES.items()

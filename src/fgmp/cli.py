@@ -237,6 +237,7 @@ def energy(
         str | None,
         typer.Option(help="TEXT for the activations. [default: docstrings of the Python library]"),
     ] = None,
+    plot: Annotated[Path | None, typer.Option(help="SVG file to draw the figures in.")] = None,
     as_json: Json = False,
 ) -> None:
     """Energy of the lanes on the model's own operands, and of serving it.
@@ -247,7 +248,12 @@ def energy(
     """
     from fgmp.accelerator import energy as measure
 
-    show(measure(directory, liberty, data, _reporter()), as_json, _print_energy)
+    facts = measure(directory, liberty, data, _reporter())
+    if plot:
+        from fgmp.hardware.plot import figures
+
+        plot.write_text(figures(facts), encoding="utf-8")
+    show(facts, as_json, _print_energy)
 
 
 def main() -> None:

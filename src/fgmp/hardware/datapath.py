@@ -95,6 +95,11 @@ class Unit:
         return f"fp{self.activation.bits}xfp{self.weight.bits}"
 
     @property
+    def exchanged(self) -> str:
+        """The name with the sides exchanged."""
+        return f"fp{self.weight.bits}xfp{self.activation.bits}"
+
+    @property
     def sum_max(self) -> int:
         """Bound of ``sum(a_int * w_int)`` over a block."""
         return BLOCK * integer_max(self.activation) * integer_max(self.weight)
@@ -127,6 +132,8 @@ class Datapath:
         cuts: where pipeline registers stand, some of :data:`CUTS`. Operands and totals always
             have registers.
         addition: one of :data:`ADDITIONS`.
+        shared: one unit computes FP4 by FP8 and FP8 by FP4, its operands exchanged, not two.
+        gated: a unit that is not selected keeps its operands; else it sees every pair.
         accumulator: ``exact`` integers, or ``fp32``, which rounds every contribution and sum.
     """
 
@@ -135,6 +142,8 @@ class Datapath:
     reuse: int = 16
     cuts: tuple[str, ...] = ("sums", "scaled")
     addition: str = "apart"
+    shared: bool = False
+    gated: bool = True
     accumulator: str = "exact"
 
     def __post_init__(self) -> None:
@@ -159,9 +168,19 @@ class Datapath:
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """The dot-product units: one for each pair of formats."""
+        """The dot-product units: one for each pair of formats, or each set of two if shared."""
         gain = FP8_GAIN if E2M1 in self.formats else 1
-        return tuple(Unit(a, w, gain) for a in self.formats for w in self.formats)
+        units = tuple(Unit(a, w, gain) for a in self.formats for w in self.formats)
+        dropped = (E2M1, E4M3) if self.shared else None
+        return tuple(unit for unit in units if (unit.activation, unit.weight) != dropped)
+
+    def computes(self, unit: Unit) -> tuple[str, ...]:
+        """Names of the pairs of formats that a unit takes, the activation's first."""
+        return (unit.name, unit.exchanged) if self.exchanges(unit) else (unit.name,)
+
+    def exchanges(self, unit: Unit) -> bool:
+        """Whether a unit takes its formats either way round."""
+        return self.shared and unit.activation is not unit.weight
 
     @property
     def total_unit(self) -> Fraction:

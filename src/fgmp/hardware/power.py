@@ -74,7 +74,7 @@ def cycle_energy(
         for net in nets:
             units[""]["logic"] += toggles[net] * load[net] * half_square
     _clock(netlist, library, activity, period_ns, units)
-    return CycleEnergy({name: dict(causes) for name, causes in units.items()})
+    return CycleEnergy({u: {c: float(v) for c, v in by.items()} for u, by in units.items()})
 
 
 def _internal(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fgmp.errors import InputError
 from fgmp.formats.activation import MULTIPLIER_BITS, ActivationCodes, Site
-from fgmp.formats.codec import decode_e2m1, decode_e4m3, encode_e4m3, to_blocks
+from fgmp.formats.codec import E2M1_MIDPOINTS, decode_e4m3, encode_e4m3, to_blocks
 from fgmp.formats.spec import BLOCK, E2M1, E4M3, FP8_BLOCK, FP8_FACTOR
 from fgmp.formats.weight import quantize_weight
 from fgmp.hardware.datapath import Datapath
@@ -77,20 +77,32 @@ def activation_blocks(codes: ActivationCodes) -> BlockCodes:
 
 
 def layer(name: str, activation: ActivationCodes, weight: BlockCodes) -> Layer:
-    """A linear's operands; FP8 codes of FP4 weight blocks are made from their decoded values.
+    """A linear's operands.
 
-    The weight that was quantized would give others, which take 3% more energy on the FP8 lane
-    (docs/energy.md): whatever a saving against that lane is, it is a little more.
+    A checkpoint does not tell what an FP4 weight would be in FP8. Its FP8 code is that of a value
+    drawn evenly from those that round to the FP4 code: nearest codes of decoded values would have
+    fewer significand bits at work than a real weight.
     """
-    units = decode_e2m1(weight.codes & 0xF) * decode_e4m3(weight.scale & 0x7F).unsqueeze(-1)
     wide = weight.is_fp8.unsqueeze(-1)
     return Layer(
         name,
         activation_blocks(activation),
         weight,
         activation.fp8,
-        torch.where(wide, weight.codes, encode_e4m3(units / FP8_FACTOR)),
+        torch.where(wide, weight.codes, _drawn_fp8(weight)),
     )
+
+
+def _drawn_fp8(blocks: BlockCodes) -> Tensor:
+    """FP8 codes, uint8 (..., 16), of values that round to the FP4 codes."""
+    ends = torch.tensor([0.0, *E2M1_MIDPOINTS, E2M1.max])
+    code = blocks.codes & 0x7
+    low, high = (ends.index_select(0, code.flatten().int() + i).view(code.shape) for i in (0, 1))
+    generator = torch.Generator().manual_seed(0)
+    magnitude = low + (high - low) * torch.rand(code.shape, generator=generator)
+    scale = decode_e4m3(blocks.scale & 0x7F).unsqueeze(-1)
+    sign = 1 - 2 * (blocks.codes >> 3 & 1).float()
+    return encode_e4m3(sign * magnitude * scale / FP8_FACTOR)
 
 
 def all_fp4(layer: Layer) -> Layer:

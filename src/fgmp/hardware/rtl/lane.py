@@ -82,10 +82,17 @@ class Lane(wiring.Component):
                 unit, self.datapath.cuts, self.datapath.addition
             )
             m.submodules[f"{unit.name}_operands"] = operands = self.operands[unit.name]
+            selected = self.valid & self._selects(unit)
+            exchanged: Value = Const(0, 1)
+            if self.datapath.exchanges(unit):
+                exchanged = self.weight.is_fp8 == (unit.activation is E4M3)
+            a, w = self.activation, self.weight
             m.d.comb += [
-                operands.activation.eq(_narrowed(unit.activation, self.activation)),
-                operands.weight.eq(_narrowed(unit.weight, self.weight)),
-                operands.load.eq(self.valid & self._selects(unit)),
+                operands.activation.eq(_either(unit.activation, a, w, exchanged)),
+                operands.weight.eq(_either(unit.weight, w, a, exchanged)),
+                operands.exchanged.eq(exchanged),
+                operands.selected.eq(selected),
+                operands.load.eq(selected if self.datapath.gated else self.valid),
                 operands.new_weight.eq(self.valid & self.new_weight),
                 dot.activation.eq(operands.activation_held),
                 dot.weight.eq(operands.weight_held),
@@ -111,9 +118,18 @@ class Lane(wiring.Component):
         """Whether the flags at the ports are those of ``unit``."""
         if len(self.datapath.formats) == 1:
             return Const(1)
+        if self.datapath.exchanges(unit):
+            return self.activation.is_fp8 ^ self.weight.is_fp8
         return (self.activation.is_fp8 == (unit.activation is E4M3)) & (
             self.weight.is_fp8 == (unit.weight is E4M3)
         )
+
+
+def _either(fmt: Minifloat, block: Any, other: Any, exchanged: Value) -> Value:
+    """What one side of a unit reads: ``block``, or ``other`` where the sides are exchanged."""
+    usual = _narrowed(fmt, block)
+    constant = isinstance(exchanged, Const)
+    return usual if constant else Mux(exchanged, _narrowed(fmt, other), usual)
 
 
 def _narrowed(fmt: Minifloat, block: Any) -> Value:

@@ -21,10 +21,12 @@ class Operands(wiring.Component):
 
     Ports:
         activation, weight: blocks in the unit's formats.
-        load: the blocks are for this unit; its operands change in no other cycle.
-        new_weight: from now on ``weight`` is another block.
+        load: take the blocks; the operands change in no other cycle.
+        selected: the blocks are for this unit.
+        exchanged: ``weight`` comes from the activation's side and ``activation`` from the weight's.
+        new_weight: from now on the weight's side has another block.
         activation_held, weight_held: the registers.
-        held: they were loaded in the last cycle.
+        held: they hold a pair for this unit since the last cycle.
     """
 
     def __init__(self, unit: Unit) -> None:
@@ -34,6 +36,8 @@ class Operands(wiring.Component):
                 "activation": In(activation),
                 "weight": In(weight),
                 "load": In(1),
+                "selected": In(1),
+                "exchanged": In(1),
                 "new_weight": In(1),
                 "activation_held": Out(activation),
                 "weight_held": Out(weight),
@@ -46,13 +50,14 @@ class Operands(wiring.Component):
         activation = Signal.like(self.activation, reset_less=True)
         weight = Signal.like(self.weight, reset_less=True)
         current = Signal()
-        with m.If(self.load):
+        stale = self.new_weight | ~current
+        with m.If(self.load & (stale | ~self.exchanged)):
             m.d.sync += activation.eq(self.activation)
-            with m.If(self.new_weight | ~current):
-                m.d.sync += weight.eq(self.weight)
+        with m.If(self.load & (stale | self.exchanged)):
+            m.d.sync += weight.eq(self.weight)
         with m.If(self.load | self.new_weight):
             m.d.sync += current.eq(self.load)
-        m.d.sync += self.held.eq(self.load)
+        m.d.sync += self.held.eq(self.selected)
         m.d.comb += [self.activation_held.eq(activation), self.weight_held.eq(weight)]
         return m
 
