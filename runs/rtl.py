@@ -13,9 +13,11 @@ Needs Verilator: apt-get install verilator.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -149,11 +151,18 @@ def check_mixture(model: Model, datapath: Datapath, n: int, draw: Drawer) -> int
     return int((totals_of(model, datapath, rows) != each.sum(1).flatten().numpy()).sum())
 
 
-def run_lane(kind: str, vectors: int, folder: Path) -> dict[str, Any]:
-    datapath = Datapath(kind=kind)
+LANES = {
+    "four units": Datapath(),
+    "shared mixed unit": Datapath(shared=True),
+    "FP8 alone": Datapath(kind="fp8"),
+    "FP4 alone": Datapath(kind="fp4"),
+}
+
+
+def run_lane(datapath: Datapath, vectors: int, folder: Path) -> dict[str, Any]:
     model, draw, found = Model(datapath.create(), folder), np.random.default_rng(1), {}
-    for unit in datapath.units:
-        fp8 = (unit.activation is E4M3, unit.weight is E4M3)
+    for activation, weight in itertools.product(datapath.formats, repeat=2):
+        fp8 = (activation is E4M3, weight is E4M3)
         wrong = count = 0
         for pairs in directed(fp8):
             wrong += check_pairs(model, datapath, pairs)
@@ -164,8 +173,9 @@ def run_lane(kind: str, vectors: int, folder: Path) -> dict[str, Any]:
             sides = [random_side(n, np.full(n, wide), draw) for wide in fp8]
             wrong += check_pairs(model, datapath, (sides[0], sides[1]))
             drawn += n
-        found[unit.name] = {"directed": count, "random": drawn, "mismatches": wrong}
-    if kind == "mixed":
+        name = f"fp{activation.bits}xfp{weight.bits}"
+        found[name] = {"directed": count, "random": drawn, "mismatches": wrong}
+    if datapath.kind == "mixed":
         wrong = drawn = 0
         while drawn < vectors:
             wrong += check_mixture(model, datapath, CHUNK, draw)
@@ -287,15 +297,16 @@ def run_epilogue(vectors: int, folder: Path) -> dict[str, Any]:
 
 def run_units(vectors: int) -> dict[str, Any]:
     found: dict[str, Any] = {"vectors": vectors, "units": {}}
+
+    def add(lane: str, rows: dict[str, Any]) -> None:
+        found["units"] |= {f"{name}, {lane}" if lane else name: row for name, row in rows.items()}
+        print(lane, rows, file=sys.stderr, flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
-        for kind in ("mixed", "fp8", "fp4"):
-            for name, row in run_lane(kind, vectors, Path(folder) / kind).items():
-                found["units"][name if kind == "mixed" else f"{name} baseline"] = row
-                print(kind, name, row, flush=True)
-        for run in (run_quantizer, run_epilogue):
-            row = run(vectors, Path(folder) / run.__name__)
-            found["units"] |= row
-            print(row, flush=True)
+        for name, datapath in LANES.items():
+            add(name, run_lane(datapath, vectors, Path(folder) / name.replace(" ", "_")))
+        add("", run_quantizer(vectors, Path(folder) / "quantizer"))
+        add("", run_epilogue(vectors, Path(folder) / "epilogue"))
     return found
 
 

@@ -37,6 +37,16 @@ def test_totals(kind: str, cuts: tuple[str, ...]) -> None:
     assert play_lane(lane, a, w, 5, gaps=(1, 17, 18, 40)) == expected(lane, a, w, 5)
 
 
+@pytest.mark.parametrize(
+    "variant", [{"shared": True}, {"gated": False}, {"addition": "complement"}]
+)
+def test_variants_compute_the_same(variant: dict[str, Any]) -> None:
+    lane = Datapath(reuse=4, **variant).create()
+    a, w = (random_blocks(60, 0.5, seed) for seed in (1, 2))
+    w = take(w, torch.arange(60) // 4)
+    assert play_lane(lane, a, w, 5, gaps=(1, 17, 18, 40)) == expected(lane, a, w, 5)
+
+
 @pytest.mark.parametrize("kind", SHARES)
 def test_a_total_may_have_one_block_and_no_partner(kind: str) -> None:
     lane = Datapath(kind=kind, reuse=1).create()
@@ -106,17 +116,18 @@ def test_every_e2m1_product() -> None:
     assert found == (value[pairs // 16] * value[pairs % 16] * one * one).tolist()
 
 
-def test_only_the_selected_unit_moves() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_only_the_selected_unit_moves(shared: bool) -> None:
     """All transitions between two pairs of flags, with and without a new weight, and idleness.
 
     Operand registers are watched: those of a unit change only in the cycle after its flags came
     with ``valid``, and then hold what came.
     """
-    lane = Datapath(reuse=4).create()
+    lane = Datapath(reuse=4, shared=shared).create()
     kinds = [(a, w) for a in (0, 1) for w in (0, 1)]
     # An Eulerian tour of the complete graph on four kinds: all 16 transitions.
     tour = [0, 0, 1, 1, 2, 2, 3, 3, 0, 2, 0, 3, 1, 3, 2, 1, 0]
-    sides = (lane.activation, lane.weight)
+    sides, computes = (lane.activation, lane.weight), lane.datapath.computes
     steps = [(kinds[i], new) for new in (1, 0) for i in tour] + [(None, 1)] * 3
     a, w = (random_blocks(len(steps), 0, seed) for seed in (5, 6))
 
@@ -131,13 +142,15 @@ def test_only_the_selected_unit_moves() -> None:
             await ctx.tick()
             held = {n: (ctx.get(o.activation_held), ctx.get(o.weight_held), ctx.get(o.held))
                     for n, o in lane.operands.items()}  # fmt: skip
-            chosen = kind and f"fp{8 if kind[0] else 4}xfp{8 if kind[1] else 4}"
+            pair = kind and f"fp{8 if kind[0] else 4}xfp{8 if kind[1] else 4}"
+            chosen = next((u.name for u in lane.datapath.units if pair in computes(u)), None)
             assert [n for n, (_, _, moved) in held.items() if moved] == ([chosen] if chosen else [])
             if before is not None:
                 for n in held:
                     assert n == chosen or held[n][:2] == before[n][:2], f"{n} moved in step {i}"
             if chosen:
-                codes = held[chosen][0]["codes"]
+                # Where the sides are exchanged, the activation is held on the weight's.
+                codes = held[chosen][0 if chosen == pair else 1]["codes"]
                 mask = 0xFF if kind[0] else 0xF
                 assert [int(c) for c in codes] == [c & mask for c in a.codes[i].tolist()]
             before = held
