@@ -353,7 +353,7 @@ class Simulated:
 
 
 def run_model(checkpoint: Path, data: str, tokens: int) -> dict[str, Any]:
-    array = Array(datapath=Datapath(k_max=1024), lanes=4, rows=1, outputs_max=2048)
+    array = Array(datapath=Datapath(k_max=1024, shared=True), lanes=4, rows=1, outputs_max=2048)
     window = evaluation_windows(data, load_tokenizer(str(checkpoint)), tokens)[:1]
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         simulated = Simulated(checkpoint, array, Model(array.create(), Path(folder)))
@@ -367,7 +367,12 @@ def run_model(checkpoint: Path, data: str, tokens: int) -> dict[str, Any]:
     return {
         "checkpoint": checkpoint.name,
         "tokens": int(window.numel()),
-        "array": {"lanes": array.lanes, "rows": array.rows, "reuse": array.datapath.reuse},
+        "array": {
+            "lanes": array.lanes,
+            "rows": array.rows,
+            "reuse": array.datapath.reuse,
+            "shared": array.datapath.shared,
+        },
         **simulated.facts,
         "cycles": cycles,
         "ppu_stall_percent": 100 * cycles["activations"] / cycles["cycles"],

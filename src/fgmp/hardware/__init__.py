@@ -1,7 +1,14 @@
 """The accelerator: what computes an FGMP linear in silicon (docs/hardware.md).
 
 datapath    parameters of a lane; computes in Python and creates the hardware
+array       parameters of many, with what feeds them
 rtl         the hardware, in Amaranth
+image       a linear in the accelerator's memory
+simulate    Amaranth's simulator, made faster
+verilator   bulk simulation, where Verilator is installed
+run         a linear through the accelerator, in either
+verify      a checkpoint's layers against the reference, bit for bit
+export      Verilog, ports and the memory map as files
 yosys       the one place that runs Yosys
 
 cells       standard cells, and a library of them by logical effort

@@ -20,6 +20,10 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="An fgmp checkpo
 Lanes = Annotated[int, typer.Option(help="Weight rows at a time.")]
 Rows = Annotated[int, typer.Option(help="Activation rows at a time.")]
 Reuse = Annotated[int, typer.Option(help="Cycles that a weight block stays in its lane.")]
+Shared = Annotated[
+    bool,
+    typer.Option("--shared/--separate", help="One unit for both mixed pairs of formats, or two."),
+]
 KMax = Annotated[int, typer.Option(help="Longest dot product.")]
 OutputsMax = Annotated[int, typer.Option(help="Most output features.")]
 
@@ -30,6 +34,7 @@ def rtl(
     lanes: Lanes = 4,
     rows: Rows = 1,
     reuse: Reuse = 16,
+    shared: Shared = True,
     k_max: KMax = 4096,
     outputs_max: OutputsMax = 4096,
     as_json: Json = False,
@@ -37,7 +42,7 @@ def rtl(
     """Write Verilog, the ports of every module and the memory map."""
     from fgmp.hardware.export import write_rtl
 
-    array = _array(lanes, rows, reuse, k_max, outputs_max)
+    array = _array(lanes, rows, reuse, shared, k_max, outputs_max)
     show(write_rtl(output, array, bars(stderr)), as_json, print_facts)
 
 
@@ -55,6 +60,7 @@ def verify(
     lanes: Lanes = 4,
     rows: Rows = 1,
     reuse: Reuse = 16,
+    shared: Shared = True,
     k_max: KMax = 4096,
     outputs_max: OutputsMax = 4096,
     as_json: Json = False,
@@ -68,7 +74,7 @@ def verify(
 
     found = compare(
         checkpoint,
-        _array(lanes, rows, reuse, k_max, outputs_max),
+        _array(lanes, rows, reuse, shared, k_max, outputs_max),
         tokens=tokens,
         outputs=outputs or None,
         simulator=simulator,
@@ -80,8 +86,8 @@ def verify(
         raise typer.Exit(1)
 
 
-def _array(lanes: int, rows: int, reuse: int, k_max: int, outputs_max: int) -> Array:
-    datapath = Datapath(k_max=k_max, reuse=reuse)
+def _array(lanes: int, rows: int, reuse: int, shared: bool, k_max: int, outputs_max: int) -> Array:
+    datapath = Datapath(k_max=k_max, reuse=reuse, shared=shared)
     return Array(datapath=datapath, lanes=lanes, rows=rows, outputs_max=outputs_max)
 
 

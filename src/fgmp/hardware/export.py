@@ -33,7 +33,8 @@ def write_rtl(directory: Path, array: Array, stages: Stages = silent) -> dict[st
 
     makers: dict[str, Callable[[], Any]] = {"accelerator": array.create, "quantizer": Quantizer}
     for kind in FORMATS:
-        makers[f"lane_{kind}"] = replace(array.datapath, kind=kind).create
+        shared = array.datapath.shared and kind == array.datapath.kind
+        makers[f"lane_{kind}"] = replace(array.datapath, kind=kind, shared=shared).create
     listed = {}
     try:
         directory.mkdir(parents=True, exist_ok=True)

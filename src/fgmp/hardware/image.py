@@ -77,8 +77,8 @@ class LinearImage:
         """The image of the linears that read ``site``, with their biases; ``name`` is for errors.
 
         Raises:
-            InputError: what the hardware does not compute: another rule than ``difference``, searched
-                scales, a multiplier beyond 2**100, a scale or a bias that is not finite.
+            InputError: what the hardware does not compute: another rule than ``difference``,
+                searched scales, a multiplier beyond 2**100, a scale or bias that is not finite.
         """
 
         def require(holds: bool, rule: str, value: object) -> None:
