@@ -358,8 +358,7 @@ def assumptions(
             f"{phase}: {tokens} tokens together, {passes} times"
             for phase, (tokens, passes) in PHASES.items()
         ),
-        f"lanes take the same in decode as with a weight block held for {MIXED.reuse} tokens, which "
-        "they are not there; this favours no format by much",
+        f"in decode too the lanes' figures are those of a weight held for {MIXED.reuse} tokens",
         "activations stay on the chip; attention, norms, embeddings, output head and KV cache are "
         "not counted",
         "FP8-only and FP4-only machines are charged no quantizer",
