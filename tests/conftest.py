@@ -6,6 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+
+# Triton kernels run on CPU tensors where no GPU is. Transformers imports Triton, which reads this.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,

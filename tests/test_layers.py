@@ -17,8 +17,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "console": set(),
     "demo.text": set(),
     "data": {"errors"},
-    "recipe": {"errors"},
     "formats": {"errors"},
+    "recipe": {"errors", "formats"},
     "sensitivity": {"errors", "formats"},
     "pack": {"errors", "formats"},
     "hardware": {"console", "errors", "progress", "formats", "pack"},
@@ -58,6 +58,7 @@ ONLY_IN = {
     "safetensors": {"pack", "sensitivity", "model"},
     "huggingface_hub": {"pack"},
     "psutil": {"sensitivity"},
+    "triton": {"kernels"},
     "numpy": {"hardware", "pack", "sensitivity"},
 }
 """Where third-party packages may show up; ``torch`` may everywhere but in ``formats.spec``."""

@@ -111,7 +111,7 @@ def test_every_policy_reaches_its_share(policy: str, tokens: Tensor) -> None:
         assert kept == round(0.6 * blocks)
         # Random scores follow from the codes, which repeat now and then.
         assert share(counts) == pytest.approx(0.6, abs=(2 if policy == "random" else 0.2) * POINTS)
-    rule = "random" if policy == "random" else "difference"
+    rule = "random" if policy == "random" else "benefit"
     assert {site.rule for site in config_of(model).sites.values()} == {rule}
 
 
@@ -311,8 +311,11 @@ def test_progress_tells_every_step(tokens: Tensor) -> None:
     assert [s[0] for s in stages] == [
         "calibrating",
         "scoring activations",
+        "scoring weights",
+        "scoring weights",
+        "measuring inputs",
         "packing",
-        "packing, clipped",
+        "packing",
         "choosing the scales",
     ]
     assert all(steps == done for _, steps, done in stages)
@@ -367,11 +370,37 @@ def test_uniform_baselines(name: str, fp4: float, tokens: Tensor) -> None:
         mixed_linears(base).values(), mixed_linears(mixed).values(), strict=True
     ):
         assert linear.packed.t == other.packed.t
-    asked = quantized(tokens, policy=name)
+    asked = quantized(tokens, policy=name, rule="difference", scales="max", compensate=False)
     for key, linear in mixed_linears(asked).items():
         assert torch.equal(linear.weight, mixed_linears(base)[key].weight)
     with torch.no_grad():
         assert torch.equal(base(input_ids=tokens).logits, asked(input_ids=tokens).logits)
+
+
+def logit_error(model: nn.Module, tokens: Tensor) -> float:
+    """Mean squared distance from the original's logits."""
+    with torch.no_grad():
+        exact = make_model("llama")(input_ids=tokens).logits
+        return (model(input_ids=tokens).logits - exact).square().mean().item()
+
+
+@pytest.mark.parametrize("fp4", [0.7, 1.0])
+def test_compensation_brings_logits_nearer(fp4: float, tokens: Tensor) -> None:
+    """By a fifth and more on this model, and keeps every format where it was."""
+    plain, better = (quantized(tokens, fp4=fp4, clip="on", compensate=c) for c in (False, True))
+    assert logit_error(better, tokens) < 0.8 * logit_error(plain, tokens)
+    for name, linear in mixed_linears(plain).items():
+        assert torch.equal(linear.packed.is_fp8(), mixed_linears(better)[name].packed.is_fp8())
+
+
+def test_a_budget_is_met_by_weights_and_activations_together(tokens: Tensor) -> None:
+    model = quantized(tokens, bits=5.4)
+    kept, blocks = weight_blocks(model)
+    mean = (kept / blocks + share(activation_blocks(model, "llama", tokens))) / 2
+    assert mean == pytest.approx((8 - 5.4) / 3.5, abs=POINTS)
+    for bits, mode in ((4.5, "fp4"), (8, "fp8")):
+        model = quantized(tokens, bits=bits)
+        assert {m.packed.mode for m in mixed_linears(model).values()} == {mode}
 
 
 def test_mixed_lies_between_its_baselines(tokens: Tensor) -> None:

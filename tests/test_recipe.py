@@ -31,6 +31,16 @@ from fgmp.recipe import CLIP_CHOICES, POLICY_NAMES, Recipe
             "recipe: policy must be one of fisher, fisher-per-layer, error, random, fp8, nvfp4, "
             "got 'best'",
         ),
+        ({"bits": 4.4}, "recipe: bits must be from 4.5 (all FP4) to 8 (all FP8), got 4.4"),
+        ({"bits": 8.1}, "recipe: bits must be from 4.5 (all FP4) to 8 (all FP8), got 8.1"),
+        ({"bits": "5"}, "recipe: bits must be from 4.5 (all FP4) to 8 (all FP8), got '5'"),
+        (
+            {"bits": 5.4, "policy": "random"},
+            "recipe: bits needs scores of one unit, policy fisher, got 'random'",
+        ),
+        ({"rule": "best"}, "recipe: rule must be benefit or difference, got 'best'"),
+        ({"scales": 4}, "recipe: scales must be search or max, got 4"),
+        ({"compensate": "on"}, "recipe: compensate must be true or false, got 'on'"),
         ({"clip": "maybe"}, "recipe: clip must be auto, on or off, got 'maybe'"),
         ({"clip": True}, "recipe: clip must be auto, on or off, got True"),
         ({"samples": 0}, "recipe: samples must be an integer of at least 1, got 0"),
@@ -78,7 +88,10 @@ EVERYTHING = Recipe(
     fp4=0.9,
     fp4_activations=0.5,
     policy="error",
+    rule="difference",
+    scales="max",
     clip="on",
+    compensate=False,
     samples=3,
     seq_len=64,
     seed=7,
@@ -99,7 +112,8 @@ def test_yaml_round_trip(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_everything_differs_from_the_default() -> None:
     default = Recipe().to_dict()
-    assert not [key for key, value in EVERYTHING.to_dict().items() if value == default[key]]
+    same = [key for key, value in EVERYTHING.to_dict().items() if value == default[key]]
+    assert same == ["bits"]  # which goes with the default policy alone
 
 
 def from_text(tmp_path: Path, text: str) -> Recipe:

@@ -240,6 +240,20 @@ def test_generate(run: Run, place: Place) -> None:
     assert run(*warm, "--seed", 1).json["text"] in texts
 
 
+def test_a_calibration_serves_several_budgets(run: Run, place: Place, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.safetensors"
+    arguments = ("quantize", place.model, "--calib", place.text, *SMALL, "--calibration", kept)
+    for bits in (5.0, 6.0):
+        done = run(*arguments, "-o", tmp_path / f"out{bits}", "--bits", bits, "--json")
+        shares = done.json["fp4_fraction"]
+        mean = (shares["weights"] + shares["activations"]) / 2
+        assert mean == pytest.approx((8 - bits) / 3.5, abs=0.02)
+    assert kept.exists()
+    refused = run(*arguments, "-o", tmp_path / "other", "--seed", 5)
+    assert refused.code == 1 and "a calibration of another model" in refused.err
+    assert run(*arguments, "-o", tmp_path / "other", "--bits", 4.4).code == 1
+
+
 def test_tables_for_people(run: Run, place: Place, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shown = run("quantize", place.model, "-o", out, "--calib", place.text, *SMALL)

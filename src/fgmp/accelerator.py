@@ -358,8 +358,10 @@ def assumptions(
             f"{phase}: {tokens} tokens together, {passes} times"
             for phase, (tokens, passes) in PHASES.items()
         ),
+        f"in decode too the lanes' figures are those of a weight held for {MIXED.reuse} tokens",
         "activations stay on the chip; attention, norms, embeddings, output head and KV cache are "
         "not counted",
+        "the quantizer is the paper's (rule difference, scales max), whatever the checkpoint says",
         "FP8-only and FP4-only machines are charged no quantizer",
         "Llama-2-7B: its shapes, every linear with independent shares of FP4 blocks, "
         + ", ".join(

@@ -72,12 +72,26 @@ def quantize(
     fp4_activations: Annotated[
         float | None, typer.Option(help="The same for activations. [default: as --fp4]")
     ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="A budget instead of shares: mean of the bits of a weight and of an activation "
+            "value, 4.5 to 8."
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="YAML file with any recipe keys; options override it.")
     ] = None,
     calib: Annotated[
         str | None,
         typer.Option(help="Calibration TEXT. [default: docstrings of the Python library]"),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that keeps the calibration: made if missing, else used again, which saves "
+            "most of the time under another recipe. Must be of this model and text."
+        ),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Calibration sequences. [default: 512]")
@@ -106,6 +120,7 @@ def quantize(
     given: dict[str, Any] = {
         "fp4": fp4,
         "fp4_activations": fp4_activations,
+        "bits": bits,
         "samples": samples,
         "seq_len": seq_len,
         "seed": seed,
@@ -116,7 +131,7 @@ def quantize(
     chosen = replace(chosen, **{k: v for k, v in given.items() if v is not None})
     from fgmp.workflow import quantize_to
 
-    summary = quantize_to(model, output, chosen, calib, _reporter())
+    summary = quantize_to(model, output, chosen, calib, _reporter(), calibration)
     show(summary, as_json, _print_summary)
 
 

@@ -6,7 +6,7 @@ activation sites.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from fgmp.assign.activations import ActivationAssignment, assign_activations
-from fgmp.assign.policy import POLICIES, site_record
-from fgmp.assign.weights import group_scale, pack_weights
+from fgmp.assign.budget import RELIEF, joint_fractions
+from fgmp.assign.policy import POLICIES, Policy, site_record
+from fgmp.assign.weights import ScoredWeights, group_scale, pack_weights, score_weights
 from fgmp.errors import InputError
 from fgmp.formats.activation import Site, sensitivity_codes, site_threshold
 from fgmp.formats.spec import E2M1, E4M3, FP4_BITS
 from fgmp.formats.weight import check_finite, quantize_weight
 from fgmp.model.convert import install
-from fgmp.model.linear import mixed_linears, sites
+from fgmp.model.linear import ActivationSite, mixed_linears, sites
 from fgmp.model.select import linearize, matrices, quantizable
 from fgmp.model.store import CONFIG_ATTRIBUTE, config_of
 from fgmp.model.transformers import mark_quantized
@@ -35,6 +36,7 @@ from fgmp.recipe import Recipe
 from fgmp.sensitivity import memory
 from fgmp.sensitivity.fisher import Loss, SiteStatistics, calibrate, causal_lm_loss, frozen
 from fgmp.sensitivity.histogram import ScoreHistogram, add_scores, new_histogram
+from fgmp.sensitivity.moments import Moments, add_moments, new_moments
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def quantize(
     held_out: Sequence[Any] | Tensor | None = None,
     groups: dict[str, list[str]] | None = None,
     state: Path | None = None,
+    reuse: bool = False,
     progress: Stages = silent,
     report: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
@@ -74,6 +77,8 @@ def quantize(
             which then take no part in calibration.
         groups: activation sites that override those found by tensor identity.
         state: file that keeps an interrupted calibration, from which a later call goes on.
+        reuse: ``state`` is a calibration to be used again: refuse one of another model, of other
+            sequences or sites instead of starting anew over it.
         progress: reports on long stages; see ``fgmp.progress``.
         report: gets a line for a person now and then.
 
@@ -96,14 +101,23 @@ def quantize(
     linears = _select(model, recipe)
     total = matrices(model)
     device = next(model.parameters()).device
-    needed = memory.estimate(model, linears, samples[0], loss, _packed_bytes(recipe))
+    needed = memory.estimate(
+        model, linears, samples[0], loss, _packed_bytes(recipe), compensated=recipe.compensate
+    )
     memory.require(needed, device)
     report(f"peak memory will be about {needed.peak / 1e9:.2f} GB")
     memory.reset_peak(device)
 
     with progress("calibrating", len(samples)) as advance:
         calibration = calibrate(
-            model, linears, samples, loss, groups=groups, state=state, advance=advance
+            model,
+            linears,
+            samples,
+            loss,
+            groups=groups,
+            state=state,
+            reuse=reuse,
+            advance=advance,
         )
     calibrated = time.perf_counter()
     statistics = {site.linears[0]: site for site in calibration.sites.values()}
@@ -111,30 +125,37 @@ def quantize(
     _report_unreached(statistics, report)
 
     records = {
-        owner: site_record(policy, site.g2, site.amax, recipe.headroom)
+        owner: site_record(policy, recipe.rule, recipe.scales, site.g2, site.amax, recipe.headroom)
         for owner, site in statistics.items()
     }
-    wanted = recipe.activation_fraction if policy.fraction is None else policy.fraction
     histograms = {owner: new_histogram(record) for owner, record in records.items()}
-    if policy.fraction is None:
+    if policy.fraction is None and (recipe.bits is not None or 0 < recipe.activation_fraction < 1):
         with progress("scoring activations", len(samples)) as advance:
-            _count_scores(model, linears, records, histograms, samples, loss, advance)
-    activations = assign_activations(records, histograms, policy, wanted)
-
-    variants = {}
+            count = {o: partial(_count_input, histograms[o], records[o]) for o in records}
+            _observe(model, linears, count, samples, loss, advance)
+    tensors = {name: linear.weight.detach() for name, linear in linears.items()}
+    material = (tensors, calibration.weights, linears_of.values(), policy)
+    scored = []
     for clipped in {"on": (True,), "off": (False,), "auto": (False, True)}[recipe.clip]:
-        with progress("packing, clipped" if clipped else "packing", len(linears)) as advance:
-            weights = pack_weights(
-                {name: linear.weight.detach() for name, linear in linears.items()},
-                calibration.weights,
-                linears_of.values(),
-                policy,
-                recipe.fp4 if policy.fraction is None else policy.fraction,
-                clipped=clipped,
-                seed=recipe.seed,
-                advance=advance,
+        with progress("scoring weights", len(linears)) as advance:
+            scored.append(
+                score_weights(
+                    *material, rule=recipe.rule, clipped=clipped, seed=recipe.seed, advance=advance
+                )
             )
-        variants[clipped] = Assignment(weights, activations, linears_of)
+    fp4_weights, fp4_activations = _fractions(
+        recipe, policy, scored[-1], histograms, calibration.predictions
+    )
+    activations = assign_activations(records, histograms, policy, fp4_activations)
+    moments = None
+    if recipe.compensate:
+        with progress("measuring inputs", len(samples)) as advance:
+            moments = _moments(model, linears, activations.records, samples, loss, advance)
+    variants = {}
+    for variant in scored:
+        with progress("packing", len(linears)) as advance:
+            weights = pack_weights(*material, variant, fp4_weights, moments, advance)
+        variants[variant.clipped] = Assignment(weights, activations, linears_of)
     calibration.weights.clear()
     clipped, losses = _choose(model, variants, held_out, loss, progress)
     _finish(model, variants[clipped], recipe, total)
@@ -251,24 +272,63 @@ def _floored_share(statistics: dict[str, SiteStatistics]) -> float:
     return floored / channels
 
 
-@torch.no_grad()
-def _count_scores(
+def _fractions(
+    recipe: Recipe,
+    policy: Policy,
+    scored: ScoredWeights,
+    histograms: dict[str, ScoreHistogram],
+    tokens: int,
+) -> tuple[float, float]:
+    """Shares of FP4 blocks, of weights and activations: the policy's, the budget's or as asked."""
+    if policy.fraction is not None:
+        return policy.fraction, policy.fraction
+    if recipe.bits is None:
+        return recipe.fp4, recipe.activation_fraction
+    return joint_fractions(
+        scored.scores.values(),
+        histograms.values(),
+        tokens,
+        recipe.bits,
+        relief=RELIEF if recipe.compensate else 1.0,
+    )
+
+
+def _moments(
     model: nn.Module,
     linears: dict[str, nn.Linear],
     records: dict[str, Site],
-    histograms: dict[str, ScoreHistogram],
+    samples: Sequence[Any] | Tensor,
+    loss: Loss,
+    advance: Callable[[], None],
+) -> dict[str, Moments]:
+    """Second moments of every site's input, by its owner, as the site will quantize it."""
+    moments = {
+        owner: new_moments(linears[owner].in_features, linears[owner].weight.device)
+        for owner in records
+    }
+    add = {
+        owner: partial(_add_input, moments[owner], ActivationSite(record))
+        for owner, record in records.items()
+    }
+    _observe(model, linears, add, samples, loss, advance)
+    return moments
+
+
+@torch.no_grad()
+def _observe(
+    model: nn.Module,
+    linears: dict[str, nn.Linear],
+    hooks: Mapping[str, Callable[[nn.Module, tuple[Tensor, ...]], None]],
     samples: Sequence[Any] | Tensor,
     loss: Loss,
     advance: Callable[[], None],
 ) -> None:
-    """Run the samples forward once more and count the scores of every activation block."""
+    """Run the samples forward once more; hooks of sites' owners see every input of the site."""
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
-        for owner, record in records.items():
+        for owner, hook in hooks.items():
             # All linears of a site read the same tensor, so its owner sees everything.
-            hook = partial(_count_input, histograms[owner], record)
-            handle = linears[owner].register_forward_pre_hook(hook)
-            stack.callback(handle.remove)
+            stack.callback(linears[owner].register_forward_pre_hook(hook).remove)
         for sample in samples:
             loss(model, sample)
             advance()
@@ -279,6 +339,13 @@ def _count_input(
 ) -> None:
     if args[0].numel():
         add_scores(histogram, args[0], record)
+
+
+def _add_input(
+    moments: Moments, site: ActivationSite, _: nn.Module, args: tuple[Tensor, ...]
+) -> None:
+    if args[0].numel():
+        add_moments(moments, args[0], site(args[0]).float() * site.record.t)
 
 
 def _choose(

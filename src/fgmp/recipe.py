@@ -11,8 +11,11 @@ from typing import Any
 import yaml
 
 from fgmp.errors import InputError
+from fgmp.formats.spec import FP4_BITS, FP8_BITS
 
 CLIP_CHOICES = ("auto", "on", "off")
+RULE_NAMES = ("benefit", "difference")
+SCALES_NAMES = ("search", "max")
 POLICY_NAMES = ("fisher", "fisher-per-layer", "error", "random", "fp8", "nvfp4")
 
 
@@ -24,9 +27,16 @@ class Recipe:
         fp4: share of weight blocks kept in FP4, 0 to 1.
         fp4_activations: share of activation blocks kept in FP4, on the calibration tokens;
             None: the same as ``fp4``.
+        bits: instead of the two shares, a budget: the mean of the bits of a weight and of an
+            activation value, 4.5 to 8, spent where it does least harm. Needs ``policy: fisher``.
         policy: which blocks get FP8; see ``fgmp.assign.policy``.
+        rule: what makes a block FP8: ``benefit``, how much error that takes away, or
+            ``difference``, how far apart the formats are, which is the paper's.
+        scales: block scales of FP4 activations: ``search`` tries four, ``max`` is the paper's.
         clip: search the block scale of FP4 weight blocks: ``on``, ``off``, or ``auto``, kept only
             if it lowers perplexity on a held-out slice of the calibration text.
+        compensate: let weights not yet rounded make up for the errors of those that are, and of
+            the activations; not in the paper. See ``fgmp.assign.compensate``.
         samples: calibration sequences.
         seq_len: tokens in a calibration sequence; capped at the model's context.
         seed: chooses the calibration sequences.
@@ -38,8 +48,12 @@ class Recipe:
 
     fp4: float = 0.7
     fp4_activations: float | None = None
+    bits: float | None = None
     policy: str = "fisher"
+    rule: str = "benefit"
+    scales: str = "search"
     clip: str = "auto"
+    compensate: bool = True
     samples: int = 512
     seq_len: int = 512
     seed: int = 0
@@ -60,12 +74,29 @@ class Recipe:
                 continue
             if not _is_number(value) or not 0 <= value <= 1:
                 raise InputError(f"recipe: {name} must be a fraction from 0 to 1, got {value!r}")
+        if self.bits is not None:
+            if not _is_number(self.bits) or not FP4_BITS <= self.bits <= FP8_BITS:
+                raise InputError(
+                    f"recipe: bits must be from {FP4_BITS:g} (all FP4) to {FP8_BITS:g} (all FP8), "
+                    f"got {self.bits!r}"
+                )
+            if self.policy != "fisher":
+                raise InputError(
+                    f"recipe: bits needs scores of one unit, policy fisher, got {self.policy!r}"
+                )
         if self.policy not in POLICY_NAMES:
             raise InputError(
                 f"recipe: policy must be one of {', '.join(POLICY_NAMES)}, got {self.policy!r}"
             )
         if self.clip not in CLIP_CHOICES:
             raise InputError(f"recipe: clip must be auto, on or off, got {self.clip!r}")
+        for name, known in (("rule", RULE_NAMES), ("scales", SCALES_NAMES)):
+            if getattr(self, name) not in known:
+                raise InputError(
+                    f"recipe: {name} must be {' or '.join(known)}, got {getattr(self, name)!r}"
+                )
+        if not isinstance(self.compensate, bool):
+            raise InputError(f"recipe: compensate must be true or false, got {self.compensate!r}")
         for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -62,8 +62,12 @@ def quantize_to(
     recipe: Recipe,
     calibration: str | None = None,
     reporter: Reporter | None = None,
+    saved: Path | None = None,
 ) -> dict[str, Any]:
-    """Quantize a model by name and write the checkpoint; the summary that the command prints."""
+    """Quantize a model by name and write the checkpoint; the summary that the command prints.
+
+    ``saved`` is a file that keeps the calibration for other recipes on the same model and text.
+    """
     reporter = reporter or Reporter()
     started = time.perf_counter()
     checkpoint.require_free(output)
@@ -85,7 +89,7 @@ def quantize_to(
             f"fewer than the {text.asked} asked for"
         )
     checkpoint.require_space(output, least_bytes(model, recipe))
-    state = output.parent / f".{output.name}.calibration.safetensors"
+    state = saved or output.parent / f".{output.name}.calibration.safetensors"
     try:
         quantize(
             model,
@@ -93,6 +97,7 @@ def quantize_to(
             recipe,
             held_out=text.held_out,
             state=state,
+            reuse=saved is not None,
             progress=reporter.stages,
             report=reporter.line,
         )
@@ -107,7 +112,8 @@ def quantize_to(
         seq_len=seq_len,
     )
     save(model, output, tokenizer)
-    state.unlink(missing_ok=True)
+    if saved is None:
+        state.unlink(missing_ok=True)
     result = config.result
     return {
         "output": str(output),

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from fgmp.assign.impact import weight_impact
+from fgmp.assign.impact import weight_benefit, weight_impact
 from fgmp.formats.spec import E2M1, E4M3
 from fgmp.formats.weight import quantize_weight, tensor_scale
 
@@ -58,3 +58,30 @@ def test_fisher_weighs_each_element_by_itself() -> None:
     assert parts == difference.square().tolist()
     whole = weight_impact(codes, torch.ones(1, 16)).item()
     assert weight_impact(codes, torch.full((1, 16), 4.0)).item() == 4 * whole
+
+
+def test_benefit_is_the_error_that_fp8_takes_away() -> None:
+    g = torch.Generator().manual_seed(2)
+    weight = torch.randn(N, K, generator=g) * 0.02
+    fisher = torch.randn(N, K, generator=g).mul(4).exp() * 1e-9
+    codes = quantize_weight(weight, tensor_scale(weight.abs().max().item()))
+    benefit = weight_benefit(codes, weight, fisher)
+    none, every = torch.zeros(N, 3, dtype=torch.bool), torch.ones(N, 3, dtype=torch.bool)
+    for row in range(N):
+        for block in range(3):
+            exact = Fraction(0)
+            for i in range(16 * block, min(K, 16 * block + 16)):
+                v = Fraction(weight[row, i].item())
+                q4 = Fraction(codes.units(none)[row, i].item()) * Fraction(codes.t)
+                q8 = Fraction(codes.units(every)[row, i].item()) * Fraction(codes.t)
+                exact += Fraction(fisher[row, i].item()) * ((q4 - v) ** 2 - (q8 - v) ** 2)
+            # float64 throughout; the two errors may cancel, by no more than a factor of 2**10 here.
+            assert benefit[row, block].item() == pytest.approx(float(max(exact, 0)), rel=2.0**-40)
+
+
+def test_benefit_is_zero_where_fp8_would_be_worse() -> None:
+    # 4 times the scale 448 is 6 times 298.67, which E4M3 rounds to 288.
+    weight = torch.tensor([[2688.0] + [1792.0] * 15])
+    codes = quantize_weight(weight, 1.0)
+    assert weight_benefit(codes, weight, torch.ones_like(weight)).item() == 0
+    assert weight_impact(codes, torch.ones_like(weight)).item() == 15 * (1792 - 6 * 288) ** 2

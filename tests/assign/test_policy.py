@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fgmp.assign.impact import weight_impact
+from fgmp.assign.impact import weight_benefit, weight_impact
 from fgmp.assign.policy import (
     POLICIES,
     quantile,
@@ -83,19 +83,31 @@ def test_equal_scores_fall_on_the_fp4_side_together() -> None:
 
 def test_scores_are_impacts_with_and_without_fisher() -> None:
     codes, fisher = a_weight()
-    g = torch.Generator()
-    assert torch.equal(
-        weight_scores(POLICIES["fisher"], codes, fisher, g), weight_impact(codes, fisher)
-    )
-    plain = weight_impact(codes, torch.ones_like(fisher))
-    assert torch.equal(weight_scores(POLICIES["error"], codes, fisher, g), plain)
-    assert not torch.equal(plain, weight_impact(codes, fisher))
+    weight, g = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)), torch.Generator()
+    ones = torch.ones_like(fisher)
+
+    def scores(policy: str, rule: str) -> torch.Tensor:
+        return weight_scores(POLICIES[policy], rule, codes, weight, fisher, g)
+
+    assert torch.equal(scores("fisher", "difference"), weight_impact(codes, fisher))
+    assert torch.equal(scores("error", "difference"), weight_impact(codes, ones))
+    assert torch.equal(scores("fisher", "benefit"), weight_benefit(codes, weight, fisher))
+    assert torch.equal(scores("error", "benefit"), weight_benefit(codes, weight, ones))
+    assert not torch.equal(scores("error", "difference"), scores("fisher", "difference"))
+    assert not torch.equal(scores("fisher", "benefit"), scores("fisher", "difference"))
 
 
 def test_random_scores_are_uniform_and_follow_the_seed() -> None:
     codes, fisher = a_weight()
     first, second, other = (
-        weight_scores(POLICIES["random"], codes, fisher, torch.Generator().manual_seed(seed))
+        weight_scores(
+            POLICIES["random"],
+            "benefit",
+            codes,
+            fisher,
+            fisher,
+            torch.Generator().manual_seed(seed),
+        )
         for seed in (0, 0, 1)
     )
     assert torch.equal(first, second) and not torch.equal(first, other)
@@ -113,15 +125,18 @@ def test_plain_formats_fix_the_fraction(name: str, fraction: float) -> None:
 
 def test_a_fisher_site_keeps_the_gradients_of_its_channels() -> None:
     g2 = torch.tensor([448.0, 1.0, 0.0, 2.0] * 4)
-    site = site_record(POLICIES["fisher"], g2, amax=10.0, headroom=2.0)
+    site = site_record(POLICIES["fisher"], "benefit", "search", g2, amax=10.0, headroom=2.0)
     assert site.r == multiplier(20.0)
+    assert (site.rule, site.scales) == ("benefit", "search")
     assert site.gamma == 1.0
     assert site.sensitivity[:4].tolist() == [0x7E, 0x38, 0x01, 0x40]
 
 
 def test_a_site_without_sensitivities_scores_the_squared_error() -> None:
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
-    site = site_record(POLICIES["error"], torch.rand(32), amax=4.0, headroom=1.0)
+    site = site_record(
+        POLICIES["error"], "difference", "max", torch.rand(32), amax=4.0, headroom=1.0
+    )
     codes = quantize(x, site)
     all_fp4 = torch.zeros_like(codes.is_fp8)
     q4 = type(codes)(codes.fp4, codes.scale, codes.fp8, codes.score, all_fp4).units(32)
@@ -134,6 +149,8 @@ def test_a_site_without_sensitivities_scores_the_squared_error() -> None:
 
 @pytest.mark.parametrize("amax", [1e-6, 1.0, 1e6])
 def test_random_sites_share_one_unit(amax: float) -> None:
-    site = site_record(POLICIES["random"], torch.rand(32), amax=amax, headroom=1.0)
+    site = site_record(
+        POLICIES["random"], "benefit", "max", torch.rand(32), amax=amax, headroom=1.0
+    )
     assert site.rule == "random"
     assert score_unit(site) == pytest.approx(1.0, rel=2.0**-23)

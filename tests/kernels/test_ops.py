@@ -80,7 +80,7 @@ def test_no_tokens_are_fine() -> None:
 def test_a_rule_without_kernels_goes_to_the_definition() -> None:
     record = replace(site(K), rule="random", threshold=2**59)
     x = tokens(6, K)
-    codes, scale = ops.quantize_activation(x, *arguments(record))
+    scale = ops.quantize_activation(x, *arguments(record))[1]
     assert torch.equal(scale == FP8_BLOCK, quantize(x, record).is_fp8)
     assert 0.2 < (scale == FP8_BLOCK).double().mean() < 0.8
 

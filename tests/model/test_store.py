@@ -187,7 +187,8 @@ def test_the_configuration_is_documented(tokens: Tensor, tmp_path: Path) -> None
     assert list(raw["quantization_config"]) == documented
     site = raw["quantization_config"]["sites"]["model.layers.0.mlp.gate_proj"]
     assert site["linears"] == [f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up")]
-    assert site["rule"] == "difference" and 0 <= site["fp4_fraction"] <= 1
+    assert (site["rule"], site["scales"]) == ("benefit", "search")
+    assert 0 <= site["fp4_fraction"] <= 1
     linears = [n for s in raw["quantization_config"]["sites"].values() for n in s["linears"]]
     stored = {n.rpartition(".weight_")[0] for n in tensors_in(tmp_path / "out") if ".weight_" in n}
     assert sorted(linears) == sorted(stored)

@@ -542,6 +542,21 @@ def test_ctrl_c_waits_for_the_sequence_to_end(tokens: Tensor, tmp_path: Path) ->
     assert same(calibrate(model, linears, tokens[:4], state=state), whole)
 
 
+def test_a_kept_calibration_is_used_again_or_refused(tokens: Tensor, tmp_path: Path) -> None:
+    model, linears = prepared("llama")
+    state = tmp_path / "state"
+    whole = calibrate(model, linears, tokens[:3], state=state, reuse=True)
+    seen = state.read_bytes()
+    assert same(calibrate(model, linears, tokens[:3], state=state, reuse=True), whole)
+    message = "state: a calibration of another model, of other token sequences or with other sites"
+    with pytest.raises(InputError, match=message):
+        calibrate(model, linears, tokens[3:6], state=state, reuse=True)
+    linears["model.layers.1.mlp.down_proj"].weight.data[0, 0] += 1
+    with pytest.raises(InputError, match=message):
+        calibrate(model, linears, tokens[:3], state=state, reuse=True)
+    assert state.read_bytes() == seen
+
+
 def test_a_state_of_another_run_is_passed_over(tokens: Tensor, tmp_path: Path) -> None:
     model, linears = prepared("llama")
     state = tmp_path / "state"

@@ -92,7 +92,7 @@ def test_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1_500_000_000)
     text = (
         "quantizing needs 3.00 GB more on cpu, 1.50 GB are free; "
-        "use a shorter seq_len or a machine with more memory"
+        "use a shorter seq_len, compensate: false, or a machine with more memory"
     )
     with pytest.raises(MemoryLimitError, match=f"^{re.escape(text)}$") as caught:
         require(wanted, CPU)
@@ -121,3 +121,15 @@ def test_the_peak_is_measured() -> None:
     block = torch.ones(50_000_000, dtype=torch.uint8)
     del block
     assert peak_bytes(CPU) >= before + 45_000_000
+
+
+def test_compensation_adds_the_moments_to_packing() -> None:
+    model = Chain()
+    linears = {"first": model.first, "second": model.second}
+    plain, more = (
+        estimate(model, linears, torch.zeros(10, 8), squares, 0.6, compensated=c)
+        for c in (False, True)
+    )
+    # H and C in fp32 for inputs 8 and 16 wide, and five float64 matrices of the wider.
+    assert plain.moments == 0 and more.moments == 8 * (8**2 + 16**2) + 5 * 8 * 16**2
+    assert MemoryEstimate(held=1000, fisher=400, packed=70, working=90, moments=50).peak == 1520

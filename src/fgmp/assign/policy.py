@@ -1,18 +1,18 @@
 """Which blocks get FP8.
 
-A policy is two plain facts: what a squared difference counts (``sensitivity``) and over what a
-threshold is taken (``per_layer``). Everything else, scores, quantiles and masks, is shared, so
-that policies can be compared on one calibration.
+A policy is two plain facts: what a square counts (``sensitivity``) and over what a threshold is
+taken (``per_layer``). Everything else, scores, quantiles and masks, is shared, so that policies
+can be compared on one calibration.
 
-================  ===================================================  =========
-policy            score of a block                                     threshold
-================  ===================================================  =========
-fisher            sum F (Q4 - Q8)^2, the paper's                       one for all
-fisher-per-layer  the same                                             each its own
-error             sum (Q4 - Q8)^2                                      one for all
-random            arbitrary                                            one for all
-fp8, nvfp4        none: every block FP8, or FP4                        -
-================  ===================================================  =========
+================  =========================================================  ============
+policy            score of a block                                           threshold
+================  =========================================================  ============
+fisher            squares weighted by F: the recipe's ``rule`` says which    one for all
+fisher-per-layer  the same                                                   each its own
+error             squares unweighted                                         one for all
+random            arbitrary                                                  one for all
+fp8, nvfp4        none: every block FP8, or FP4                              -
+================  =========================================================  ============
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fgmp.assign.impact import weight_impact
+from fgmp.assign.impact import weight_benefit, weight_impact
 from fgmp.formats.activation import Site, fl32, multiplier, sensitivity_codes
 from fgmp.formats.spec import E4M3, SCALE_MAX_CODE, SCORE_BITS
 from fgmp.formats.weight import WeightCodes
@@ -46,15 +46,21 @@ POLICIES = {
 
 
 def weight_scores(
-    policy: Policy, codes: WeightCodes, fisher: Tensor, generator: torch.Generator
+    policy: Policy,
+    rule: str,
+    codes: WeightCodes,
+    weight: Tensor,
+    fisher: Tensor,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Scores of a weight's blocks, float64 (N, G)."""
+    """Scores of a weight's blocks, float64 (N, G), by ``difference`` or ``benefit``."""
     if policy.sensitivity == "random":
         drawn = torch.rand(codes.scale.shape, generator=generator, dtype=torch.float64)
         return drawn.to(codes.scale.device)
-    return weight_impact(
-        codes, fisher if policy.sensitivity == "fisher" else torch.ones_like(fisher)
-    )
+    counts = fisher if policy.sensitivity == "fisher" else torch.ones_like(fisher)
+    if rule == "benefit":
+        return weight_benefit(codes, weight, counts)
+    return weight_impact(codes, counts)
 
 
 def weight_masks(
@@ -92,11 +98,15 @@ def quantile(scores: list[Tensor], fp4_fraction: float) -> float:
     return torch.kthvalue(flat, kept).values.item()
 
 
-def site_record(policy: Policy, g2: Tensor, amax: float, headroom: float) -> Site:
+def site_record(
+    policy: Policy, rule: str, scales: str, g2: Tensor, amax: float, headroom: float
+) -> Site:
     """A site's constants before its threshold is known.
 
     Args:
-        policy: what a squared difference counts.
+        policy: what a square counts.
+        rule: which squares, a key of ``formats.activation.RULES``; a random policy has its own.
+        scales: a key of ``formats.activation.SCALES``.
         g2: F_x, (K,).
         amax: largest calibrated magnitude.
         headroom: factor on ``amax``.
@@ -104,11 +114,11 @@ def site_record(policy: Policy, g2: Tensor, amax: float, headroom: float) -> Sit
     r = multiplier(amax * headroom)
     if policy.sensitivity == "fisher":
         codes, gamma = sensitivity_codes(g2)
-        return Site(r, codes, gamma, 0)
+        return Site(r, codes, gamma, 0, rule, scales)
     codes = torch.full(g2.shape, SCALE_MAX_CODE, dtype=torch.uint8, device=g2.device)
     if policy.sensitivity == "none":
-        return Site(r, codes, fl32(1 / E4M3.max), 0)
+        return Site(r, codes, fl32(1 / E4M3.max), 0, rule, scales)
     # An arbitrary score has no unit: gamma makes one count of S worth 1, as far as fp32 reaches.
     t = Site(r, codes, 1.0, 0).t
     gamma = fl32(min(2.0**SCORE_BITS / t**2, torch.finfo(torch.float32).max))
-    return Site(r, codes, gamma, 0, rule="random")
+    return Site(r, codes, gamma, 0, "random", scales)

@@ -93,6 +93,11 @@ def fp4_codes(blocks: Tensor, scale_codes: Tensor, t: float) -> Tensor:
     return encode_e2m1(blocks / scale.unsqueeze(-1), blocks)
 
 
+def fp8_codes(values: Tensor, t: float) -> Tensor:
+    """E4M3 codes, uint8, of fp32 values of any shape."""
+    return encode_e4m3(_over_6t(values, t), values)
+
+
 def quantize_weight(weight: Tensor, t: float, scale_codes: Tensor | None = None) -> WeightCodes:
     """Encode a weight in both formats.
 
@@ -108,7 +113,7 @@ def quantize_weight(weight: Tensor, t: float, scale_codes: Tensor | None = None)
     return WeightCodes(
         fp4=fp4_codes(blocks, scale_codes, t),
         scale=scale_codes,
-        fp8=encode_e4m3(_over_6t(blocks, t), blocks),
+        fp8=fp8_codes(blocks, t),
         t=t,
         k=weight.shape[-1],
     )

@@ -16,6 +16,7 @@ All give the same codes, scales, flags and units; sums of products agree within
 :func:`fgmp.formats.linear.error_bound`.
 """
 
+import importlib.util
 import logging
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from fgmp.formats import activation, linear
 from fgmp.formats.activation import Site
-from fgmp.formats.spec import BLOCK, FP8_BLOCK
+from fgmp.formats.spec import BLOCK, FP8_BLOCK, FP8_FACTOR
 from fgmp.kernels import check
 from fgmp.kernels.check import Planes
 from fgmp.kernels.cpu import library as cpu
@@ -201,6 +202,43 @@ def _say_slow() -> None:
     )
 
 
+def _cuda() -> dict[str, Callable[..., Any]]:
+    """The operators in Triton. Nothing waits for the device, so planes that contradict each other
+    are not found here: :func:`fgmp.pack.planes.validate` has looked at them when they were loaded.
+    """
+    from fgmp.kernels.triton import linear as triton_linear
+    from fgmp.kernels.triton import quantize, unpack
+
+    def quantize_activation(x: Tensor, *site: Any) -> tuple[Tensor, Tensor]:
+        check.activation("quantize_activation", x, *site)
+        return quantize.quantize_activation(x, *site)
+
+    def fake_quantize_activation(x: Tensor, *site: Any) -> tuple[Tensor, Tensor]:
+        check.activation("fake_quantize_activation", x, *site)
+        return quantize.fake_quantize_activation(x, *site)
+
+    def unpack_weight(*arguments: Any) -> Tensor:
+        low, scale, overflow, row_ptr, fp8, k, dtype = arguments
+        check.weight("unpack_weight", (low, scale, overflow, row_ptr, fp8), k)
+        return unpack.unpack_weight(low, scale, overflow, row_ptr, fp8, k, dtype)
+
+    def packed_linear(units: Tensor, *arguments: Any) -> Tensor:
+        low, scale, overflow, row_ptr, fp8, r, t, bias, dtype = arguments
+        planes = (low, scale, overflow, row_ptr, fp8)
+        check.linear("packed_linear", units, planes, r, t, bias, dtype)
+        t_x = 1 / (FP8_FACTOR * r)  # 6 r is exact, and the quotient of one rounding
+        return triton_linear.packed_linear(
+            units, low, scale, overflow, row_ptr, fp8, t_x, t, bias, dtype
+        )
+
+    return {
+        "quantize_activation": quantize_activation,
+        "fake_quantize_activation": fake_quantize_activation,
+        "unpack_weight": unpack_weight,
+        "packed_linear": packed_linear,
+    }
+
+
 def _implement() -> None:
     """Register the definitions, and the kernels that this machine can run."""
     for name, (definition, fake) in _DEFINITIONS.items():
@@ -210,6 +248,9 @@ def _implement() -> None:
     if kernels is not None:
         for name, function in _cpu(kernels).items():
             _lib.impl(name, function, "CPU")
+    if torch.cuda.is_available() and importlib.util.find_spec("triton"):
+        for name, function in _cuda().items():
+            _lib.impl(name, function, "CUDA")
 
 
 _implement()

@@ -89,6 +89,7 @@ def calibrate(
     *,
     groups: dict[str, list[str]] | None = None,
     state: Path | None = None,
+    reuse: bool = False,
     advance: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Run ``samples`` forward and backward and collect the Fisher information.
@@ -102,15 +103,16 @@ def calibrate(
         state: file that keeps the sums, written now and then, on an interruption and at the end;
             a later call with the same model, samples and groups goes on from there. The caller
             removes it.
+        reuse: refuse a ``state`` of another run instead of starting anew over it.
         advance: called after each sample.
 
     Raises:
         InputError: an activation, the loss or a gradient is not finite, sites are inconsistent,
-            or ``state`` is not such a file.
+            or ``state`` is not such a file, or under ``reuse`` one of another run.
     """
     recorder = _Recorder(linears, groups or {})
     fingerprint = _fingerprint(linears, samples, groups or {}) if state else ""
-    start = recorder.restore(state, fingerprint) if state else 0
+    start = recorder.restore(state, fingerprint, reuse) if state else 0
     for _ in range(start):
         advance()
     saved = time.monotonic()
@@ -321,7 +323,7 @@ class _Recorder:
                 stacklevel=3,
             )
 
-    def restore(self, state: Path, fingerprint: str) -> int:
+    def restore(self, state: Path, fingerprint: str, reuse: bool) -> int:
         """Load an interrupted run's sums if they are of this very run; samples already done."""
         if not state.exists():
             return 0
@@ -329,6 +331,11 @@ class _Recorder:
             with safe_open(state, framework="pt") as file:
                 facts = json.loads(file.metadata()["state"])
                 if facts["fingerprint"] != fingerprint:
+                    if reuse:
+                        raise InputError(
+                            f"{state}: a calibration of another model, of other token sequences "
+                            "or with other sites; name another file, or delete it"
+                        )
                     return 0
                 for name, f in self.sums.weights.items():
                     f.copy_(file.get_tensor(f"weight.{name}"))

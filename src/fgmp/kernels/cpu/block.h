@@ -389,6 +389,7 @@ inline F16 decode_fp8(const uint8_t *low, const uint8_t *overflow) {
 
 #endif
 
+constexpr int64_t kLine = 64;      // bytes that a cache fetches at once
 constexpr int64_t kSegment = 1024; // blocks whose FP8 ones are listed at a time
 
 // Positions of the FP8 blocks among `count` scale bytes, at most kSegment, ascending; returns how
@@ -439,7 +440,6 @@ inline int64_t count_flags(const uint8_t *scale, int64_t count) {
 // Asks for blocks [begin, end) of row n before they are needed: a tile's rows lie too far apart for
 // the processor to guess the next.
 inline void prefetch_row(const Weight &w, int64_t n, int64_t begin, int64_t end) {
-  constexpr int64_t kLine = 64;
   auto ask = [](const uint8_t *first, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += kLine)
       __builtin_prefetch(first + i);

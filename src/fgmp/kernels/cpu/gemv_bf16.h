@@ -8,9 +8,11 @@
 //        they index a table of bf16 numbers; vdpbf16ps adds four times 32 products onto 16 lanes,
 //        two lanes a block, which then take the block's scale. The tokens are dealt likewise:
 //        nibble c of word i meets element 4 i + c.
-//   FP8: 16 fp16 words by table and shift (block.h), widened to fp32, times 6 x.
+//   FP8: the 16 elements of a block as bf16 words, mantissas by table and exponents by a shift, added
+//        two by two with vdpbf16ps. Subnormal ones have a table of their own.
 //
-// Scales and FP8 values enter as fp16 words, 2^-8 of what they are worth; the end makes it up.
+// Scales enter as fp16 words and FP8 values likewise at 2^-8 of what they are worth; the end makes
+// it up.
 #pragma once
 #include "gemv.h"
 
@@ -20,6 +22,7 @@ namespace {
 constexpr int64_t kChunk = 128;         // elements of one 64-byte load of the plane `low`
 constexpr int64_t kChunkBlocks = 8;     // their blocks
 constexpr int64_t kPanelNumbers = 4096; // tokens times elements that the first cache holds
+constexpr int64_t kPanelLeast = 2048;   // elements; shorter panels cost more than they spare
 constexpr int64_t kPanelRows = 64;
 static_assert(kPanelNumbers / kBlock <= kSegment, "positions of a panel are listed at once");
 
@@ -98,7 +101,8 @@ inline void add_fp4(const uint8_t *low, const uint8_t *scale, int64_t blocks, in
   const int64_t whole = std::min(end, blocks / kChunkBlocks);
   for (int64_t chunk = begin; chunk < whole; ++chunk) {
     const int64_t g = chunk * kChunkBlocks;
-    _mm_prefetch(low + g * kHalf + 2*ahead, _MM_HINT_T1);
+    // Into the second cache: the first can wait for too few lines to use the memory's bandwidth.
+    _mm_prefetch(low + g * kHalf + ahead, _MM_HINT_T1);
     add_fp4_chunk<M>(low + g * kHalf, scale + g, 0xff, chunk, x, table, sum);
   }
   if (whole < end) {
@@ -176,7 +180,7 @@ inline void add_fp8(const uint8_t *low, const uint8_t *overflow, const uint16_t 
 template <int M>
 void gemv_bf16_rows(const Weight &w, const Tokens &x, Share rows, const Epilogue &out, Fault &fault) {
   const int64_t blocks = w.blocks(), chunks = (blocks + kChunkBlocks - 1) / kChunkBlocks;
-  const int64_t panel = std::max<int64_t>(kPanelNumbers / M / kChunk, 1);
+  const int64_t panel = std::max(kPanelNumbers / M, kPanelLeast) / kChunk;
   const __m512i table = bf16_table(), normal = mantissa_table(false), subnormal = mantissa_table(true);
   Positions positions;
   alignas(64) Accumulator<M> sums[kPanelRows];
@@ -197,18 +201,16 @@ void gemv_bf16_rows(const Weight &w, const Tokens &x, Share rows, const Epilogue
         const int64_t n = top + i;
         const uint8_t *low = w.low + n * blocks * kHalf, *scale = w.scale + n * blocks;
         Accumulator<M> sum = sums[i];
-        _mm_prefetch(scale + blocks + g, _MM_HINT_T0);
-        _mm_prefetch(scale + blocks + g + 64, _MM_HINT_T0);
-        _mm_prefetch(scale + blocks + g + 128, _MM_HINT_T0);
-        _mm_prefetch(scale + blocks + g + 192, _MM_HINT_T0);
-        add_fp4<M>(low, scale, blocks, begin, end, blocks * kHalf, x, table, sum);
+        for (int64_t b = 0; b < count; b += kLine)
+          _mm_prefetch(scale + blocks + g + b, _MM_HINT_T0);
+        add_fp4<M>(low, scale, blocks, begin, end, 2 * blocks * kHalf, x, table, sum);
         if (w.row_ptr) {
           const int64_t found = flagged(scale + g, count, positions);
           if (sum.next < 0 || sum.next + found > w.n_fp8) {
             fault.report(n);
           } else {
-            for (int64_t b = 0; b < found; b += 8)
-              _mm_prefetch(w.overflow + (sum.next + found + b) * kHalf, _MM_HINT_T0);
+            for (int64_t b = 0; b < found * kHalf; b += kLine)
+              _mm_prefetch(w.overflow + (sum.next + found) * kHalf + b, _MM_HINT_T0);
             add_fp8<M>(low, w.overflow + sum.next * kHalf, positions.at, found, g, x, normal,
                        subnormal, sum);
           }

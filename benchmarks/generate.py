@@ -1,0 +1,148 @@
+"""Tokens a second of a Llama with random weights: packed against Transformers in bf16.
+
+    python benchmarks/generate.py [--json] [--layers L] [--hidden H] [--ffn F] [--fp8 SHARE]
+                                  [--tokens T] [--repeats R]
+
+The default is TinyLlama's shape, 1.1 billion parameters, 0.97 of them in packed linears. Both
+models decode greedily from the same prompt with a KV cache, in turn. Head and embedding stay in
+bf16 in both. ``resident_bytes`` is how much the process grew by a model, from the kernel's own
+count, ``model_bytes`` what its tensors hold.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from typing import Any
+
+import psutil
+import torch
+from interleaved import machine, random_weight
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fgmp.formats.activation import Site, multiplier
+from fgmp.model.convert import install
+from fgmp.model.select import quantizable
+
+SITES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Linears of a Llama layer that read the same activation."""
+
+
+def original(args: argparse.Namespace) -> LlamaForCausalLM:
+    """The model in bf16."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=args.hidden,
+        intermediate_size=args.ffn,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=max(1, args.hidden // 512),
+        max_position_embeddings=2048,
+    )
+    model: LlamaForCausalLM = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    return model.eval()
+
+
+def pack(model: LlamaForCausalLM, share: float) -> None:
+    """Random planes in place of the linears of the layers."""
+    linears = quantizable(model)
+    groups = {}
+    for name in linears:
+        parent, _, leaf = name.rpartition(".")
+        site = next(members for members in SITES if leaf in members)
+        groups.setdefault(f"{parent}.{site[0]}", []).append(name)
+    weights = {
+        name: random_weight(linear.out_features, linear.in_features, share, seed)
+        for seed, (name, linear) in enumerate(linears.items())
+    }
+    records = {}
+    for owner in groups:
+        k = linears[owner].in_features
+        sensitivity = torch.full((k,), 0x38, dtype=torch.uint8)
+        records[owner] = Site(multiplier(8.0), sensitivity, 1.0, 2**44)
+    install(model, weights, records, groups)
+
+
+def resident() -> int:
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+
+def held(model: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+def decode(model: LlamaForCausalLM, tokens: int) -> float:
+    """Tokens a second after the prompt."""
+    prompt = torch.arange(1, 17)[None]
+    with torch.no_grad():
+        first = model(prompt, use_cache=True)
+        cache, token = first.past_key_values, first.logits[:, -1:].argmax(-1)
+        start = time.perf_counter()
+        for _ in range(tokens):
+            out = model(token, past_key_values=cache, use_cache=True)
+            cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        return tokens / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--ffn", type=int, default=5632)
+    parser.add_argument("--fp8", type=float, default=0.1)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+
+    memory = [resident()]
+    packed = original(args)
+    pack(packed, args.fp8)
+    memory.append(resident())
+    bf16 = original(args)
+    memory.append(resident())
+    models = {"packed": packed, "bf16": bf16}
+    for model in models.values():
+        decode(model, 2)
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(args.repeats):
+        for name, model in models.items():
+            rates[name].append(decode(model, args.tokens))
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "tokens_per_second": statistics.median(rates[name]),
+            "over_bf16": statistics.median(
+                a / b for a, b in zip(rates[name], rates["bf16"], strict=True)
+            ),
+            "resident_bytes": memory[at + 1] - memory[at],
+            "model_bytes": held(model),
+        }
+        for at, (name, model) in enumerate(models.items())
+    ]
+    facts = {
+        **machine(),
+        "layers": args.layers,
+        "hidden": args.hidden,
+        "ffn": args.ffn,
+        "fp8_share": args.fp8,
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+    }
+    if args.json:
+        print(json.dumps(facts, indent=1))
+        return
+    for row in rows:
+        print(
+            f"{row['name']:<8} {row['tokens_per_second']:6.2f} tokens/s"
+            f" {row['over_bf16']:5.2f} x bf16  {row['model_bytes'] / 1e6:6.0f} MB held,"
+            f" {row['resident_bytes'] / 1e6:6.0f} MB resident"
+        )
+
+
+if __name__ == "__main__":
+    main()

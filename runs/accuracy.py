@@ -1,0 +1,284 @@
+"""What every bit buys: this package and what a user would choose instead, in one harness.
+
+    python runs/accuracy.py MODEL --calib TEXT --data TEXT [--seeds 3] [--cache DIR] [--json]
+
+All rows see the same model, calibration text and evaluation windows. Bits are counted from the
+bytes of packed planes. ``kl`` is the mean token KL from the original; a model's *gap* is that of
+all-NVFP4 less that of all-FP8, and ``kl_gap_recovered_percent`` says how much of it a row closes,
+with a 95% interval by a bootstrap over windows, paired across all rows and, with several seeds,
+of the mean over calibrations. Losses by window are cached under DIR, so an interrupted run goes on
+where it stopped and a row that is there already costs nothing. If both texts are the same file,
+calibration takes windows of its first half and evaluation those of its second.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import baselines
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from fgmp import Recipe, calibration_text, evaluation_windows, quantize
+from fgmp.data import CalibrationText, choose_windows
+from fgmp.evaluation.compare import activation_fraction, start_counting, weight_bits
+from fgmp.evaluation.perplexity import batches, logits_of, loss_of
+from fgmp.formats.spec import FP4_BITS, FP8_BITS
+from fgmp.model.source import context_length, load_model, load_tokenizer
+from fgmp.pipeline import uniform
+from fgmp.progress import bars
+
+PAPER = {"rule": "difference", "scales": "max", "compensate": False}
+PLAIN = {**PAPER, "clip": "off"}
+RESAMPLES = 2000
+
+
+def recipe(**fields: object) -> Callable[["Setting"], nn.Module]:
+    """A row that is a recipe of this package."""
+    return lambda setting: setting.quantized(**fields)
+
+
+def stream(fp4: float) -> float:
+    """Bits a value of this share of FP4 blocks: what ``Recipe.bits`` counts."""
+    return FP8_BITS - fp4 * (FP8_BITS - FP4_BITS)
+
+
+def ends(policy: str, fp4: float) -> Callable[["Setting"], nn.Module]:
+    """A uniform row, rounded to nearest."""
+    return lambda setting: uniform(setting.load(), setting.base(), policy, fp4)
+
+
+ROWS: dict[str, Callable[["Setting"], nn.Module]] = {
+    "fp8": ends("fp8", 0.0),
+    "nvfp4": ends("nvfp4", 1.0),
+    "paper 70%": recipe(fp4=0.7, **PAPER),
+    "paper 90%": recipe(fp4=0.9, **PAPER),
+    "ours 70%": recipe(fp4=0.7),
+    "ours 90%": recipe(fp4=0.9),
+    "ours 100%": recipe(fp4=1.0),
+    "ours, mean of 70%": recipe(bits=stream(0.7)),
+    "ours, mean of 90%": recipe(bits=stream(0.9)),
+    "ours 85% weights, 55% activations": recipe(fp4=0.85, fp4_activations=0.55),
+    "autoquantize 5.4 bits": lambda s: baselines.autoquantize(s, 5.4),
+    "autoquantize 6.0 bits": lambda s: baselines.autoquantize(s, 6.0),
+    "ours at 5.4 bits": lambda s: baselines.at_bits(s, 5.4),
+    "ours at 6.0 bits": lambda s: baselines.at_bits(s, 6.0),
+    "nvfp4, MSE scales": recipe(fp4=1.0, policy="error", **PAPER),
+    "nvfp4, four over six": baselines.four_over_six,
+    "nvfp4, GPTQ": baselines.gptq,
+    "70% by channel": lambda s: baselines.by_channel(s, 0.7),
+    "90% by channel": lambda s: baselines.by_channel(s, 0.9),
+    "ours 100%, no compensation": recipe(fp4=1.0, compensate=False),
+    "ours 70%, no compensation": recipe(fp4=0.7, compensate=False),
+    "ours 90%, no compensation": recipe(fp4=0.9, compensate=False),
+    "ours 70%, rule difference": recipe(fp4=0.7, rule="difference"),
+    "ours 70%, scales max": recipe(fp4=0.7, scales="max"),
+    "ours 90%, scales max": recipe(fp4=0.9, scales="max"),
+    "ours 70%, no clipping": recipe(fp4=0.7, clip="off"),
+    "paper 70%, no clipping": recipe(fp4=0.7, **PLAIN),
+    "paper 70%, per layer": recipe(fp4=0.7, **PAPER, policy="fisher-per-layer"),
+    "paper 70%, no sensitivity": recipe(fp4=0.7, **PAPER, policy="error"),
+    "paper 70%, random": recipe(fp4=0.7, **PAPER, policy="random"),
+    "paper 70%, weights only": recipe(fp4=0.7, fp4_activations=0.0, **PAPER),
+    "paper 70%, activations only": recipe(fp4=0.0, fp4_activations=0.7, **PAPER),
+    "ours 100% weights, FP8 activations": recipe(fp4=1.0, fp4_activations=0.0),
+    "ours FP8 weights, 100% activations": recipe(fp4=0.0, fp4_activations=1.0),
+    "nvfp4 weights, FP8 activations": recipe(fp4=1.0, fp4_activations=0.0, **PLAIN),
+    "FP8 weights, nvfp4 activations": recipe(fp4=0.0, fp4_activations=1.0, **PLAIN),
+}
+"""Rows by name, what decides first."""
+
+
+@dataclass
+class Setting:
+    """One calibration of one model: what a row is made of."""
+
+    name: str
+    text: CalibrationText
+    seq_len: int
+    seed: int
+    state: Path
+    console: Console
+
+    def load(self) -> nn.Module:
+        """The original model, anew."""
+        return load_model(self.name)
+
+    def quantized(self, **fields: object) -> nn.Module:
+        """The model quantized by a recipe; the Fisher information is collected once a seed.
+
+        Scales are searched unless ``fields`` say otherwise: rows must not differ by what a short
+        held-out text happened to decide.
+        """
+        asked = {"clip": "on", "seq_len": self.seq_len, "seed": self.seed, **fields}
+        return quantize(
+            self.load(),
+            self.text.samples,
+            Recipe(**asked),  # type: ignore[arg-type]
+            state=self.state,
+            progress=bars(self.console),
+        )
+
+    def base(self) -> nn.Module:
+        """Sites and activation scales for the uniform rows."""
+        return self.quantized(**PLAIN)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Sums over each window, float64 (B,): loss and KL in nats; bits and FP4 share."""
+
+    loss: Tensor
+    kl: Tensor
+    bits_per_weight: float
+    fp4_activations: float
+
+
+@torch.no_grad()
+def measure(model: nn.Module, reference: list[Tensor], windows: Tensor) -> Measured:
+    """Run the windows; ``reference`` holds the original's log-probabilities by batch."""
+    start_counting(model)
+    losses, divergences = [], []
+    for batch, wanted in zip(batches(windows), reference, strict=True):
+        own = logits_of(model.eval(), batch)
+        losses.append(loss_of(own, batch))
+        divergences.append((wanted.exp() * (wanted - own)).double().sum((1, 2)))
+    return Measured(
+        torch.cat(losses), torch.cat(divergences), weight_bits(model), activation_fraction(model)
+    )
+
+
+def rows_of(found: dict[str, list[Measured]], original: Tensor, predictions: int) -> list[dict]:
+    """The table: means over seeds, and paired bootstrap intervals."""
+    count = len(original)
+    tokens = count * predictions
+    picks = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+    kl = {n: torch.stack([m.kl for m in ms]).mean(0) / predictions for n, ms in found.items()}
+    loss = {n: torch.stack([m.loss for m in ms]).mean(0) for n, ms in found.items()}
+    drawn = {n: k[picks].mean(-1) for n, k in kl.items()}
+    lines = []
+    for name, measured in found.items():
+        nll = loss[name].sum().item() / tokens
+        shift = ((loss[name] - original) / predictions)[picks].mean(-1)
+        base = original.sum().item() / tokens
+        recovered = _recovered(kl[name].mean(), kl["nvfp4"].mean(), kl["fp8"].mean())
+        spread = _recovered(drawn[name], drawn["nvfp4"], drawn["fp8"])
+        ppl4, ppl8 = (math.exp(loss[n].sum().item() / tokens) for n in ("nvfp4", "fp8"))
+        by_seed = [
+            _recovered(m.kl.mean(), found["nvfp4"][i].kl.mean(), found["fp8"][i].kl.mean()).item()
+            for i, m in enumerate(measured)
+        ]
+        lines.append(
+            {
+                "name": name,
+                "bits_per_weight": sum(m.bits_per_weight for m in measured) / len(measured),
+                "fp4_activations": sum(m.fp4_activations for m in measured) / len(measured),
+                "perplexity": math.exp(nll),
+                "ci95": [math.exp(base + d) for d in _interval(shift)],
+                "kl": kl[name].mean().item(),
+                "kl_ci95": _interval(drawn[name]),
+                "gap_recovered_percent": 100 * (ppl4 - math.exp(nll)) / (ppl4 - ppl8)
+                if ppl4 > 1.005 * ppl8
+                else None,
+                "kl_gap_recovered_percent": recovered.item(),
+                "kl_gap_recovered_ci95": _interval(spread),
+                "kl_gap_recovered_by_seed": by_seed,
+            }
+        )
+    return lines
+
+
+def _recovered(kl: Tensor, nvfp4: Tensor, fp8: Tensor) -> Tensor:
+    return 100 * (nvfp4 - kl) / (nvfp4 - fp8)
+
+
+def _interval(values: Tensor) -> list[float]:
+    ends = torch.tensor([0.025, 0.975], dtype=values.dtype)
+    return [float(v) for v in values.quantile(ends)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--calib", help="default: DATA, halved")
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--seq-len", type=int)
+    parser.add_argument("--windows", type=int, help="evaluate on the first so many only")
+    parser.add_argument("--seeds", type=int, default=1, help="calibrations to average over")
+    parser.add_argument("--only", help="names of rows, separated by semicolons")
+    parser.add_argument("--cache", type=Path, default=Path("accuracy-cache"))
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+    console = Console(stderr=True)
+    args.cache.mkdir(parents=True, exist_ok=True)
+
+    tokenizer, original = load_tokenizer(args.model), load_model(args.model)
+    seq_len = args.seq_len or min(512, context_length(original))
+    windows = evaluation_windows(args.data, tokenizer, seq_len)
+    calib = args.calib or args.data
+    half = len(windows) // 2
+    first, windows = (windows[:half], windows[half:]) if calib == args.data else (None, windows)
+    windows = windows[: args.windows]
+    reference = [logits_of(original.eval(), batch) for batch in batches(windows)]
+    losses = [loss_of(r, b) for r, b in zip(reference, batches(windows), strict=True)]
+
+    asked = args.only.split(";") if args.only else list(ROWS)
+    if unknown := set(asked) - set(ROWS):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    wanted = [name for name in ROWS if name in asked or name in ("fp8", "nvfp4")]
+    found: dict[str, list[Measured]] = {name: [] for name in wanted}
+    for seed in range(args.seeds):
+        chosen = {"samples": args.samples, "seq_len": seq_len, "seed": seed}
+        if first is not None:
+            text = choose_windows(first.flatten(), **chosen, source=calib)
+        else:
+            text = calibration_text(calib, tokenizer, **chosen)
+        weights = hashlib.sha256(repr([p.sum().item() for p in original.parameters()]).encode())
+        seen = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+        key = f"{weights.hexdigest()[:8]}-{text.fingerprint[:8]}-{seen[:8]}"
+        state = args.cache / f"{key}.calibration.safetensors"
+        setting = Setting(args.model, text, seq_len, seed, state, console)
+        for name in wanted:
+            file = args.cache / f"{key}-{name.replace(' ', '_').replace('%', '')}.pt"
+            if not file.exists():
+                console.rule(f"{name}, seed {seed}")
+                torch.save(vars(measure(ROWS[name](setting), reference, windows)), file)
+            found[name].append(Measured(**torch.load(file)))
+    facts = {
+        "model": Path(args.model).name,
+        "calibration_sequences": len(text.samples),
+        "seq_len": seq_len,
+        "seeds": args.seeds,
+        "evaluation_tokens": windows.shape[0] * (windows.shape[1] - 1),
+        "torch": torch.__version__,
+        "rows": rows_of(found, torch.cat(losses), windows.shape[1] - 1),
+    }
+    if args.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        _print(facts)
+
+
+def _print(facts: dict) -> None:
+    columns = "| row | bits/w | FP4 act | perplexity | KL | KL gap recovered | 95% interval |"
+    print(columns + "\n" + "|---" * 7 + "|")
+    for row in facts["rows"]:
+        low, high = row["kl_gap_recovered_ci95"]
+        print(
+            f"| {row['name']} | {row['bits_per_weight']:.2f} | {row['fp4_activations']:.1%} "
+            f"| {row['perplexity']:.3f} | {row['kl']:.5f} "
+            f"| {row['kl_gap_recovered_percent']:.1f}% | {low:.1f} - {high:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

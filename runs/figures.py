@@ -1,0 +1,111 @@
+"""Tables and plots of docs/results.md, from what ``runs/accuracy.py --json`` wrote.
+
+    python runs/figures.py docs/results/accuracy-*.json
+
+Prints a Markdown table for each file and draws ``<file>.svg`` beside it: KL gap recovered over the
+mean of the bits of a weight and of an activation value, with 95% intervals. It computes no result.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fgmp.evaluation.compare import activation_bits
+
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 420, 60, 48, 16, 16
+KINDS = {
+    "ours": "#0b6e4f",
+    "paper": "#c46210",
+    "autoquantize": "#7b2d8b",
+    "nvfp4": "#1f4e9c",
+    "fp8": "#1f4e9c",
+    "by channel": "#777777",
+}
+
+
+def kind_of(name: str) -> str:
+    return next((kind for kind in KINDS if kind in name), "ours")
+
+
+def mean_bits(row: dict[str, Any]) -> float:
+    """Of a weight and of an activation value."""
+    return (row["bits_per_weight"] + activation_bits(row["name"], row["fp4_activations"])) / 2
+
+
+def table(facts: dict[str, Any]) -> list[str]:
+    lines = [
+        "| row | bits/w | FP4 act | perplexity | KL | KL gap recovered | 95% interval |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in facts["rows"]:
+        low, high = row["kl_gap_recovered_ci95"]
+        lines.append(
+            f"| {row['name']} | {row['bits_per_weight']:.2f} | {row['fp4_activations']:.1%} "
+            f"| {row['perplexity']:.3f} | {row['kl']:.5f} "
+            f"| {row['kl_gap_recovered_percent']:.1f}% | {low:.1f} - {high:.1f} |"
+        )
+    return lines
+
+
+def plot(facts: dict[str, Any]) -> str:
+    """An SVG of all rows that quantize weights and activations to the same extent or by budget."""
+    rows = facts["rows"]
+
+    def x(bits: float) -> float:
+        return LEFT + (bits - 4.4) / (8.2 - 4.4) * (WIDTH - LEFT - RIGHT)
+
+    def y(percent: float) -> float:
+        return TOP + (105 - percent) / 110 * (HEIGHT - TOP - BOTTOM)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="11">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
+    ]
+    for percent in range(0, 101, 20):
+        parts.append(
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(percent):.1f}" y2="{y(percent):.1f}" '
+            f'stroke="#dddddd"/><text x="{LEFT - 8}" y="{y(percent) + 4:.1f}" '
+            f'text-anchor="end">{percent}%</text>'
+        )
+    for bits in (4.5, 5, 5.5, 6, 6.5, 7, 7.5, 8):
+        parts.append(
+            f'<text x="{x(bits):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{bits:g}'
+            "</text>"
+        )
+    parts.append(
+        f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 10}" text-anchor="middle">mean of the bits '
+        f"of a weight and of an activation value ({facts['model']})</text>"
+        f'<text x="14" y="{HEIGHT / 2}" transform="rotate(-90 14 {HEIGHT / 2})" '
+        'text-anchor="middle">KL gap recovered</text>'
+    )
+    for row in rows:
+        colour, at = KINDS[kind_of(row["name"])], (x(mean_bits(row)), row)
+        low, high = row["kl_gap_recovered_ci95"]
+        centre = y(row["kl_gap_recovered_percent"])
+        parts.append(
+            f'<line x1="{at[0]:.1f}" x2="{at[0]:.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}" '
+            f'stroke="{colour}"/><circle cx="{at[0]:.1f}" cy="{centre:.1f}" r="3.5" '
+            f'fill="{colour}"><title>{row["name"]}</title></circle>'
+            f'<text x="{at[0] + 6:.1f}" y="{centre + 4:.1f}" fill="{colour}" font-size="9">'
+            f"{row['name']}</text>"
+        )
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def main() -> None:
+    for name in sys.argv[1:]:
+        facts = json.loads(Path(name).read_text())
+        Path(name).with_suffix(".svg").write_text(plot(facts))
+        print(f"## {facts['model']}\n")
+        print("\n".join(table(facts)))
+        print(
+            f"\n{facts['calibration_sequences']} calibration sequences of {facts['seq_len']} "
+            f"tokens, {facts['evaluation_tokens']:,} evaluation tokens, {facts['seeds']} "
+            f"calibration seed(s), torch {facts['torch']}.\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The harness of ``runs/accuracy.py`` and its baselines, each against its rule spelt out."""
+
+import importlib.util
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+from rich.console import Console
+from torch import Tensor, nn
+
+from fgmp.data import choose_windows
+from fgmp.formats.spec import E2M1, E4M3, THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
+from fgmp.model.linear import mixed_linears, sites
+from fgmp.model.store import config_of
+
+RUNS = Path(__file__).parents[1] / "runs"
+
+
+@pytest.fixture(scope="module")
+def accuracy() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(RUNS))
+    spec = importlib.util.spec_from_file_location("accuracy", RUNS / "accuracy.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["accuracy"] = module
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(RUNS))
+    del sys.modules["accuracy"]
+
+
+@pytest.fixture
+def setting(accuracy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(accuracy, "load_model", lambda name: make_model(name))
+    stream = torch.randint(128, (400,), generator=torch.Generator().manual_seed(1))
+    text = choose_windows(stream, samples=8, seq_len=24, seed=0)
+    quiet = Console(quiet=True)
+    return accuracy.Setting("llama", text, 24, 0, tmp_path / "state.safetensors", quiet)
+
+
+def windows() -> Tensor:
+    return torch.randint(128, (6, 24), generator=torch.Generator().manual_seed(2))
+
+
+def measured(accuracy: ModuleType, model: nn.Module) -> Any:
+    reference = [accuracy.logits_of(make_model("llama"), b) for b in accuracy.batches(windows())]
+    return accuracy.measure(model, reference, windows())
+
+
+def test_rows_are_made_and_ordered(accuracy: ModuleType, setting: Any) -> None:
+    names = ("fp8", "nvfp4", "paper 70%", "nvfp4, GPTQ", "nvfp4, four over six", "70% by channel")
+    found = {name: [measured(accuracy, accuracy.ROWS[name](setting))] for name in names}
+    original = accuracy.loss_of(accuracy.logits_of(make_model("llama"), windows()), windows())
+    rows = {row["name"]: row for row in accuracy.rows_of(found, original, 23)}
+    assert rows["fp8"]["kl_gap_recovered_percent"] == 100
+    assert rows["nvfp4"]["kl_gap_recovered_percent"] == 0
+    for name, row in rows.items():
+        low, high = row["kl_gap_recovered_ci95"]
+        assert low <= row["kl_gap_recovered_percent"] <= high
+        assert row["kl_gap_recovered_by_seed"] == pytest.approx([row["kl_gap_recovered_percent"]])
+        assert (row["fp4_activations"] == 1) == name.startswith("nvfp4")
+    assert rows["paper 70%"]["kl"] < rows["nvfp4, GPTQ"]["kl"] < rows["nvfp4"]["kl"]
+    assert 4.5 <= rows["nvfp4, four over six"]["bits_per_weight"] < 4.6
+    assert 5 < rows["70% by channel"]["bits_per_weight"] < 6.5
+
+
+def test_autoquantize_is_the_best_choice_under_its_budget(
+    accuracy: ModuleType, setting: Any
+) -> None:
+    baselines = accuracy.baselines
+    parts = baselines.Parts(setting)
+    scores = baselines._layer_scores(parts, setting.text.samples)
+    size = {o: sum(parts.weights[n].numel() for n in ns) for o, ns in parts.linears_of.items()}
+    gain = {o: s["fp4"] - s["fp8"] for o, s in scores.items()}
+    for bits in (5.0, 6.0, 7.0):
+        room = (bits - 4.5) / 3.5 * sum(size.values())
+        best = max(
+            (sum(gain[o] for o in some), some)
+            for count in range(len(size) + 1)
+            for some in itertools.combinations(size, count)
+            if sum(size[o] for o in some) <= room
+        )[1]
+        model = baselines.autoquantize(setting, bits)
+        for owner, site in sites(model).items():
+            high = owner in best
+            assert site.record.threshold == (THRESHOLD_ALL_FP8 if high else THRESHOLD_ALL_FP4)
+            for name in config_of(setting.base()).sites[owner].linears:
+                assert mixed_linears(model)[name].packed.mode == ("fp8" if high else "fp4")
+
+
+def test_four_over_six_takes_the_better_scale(accuracy: ModuleType, setting: Any) -> None:
+    model = accuracy.baselines.four_over_six(setting)
+    site = next(iter(sites(model).values()))
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(3)).bfloat16().float()
+    units = site._quantize(x).float()
+    grid = torch.tensor([*E2M1.magnitudes, *(-m for m in E2M1.magnitudes)], dtype=torch.float64)
+    scales = torch.tensor(E4M3.magnitudes, dtype=torch.float64)
+    for row, block in itertools.product(range(3), range(4)):
+        u = x[row, 16 * block : 16 * block + 16].double() * site.record.r
+        errors = []
+        for factor in (1, 1.5):
+            s = scales[(scales - u.abs().max() * factor).abs().argmin()]
+            errors.append(((6 * u[:, None] - grid * s).abs().min(-1).values.square()).sum().item())
+        q = units[row, 16 * block : 16 * block + 16].double()
+        assert (q - 6 * u).square().sum().item() == pytest.approx(min(errors), rel=1e-5)
+    assert min(errors) > 0
+
+
+def test_our_bits_are_counted_with_the_row_counters(accuracy: ModuleType, setting: Any) -> None:
+    model = accuracy.baselines.at_bits(setting, 6.0)
+    # On weights this small, a few blocks and the record of the shape show in the second digit.
+    assert 5.85 < accuracy.weight_bits(model) <= 6.02
