@@ -38,7 +38,7 @@ from fgmp.hardware.rtl import epilogue, ppu
 from fgmp.hardware.run import in_verilator
 from fgmp.hardware.verify import Layer, mismatches
 from fgmp.hardware.verilator import Model
-from fgmp.model.linear import MixedLinear, mixed_linears
+from fgmp.model.linear import MixedLinear, mixed_linears, sites
 from fgmp.model.source import load_model, load_tokenizer
 from fgmp.model.store import config_of
 from fgmp.pack.planes import BlockCodes
@@ -196,10 +196,11 @@ def quantizer_values(n: int, r: float, draw: Drawer) -> Tensor:
     return words.view(torch.bfloat16)
 
 
-def check_quantizer(model: Model, n: int, r: float, draw: Drawer) -> int:
+def check_quantizer(model: Model, profile: tuple[str, str], n: int, r: float, draw: Drawer) -> int:
     x = quantizer_values(n, r, draw)
     sensitivity = torch.from_numpy(draw.integers(1, 127, size=(n, BLOCK)).astype(np.uint8))
-    q = quantize(x.reshape(1, -1), Site(r, sensitivity.flatten(), 1.0, -1))
+    q = quantize(x.reshape(1, -1), Site(r, sensitivity.flatten(), 1.0, -1, *profile))
+    latency = ppu.latency(*profile)
     finite = x.isfinite().all(-1)
     score, kind = q.score[0], torch.from_numpy(draw.integers(5, size=n))
     ends = torch.tensor([-1, 2**63 - 1])
@@ -208,7 +209,7 @@ def check_quantizer(model: Model, n: int, r: float, draw: Drawer) -> int:
     wide = (score > limit) | ~finite
     codes = torch.where(wide[:, None], q.fp8[0], q.fp4[0]).numpy()
     scale = np.where(wide, 0, q.scale[0])
-    rows = model.inputs.rows(n + ppu.LATENCY)
+    rows = model.inputs.rows(n + latency)
     field = model.inputs.of
     words = x.view(torch.int16).numpy()
     width = model.inputs.places["input__payload"][1]
@@ -217,8 +218,8 @@ def check_quantizer(model: Model, n: int, r: float, draw: Drawer) -> int:
     field(rows, "output__ready")[:] = 1
     significand, exponent = normalised(r, 12)
     # The threshold is read in the last step but one of each block.
-    limits = np.full(n + ppu.LATENCY, -1, dtype=np.int64)
-    limits[ppu.LATENCY - 1 : ppu.LATENCY - 1 + n] = limit.numpy()
+    limits = np.full(n + latency, -1, dtype=np.int64)
+    limits[latency - 1 : latency - 1 + n] = limit.numpy()
     same = np.ones(len(rows), dtype=np.int64)
     site = [(same * significand, 12), (same * (exponent & 0x1FF), 9), (limits.view(np.uint64), 64)]
     field(rows, "site")[:] = packed(site, model.inputs.places["site"][1])
@@ -232,14 +233,17 @@ def check_quantizer(model: Model, n: int, r: float, draw: Drawer) -> int:
     return int((~(same_codes & same_rest & (payload[:, 17] & 1 == finite.numpy()))).sum())
 
 
-def run_quantizer(vectors: int, folder: Path) -> dict[str, Any]:
+PROFILES = {"the paper's": ("difference", "max"), "the default": ("benefit", "search")}
+
+
+def run_quantizer(profile: tuple[str, str], vectors: int, folder: Path) -> dict[str, Any]:
     """Random thresholds are the scores themselves, one more and one less, and the two ends."""
-    model, draw = Model(ppu.Quantizer(), folder), np.random.default_rng(2)
+    model, draw = Model(ppu.Quantizer(*profile), folder), np.random.default_rng(2)
     multipliers = [1.0, multiplier(3.7), multiplier(5e-4), multiplier(9e20), 2.0**100, 2.0**-100]
     wrong = drawn = 0
     while drawn < vectors:
         n = min(CHUNK // 2, vectors - drawn)
-        wrong += check_quantizer(model, n, multipliers[drawn // (CHUNK // 2) % 6], draw)
+        wrong += check_quantizer(model, profile, n, multipliers[drawn // (CHUNK // 2) % 6], draw)
         drawn += n
     return {"quantizer": {"directed": 0, "random": drawn, "mismatches": wrong}}
 
@@ -305,7 +309,8 @@ def run_units(vectors: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for name, datapath in LANES.items():
             add(name, run_lane(datapath, vectors, Path(folder) / name.replace(" ", "_")))
-        add("", run_quantizer(vectors, Path(folder) / "quantizer"))
+        for name, profile in PROFILES.items():
+            add(name, run_quantizer(profile, vectors, Path(folder) / profile[0]))
         add("", run_epilogue(vectors, Path(folder) / "epilogue"))
     return found
 
@@ -353,7 +358,15 @@ class Simulated:
 
 
 def run_model(checkpoint: Path, data: str, tokens: int) -> dict[str, Any]:
-    array = Array(datapath=Datapath(k_max=1024, shared=True), lanes=4, rows=1, outputs_max=2048)
+    record = next(iter(sites(load_model(str(checkpoint))).values())).record
+    array = Array(
+        datapath=Datapath(k_max=1024, shared=True),
+        lanes=4,
+        rows=1,
+        outputs_max=2048,
+        rule=record.rule,
+        scales=record.scales,
+    )
     window = evaluation_windows(data, load_tokenizer(str(checkpoint)), tokens)[:1]
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         simulated = Simulated(checkpoint, array, Model(array.create(), Path(folder)))
@@ -372,6 +385,8 @@ def run_model(checkpoint: Path, data: str, tokens: int) -> dict[str, Any]:
             "rows": array.rows,
             "reuse": array.datapath.reuse,
             "shared": array.datapath.shared,
+            "rule": array.rule,
+            "scales": array.scales,
         },
         **simulated.facts,
         "cycles": cycles,

@@ -182,11 +182,17 @@ def test_refusals() -> None:
     x = an_input(1, 16, seed=11)
     site, weight = a_site(x, 0.5, 11), a_weight(2, 16, 0.5, 11)
     for change, rule in (
-        ({"rule": "random"}, "x: the accelerator needs the rule 'difference', got 'random'"),
-        ({"scales": "search"}, "x: the accelerator needs the scales 'max', got 'search'"),
         ({"r": 2.0**-101}, "x: the accelerator needs a multiplier from 2**-100 to 2**100"),
     ):
         with refuses(rule):
             LinearImage.of("x", type(site)(**{**vars(site), **change}), [(weight, None)])
+    for change, rule in (
+        ({"rule": "random"}, "x: rule must be 'difference' for this array, got 'random'"),
+        ({"scales": "search"}, "x: scales must be 'max' for this array, got 'search'"),
+    ):
+        with refuses(rule):
+            SMALL.require_rules("x", type(site)(**{**vars(site), **change}))
+    with refuses("array: rule must be one of ('difference', 'benefit'), got 'random'"):
+        Array(rule="random")
     with refuses("x: the accelerator needs finite biases"):
         LinearImage.of("x", site, [(weight, torch.tensor([1.0, torch.inf]))])

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for plane, value in a_weight(6, k, 0.4, seed).tensors().items():
                 tensors[f"{name}.weight_{plane}"] = value.clone()
     tensors["b.bias"] = torch.randn(6, generator=torch.Generator().manual_seed(3))
-    listed = {o: SiteConfig(names, "difference", 0.6) for o, (names, _) in sites.items()}
+    listed = {o: SiteConfig(names, "benefit", 0.6, "search") for o, (names, _) in sites.items()}
     config = {"quantization_config": CheckpointConfig(sites=listed).to_dict()}
     checkpoint.write(path, tensors, config)
     return path
@@ -56,6 +56,7 @@ def test_verify(folder: Path) -> None:
     found = json.loads(done.stdout)
     assert (found["layers"], found["linears"], found["mismatches"]) == (2, 3, 0)
     assert found["vectors"] == 2 * 3 * 3
+    assert (found["rule"], found["scales"]) == ("benefit", "search")
 
 
 def test_a_wrong_bit_is_a_mismatch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,19 +28,29 @@ def constants(r: float, threshold: int) -> dict[str, int]:
     }
 
 
-def play(x: Tensor, sensitivity: Tensor, r: float, thresholds: list[int]) -> list[Quantized]:
+PAPER = ("difference", "max")
+
+
+def play(
+    x: Tensor,
+    sensitivity: Tensor,
+    r: float,
+    thresholds: list[int],
+    profile: tuple[str, str] = PAPER,
+) -> list[Quantized]:
     """Blocks (n, 16) one a cycle; block i meets the sensitivities of row i and threshold i."""
-    top, words, found = Quantizer(), activation_words(x)[:, 0], []
+    top, words, found = Quantizer(*profile), activation_words(x)[:, 0], []
+    assert top.latency == LATENCY + (profile != PAPER)
 
     async def bench(ctx: Any) -> None:
         ctx.set(top.output.ready, 1)
-        for cycle in range(len(x) + LATENCY):
+        for cycle in range(len(x) + top.latency):
             if cycle < len(x):
                 ctx.set(top.input.payload.x, words[cycle].tolist())
                 ctx.set(top.input.payload.sensitivity, sensitivity[cycle].tolist())
             ctx.set(top.input.valid, cycle < len(x))
             # The threshold is read one step before the last.
-            judged = min(max(cycle - (LATENCY - 1), 0), len(x) - 1)
+            judged = min(max(cycle - (top.latency - 1), 0), len(x) - 1)
             ctx.set(top.site, constants(r, thresholds[judged]))
             await ctx.tick()
             if ctx.get(top.output.valid):
@@ -56,10 +66,16 @@ def unpacked(payload: Any) -> Quantized:
     return codes, int(payload.block.scale), int(payload.block.is_fp8), int(payload.finite)
 
 
-def reference(x: Tensor, sensitivity: Tensor, r: float, thresholds: list[int]) -> list[Quantized]:
+def reference(
+    x: Tensor,
+    sensitivity: Tensor,
+    r: float,
+    thresholds: list[int],
+    profile: tuple[str, str] = PAPER,
+) -> list[Quantized]:
     found = []
     for i, threshold in enumerate(thresholds):
-        q = quantize(x[i], Site(r, sensitivity[i], 1.0, threshold))
+        q = quantize(x[i], Site(r, sensitivity[i], 1.0, threshold, *profile))
         wide = bool(q.is_fp8[0])
         codes = (q.fp8 if wide else q.fp4)[0].tolist()
         finite = int(x[i].to(torch.bfloat16).isfinite().all())
@@ -79,19 +95,31 @@ def blocks_of_all_kinds(n: int, r: float, seed: int) -> Tensor:
     return x.float()
 
 
-@pytest.mark.parametrize("r", [1.0, multiplier(3.7), multiplier(5e-4), 2.0**100, 2.0**-100])
-def test_codes_and_decisions(r: float) -> None:
+def check(n: int, r: float, profile: tuple[str, str]) -> None:
     """Thresholds at every score and one below it decide by the last bit of S."""
-    n = 48
     x = blocks_of_all_kinds(n, r, seed=int(r) % 7)
     sensitivity = torch.randint(1, 127, (n, BLOCK), generator=draw(9)).to(torch.uint8)
     ends = [THRESHOLD_ALL_FP8, THRESHOLD_ALL_FP4]
     thresholds = []
     for i in range(n):
-        score = int(quantize(x[i], Site(r, sensitivity[i], 1.0, 0)).score[0])
+        score = int(quantize(x[i], Site(r, sensitivity[i], 1.0, 0, *profile)).score[0])
         thresholds.append([score, max(score - 1, -1), *ends][i % 4])
-    found = play(x, sensitivity, r, thresholds)
-    assert found == reference(x, sensitivity, r, thresholds)
+    found = play(x, sensitivity, r, thresholds, profile)
+    assert found == reference(x, sensitivity, r, thresholds, profile)
+
+
+@pytest.mark.parametrize("r", [1.0, multiplier(3.7), multiplier(5e-4), 2.0**100, 2.0**-100])
+def test_codes_and_decisions(r: float) -> None:
+    check(48, r, PAPER)
+
+
+@pytest.mark.parametrize("profile", [("benefit", "search"), ("difference", "search")])
+def test_searched_scales(profile: tuple[str, str]) -> None:
+    check(48, multiplier(3.7), profile)
+
+
+def test_benefit_under_the_largest_scale() -> None:
+    check(32, 1.0, ("benefit", "max"))
 
 
 def test_every_e4m3_midpoint_and_its_neighbours() -> None:

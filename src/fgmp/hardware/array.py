@@ -14,14 +14,19 @@ K / 16 >= lanes (for the epilogue); :meth:`Array.cycles` counts the cycles of wo
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fgmp.errors import InputError
+from fgmp.formats.activation import SCALES, Site
 from fgmp.formats.spec import BLOCK
 from fgmp.hardware.datapath import Datapath
 
 if TYPE_CHECKING:
     from fgmp.hardware.rtl.accelerator import Accelerator
+
+
+RULES: Final = ("difference", "benefit")
+"""Rules of ``formats.activation.RULES`` that there is a quantizer for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +38,16 @@ class Array:
         lanes: weight rows at a time, 2 or more.
         rows: activation rows at a time.
         outputs_max: the most rows that a weight may have; the bias memory's size.
+        rule: what the quantizer decides by, one of :data:`RULES`.
+        scales: what it chooses FP4 block scales from, a key of ``formats.activation.SCALES``.
     """
 
     datapath: Datapath = field(default_factory=lambda: Datapath(k_max=4096))
     lanes: int = 4
     rows: int = 1
     outputs_max: int = 4096
+    rule: str = "difference"
+    scales: str = "max"
 
     def __post_init__(self) -> None:
         def require(holds: bool, rule: str, value: object) -> None:
@@ -49,6 +58,8 @@ class Array:
         require(self.lanes >= 1, "lanes must be 1 or more", self.lanes)
         require(self.rows >= 1, "rows must be 1 or more", self.rows)
         require(self.outputs_max >= 1, "outputs_max must be 1 or more", self.outputs_max)
+        require(self.rule in RULES, f"rule must be one of {RULES}", self.rule)
+        require(self.scales in SCALES, f"scales must be one of {tuple(SCALES)}", self.scales)
 
     @property
     def groups_max(self) -> int:
@@ -74,6 +85,21 @@ class Array:
                 raise InputError(
                     f"{name}: {what} must be at most {most} for this array, got {found}; "
                     f"choose a larger {parameter}"
+                )
+
+    def require_rules(self, name: str, site: Site) -> None:
+        """Refuse a site that another quantizer is for.
+
+        Raises:
+            InputError: naming the site and the parameter to change.
+        """
+        for parameter, found, ours in (
+            ("rule", site.rule, self.rule),
+            ("scales", site.scales, self.scales),
+        ):
+            if found != ours:
+                raise InputError(
+                    f"{name}: {parameter} must be {ours!r} for this array, got {found!r}"
                 )
 
     def cycles(self, n: int, k: int, tokens: int) -> int:

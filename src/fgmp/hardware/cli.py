@@ -1,5 +1,6 @@
 """``fgmp hw``: the accelerator's commands. Parse, call, print."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,12 +38,15 @@ def rtl(
     shared: Shared = True,
     k_max: KMax = 4096,
     outputs_max: OutputsMax = 4096,
+    rule: Annotated[str, typer.Option(help="The quantizer's: benefit or difference.")] = "benefit",
+    scales: Annotated[str, typer.Option(help="The quantizer's: search or max.")] = "search",
     as_json: Json = False,
 ) -> None:
     """Write Verilog, the ports of every module and the memory map."""
     from fgmp.hardware.export import write_rtl
 
     array = _array(lanes, rows, reuse, shared, k_max, outputs_max)
+    array = replace(array, rule=rule, scales=scales)
     show(write_rtl(output, array, bars(stderr)), as_json, print_facts)
 
 

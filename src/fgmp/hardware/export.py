@@ -10,6 +10,7 @@ memory.json       the sections of a linear's memory image, and the parameters of
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ def write_rtl(directory: Path, array: Array, stages: Stages = silent) -> dict[st
     from fgmp.hardware.rtl.ppu import Quantizer
     from fgmp.hardware.rtl.verilog import ports, verilog
 
-    makers: dict[str, Callable[[], Any]] = {"accelerator": array.create, "quantizer": Quantizer}
+    makers: dict[str, Callable[[], Any]] = {
+        "accelerator": array.create,
+        "quantizer": partial(Quantizer, array.rule, array.scales),
+    }
     for kind in FORMATS:
         shared = array.datapath.shared and kind == array.datapath.kind
         makers[f"lane_{kind}"] = replace(array.datapath, kind=kind, shared=shared).create

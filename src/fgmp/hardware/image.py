@@ -77,16 +77,14 @@ class LinearImage:
         """The image of the linears that read ``site``, with their biases; ``name`` is for errors.
 
         Raises:
-            InputError: what the hardware does not compute: another rule than ``difference``,
-                searched scales, a multiplier beyond 2**100, a scale or bias that is not finite.
+            InputError: what the hardware does not compute: a multiplier beyond 2**100, a scale or
+                a bias that is not finite.
         """
 
         def require(holds: bool, rule: str, value: object) -> None:
             if not holds:
                 raise InputError(f"{name}: the accelerator needs {rule}, got {value}")
 
-        require(site.rule == "difference", "the rule 'difference'", repr(site.rule))
-        require(site.scales == "max", "the scales 'max'", repr(site.scales))
         inside = 1 / _R_LIMIT <= site.r <= _R_LIMIT
         require(inside, "a multiplier from 2**-100 to 2**100", site.r)
         scale = fl32(linears[0][0].t.item() * site.t)

@@ -10,7 +10,7 @@ in the last row one that is not finite.
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ def verify(
 
     Args:
         directory: a checkpoint.
+        array: but for the quantizer's rule and scales, which the checkpoint says.
         tokens: activation rows, 1 or more.
         outputs: rows of each linear, or None for all.
         simulator: one of :data:`SIMULATORS`.
@@ -117,7 +118,11 @@ def verify(
     if not layers:
         raise InputError(f"{directory}: no site's name contains {match!r}")
     images = [layer.image for layer in layers]
+    # All sites of a model are quantized by the same rule, and the quantizer is built for it.
+    rule, scales = layers[0].site.rule, layers[0].site.scales
+    array = replace(array, rule=rule, scales=scales)
     for layer, image in zip(layers, images, strict=True):
+        array.require_rules(layer.owner, layer.site)
         array.require_fits(layer.owner, image.n, image.k)
     inputs = [activations(layer.site, layer.k, tokens, seed) for seed, layer in enumerate(layers)]
     begin = time.perf_counter()
@@ -137,6 +142,8 @@ def verify(
         "vectors": sum(o.fp32.size for o in outcomes),
         "mismatches": sum(wrong),
         "wrong": [layer.owner for layer, n in zip(layers, wrong, strict=True) if n],
+        "rule": rule,
+        "scales": scales,
         "simulator": simulator,
         "tokens": tokens,
         "cycles": counters,
