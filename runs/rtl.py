@@ -20,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,7 @@ def check_quantizer(model: Model, profile: tuple[str, str], n: int, r: float, dr
     return int((~(same_codes & same_rest & (payload[:, 17] & 1 == finite.numpy()))).sum())
 
 
-PROFILES = {"the paper's": ("difference", "max"), "the default": ("benefit", "search")}
+PROFILES = {"the paper's": ("difference", "max"), "default": ("benefit", "search")}
 
 
 def run_quantizer(profile: tuple[str, str], vectors: int, folder: Path) -> dict[str, Any]:
@@ -259,8 +260,8 @@ def check_epilogue(model: Model, datapath: Datapath, n: int, draw: Drawer) -> in
     power = draw.choice([0, -20, -140, -148, -125, 100, 127, -60])
     scale = np.float32(np.ldexp(draw.random() + 0.5, power))
     # A cast of int64 to float32 rounds once, and so does each float32 operation.
-    y = torch.from_numpy(total.astype(np.float32) * np.float32(2.0**-20) * scale)
     with np.errstate(all="ignore"):
+        y = torch.from_numpy(total.astype(np.float32) * np.float32(2.0**-20) * scale)
         near = -y.numpy() * (1 + 2.0**-23 * draw.integers(-3, 4, size=n)).astype(np.float32)
         far = (draw.standard_normal(n) * np.exp2(draw.integers(-149, 120, size=n))).astype("f4")
     bias = np.choose(draw.integers(4, size=n), [np.float32(-0.0), -y.numpy(), near, far])
@@ -299,19 +300,20 @@ def run_epilogue(vectors: int, folder: Path) -> dict[str, Any]:
     return {"epilogue": {"directed": 0, "random": drawn, "mismatches": wrong}}
 
 
-def run_units(vectors: int) -> dict[str, Any]:
+def run_units(vectors: int, only: str) -> dict[str, Any]:
+    """All units whose name contains ``only``."""
     found: dict[str, Any] = {"vectors": vectors, "units": {}}
-
-    def add(lane: str, rows: dict[str, Any]) -> None:
-        found["units"] |= {f"{name}, {lane}" if lane else name: row for name, row in rows.items()}
-        print(lane, rows, file=sys.stderr, flush=True)
-
+    runs: dict[str, Callable[[int, Path], dict[str, Any]]] = {
+        **{name: partial(run_lane, datapath) for name, datapath in LANES.items()},
+        **{f"{name} rules": partial(run_quantizer, rules) for name, rules in PROFILES.items()},
+        "output": run_epilogue,
+    }
     with tempfile.TemporaryDirectory() as folder:
-        for name, datapath in LANES.items():
-            add(name, run_lane(datapath, vectors, Path(folder) / name.replace(" ", "_")))
-        for name, profile in PROFILES.items():
-            add(name, run_quantizer(profile, vectors, Path(folder) / profile[0]))
-        add("", run_epilogue(vectors, Path(folder) / "epilogue"))
+        for i, (name, run) in enumerate(runs.items()):
+            if only in name:
+                rows = run(vectors, Path(folder) / str(i))
+                found["units"] |= {f"{unit}, {name}": row for unit, row in rows.items()}
+                print(name, rows, file=sys.stderr, flush=True)
     return found
 
 
@@ -406,6 +408,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     units = commands.add_parser("units")
     units.add_argument("--vectors", type=int, default=10_000_000)
+    units.add_argument("--only", default="", help="units whose name contains this")
     model = commands.add_parser("model")
     model.add_argument("checkpoint", type=Path)
     model.add_argument("--data", required=True)
@@ -415,7 +418,7 @@ def main() -> None:
     args = parser.parse_args()
     begin = time.perf_counter()
     if args.command == "units":
-        found = run_units(args.vectors)
+        found = run_units(args.vectors, args.only)
     else:
         found = run_model(args.checkpoint, args.data, args.tokens)
     found["seconds"] = round(time.perf_counter() - begin)

@@ -78,7 +78,8 @@ def test_a_wrong_bit_is_a_mismatch(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_rtl(tmp_path: Path) -> None:
     small = ("--lanes", 2, "--reuse", 2, "--k-max", 32, "--outputs-max", 16)
-    done = invoke("rtl", "-o", tmp_path / "rtl", *small, "--json")
+    paper = ("--rule", "difference", "--scales", "max")
+    done = invoke("rtl", "-o", tmp_path / "rtl", *small, *paper, "--json")
     assert done.exit_code == 0, done.output
     modules = json.loads(done.stdout)["modules"]
     assert modules == ["accelerator", "quantizer", "lane_mixed", "lane_fp4", "lane_fp8"]
