@@ -359,6 +359,26 @@ class Simulated:
         return dict(zip(layer.linears, whole.split(widths, -1), strict=True))
 
 
+def exact_model(checkpoint: Path) -> torch.nn.Module:
+    """The model whose linears are the definition: ``quantize`` and ``exact_linear``."""
+    network = load_model(str(checkpoint))
+    for name, linear in mixed_linears(network).items():
+        layer = Layer(name, linear.input_site.record, {name: (linear.packed, linear.bias)})
+        linear.forward = partial(_exactly, layer)  # type: ignore[method-assign]
+    return network
+
+
+def _exactly(layer: Layer, x: Tensor) -> Tensor:
+    return layer.reference(x.reshape(-1, layer.k)).view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def loss_of(network: torch.nn.Module, window: Tensor) -> float:
+    """Mean loss in nats of the window's tokens."""
+    with torch.no_grad():
+        logits = network(input_ids=window).logits.float()
+    return torch.nn.functional.cross_entropy(logits[0, :-1], window[0, 1:]).item()
+
+
 def run_model(checkpoint: Path, data: str, tokens: int) -> dict[str, Any]:
     record = next(iter(sites(load_model(str(checkpoint))).values())).record
     array = Array(
@@ -370,14 +390,9 @@ def run_model(checkpoint: Path, data: str, tokens: int) -> dict[str, Any]:
         scales=record.scales,
     )
     window = evaluation_windows(data, load_tokenizer(str(checkpoint)), tokens)[:1]
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory() as folder:
         simulated = Simulated(checkpoint, array, Model(array.create(), Path(folder)))
-        logits = simulated.network(input_ids=window).logits.float()
-        usual = load_model(str(checkpoint))(input_ids=window).logits.float()
-    loss, software = (
-        torch.nn.functional.cross_entropy(found[0, :-1], window[0, 1:]).item()
-        for found in (logits, usual)
-    )
+        loss = loss_of(simulated.network, window)
     cycles = simulated.cycles
     return {
         "checkpoint": checkpoint.name,
@@ -394,7 +409,8 @@ def run_model(checkpoint: Path, data: str, tokens: int) -> dict[str, Any]:
         "cycles": cycles,
         "ppu_stall_percent": 100 * cycles["activations"] / cycles["cycles"],
         "loss": loss,
-        "loss_in_software": software,
+        "loss_with_exact_linear": loss_of(exact_model(checkpoint), window),
+        "loss_in_software": loss_of(load_model(str(checkpoint)), window),
     }
 
 
