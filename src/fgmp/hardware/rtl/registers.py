@@ -1,0 +1,111 @@
+"""A lane's registers: the operands that hold a unit still, and the running totals.
+
+Only what says that data are valid is reset; the data themselves are not.
+"""
+
+from typing import Any
+
+from amaranth.hdl import Array, Module, Mux, Signal
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
+
+from fgmp.hardware.datapath import Datapath, Unit
+from fgmp.hardware.rtl.decode import named
+from fgmp.hardware.rtl.dot import operand_layout
+from fgmp.hardware.rtl.floats import fp32_sum, integer_to_fp32
+
+
+class Operands(wiring.Component):
+    """The operands of one unit; one cycle of latency.
+
+    Ports:
+        activation, weight: blocks in the unit's formats.
+        load: take the blocks; the operands change in no other cycle.
+        selected: the blocks are for this unit.
+        exchanged: ``weight`` comes from the activation's side and ``activation`` from the weight's.
+        new_weight: from now on the weight's side has another block.
+        activation_held, weight_held: the registers.
+        held: they hold a pair for this unit since the last cycle.
+    """
+
+    def __init__(self, unit: Unit) -> None:
+        activation, weight = operand_layout(unit.activation), operand_layout(unit.weight)
+        super().__init__(
+            {
+                "activation": In(activation),
+                "weight": In(weight),
+                "load": In(1),
+                "selected": In(1),
+                "exchanged": In(1),
+                "new_weight": In(1),
+                "activation_held": Out(activation),
+                "weight_held": Out(weight),
+                "held": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: Any) -> Module:
+        m = Module()
+        activation = Signal.like(self.activation, reset_less=True)
+        weight = Signal.like(self.weight, reset_less=True)
+        current = Signal()
+        stale = self.new_weight | ~current
+        with m.If(self.load & (stale | ~self.exchanged)):
+            m.d.sync += activation.eq(self.activation)
+        with m.If(self.load & (stale | self.exchanged)):
+            m.d.sync += weight.eq(self.weight)
+        with m.If(self.load | self.new_weight):
+            m.d.sync += current.eq(self.load)
+        m.d.sync += self.held.eq(self.selected)
+        m.d.comb += [self.activation_held.eq(activation), self.weight_held.eq(weight)]
+        return m
+
+
+class Totals(wiring.Component):
+    """The running totals of a lane, exact integers or fp32; one cycle of latency.
+
+    Ports:
+        contribution: what to add, two's complement.
+        valid: add it in this cycle,
+        first: to zero instead of what the slot holds,
+        slot: in this slot,
+        last: and put the sum out.
+        total: the last sum that was put out.
+        done: it was in the last cycle.
+    """
+
+    def __init__(self, datapath: Datapath) -> None:
+        self.slots = datapath.reuse
+        self.exact = datapath.accumulator == "exact"
+        super().__init__(
+            {
+                "contribution": In(datapath.contribution_bits),
+                "valid": In(1),
+                "first": In(1),
+                "slot": In(exact_log2(datapath.reuse)),
+                "last": In(1),
+                "total": Out(datapath.total_bits),
+                "done": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: Any) -> Module:
+        m = Module()
+        total, *slots = (
+            Signal.like(self.total, name=name, reset_less=True)
+            for name in ("last_total", *(f"slot_{i}" for i in range(self.slots)))
+        )
+        held = Array(slots)[self.slot]
+        old = Mux(self.first, 0, held)
+        if self.exact:
+            new = old + self.contribution.as_signed()
+        else:
+            new = fp32_sum(m, named(m, "old", old), integer_to_fp32(m, self.contribution))
+        with m.If(self.valid):
+            m.d.sync += held.eq(new)
+            with m.If(self.last):
+                m.d.sync += total.eq(new)
+        m.d.sync += self.done.eq(self.valid & self.last)
+        m.d.comb += self.total.eq(total)
+        return m

