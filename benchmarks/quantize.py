@@ -30,6 +30,7 @@ from fgmp.evaluation.perplexity import evaluate
 from fgmp.model.linear import mixed_linears
 from fgmp.model.source import context_length, load_model, load_tokenizer
 from fgmp.model.store import config_of
+from fgmp.recipe import PAPER
 from fgmp.sensitivity.fisher import causal_lm_loss
 
 
@@ -69,7 +70,7 @@ def main() -> None:
         seconds = {"passes": timed(lambda m=original: passes(m, text.samples))[0]}
         mixed = load_model(args.model)
         seconds["quantize"], _ = timed(
-            lambda m=mixed: quantize(m, text.samples, Recipe(), held_out=text.held_out)
+            lambda m=mixed: quantize(m, text.samples, Recipe(**PAPER), held_out=text.held_out)
         )
         result = config_of(mixed).result
         seconds["calibration"] = result["seconds"]["calibration"]

@@ -27,15 +27,15 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from fgmp import Recipe, calibration_text, evaluation_windows, quantize
-from fgmp.data import CalibrationText, choose_windows
+from fgmp.data import CalibrationText, choose_windows, overlap
 from fgmp.evaluation.compare import activation_fraction, start_counting, weight_bits
 from fgmp.evaluation.perplexity import batches, logits_of, loss_of
 from fgmp.formats.spec import FP4_BITS, FP8_BITS
 from fgmp.model.source import context_length, load_model, load_tokenizer
 from fgmp.pipeline import uniform
 from fgmp.progress import bars
+from fgmp.recipe import PAPER
 
-PAPER = {"rule": "difference", "scales": "max", "compensate": False}
 PLAIN = {**PAPER, "clip": "off"}
 RESAMPLES = 2000
 
@@ -242,6 +242,8 @@ def main() -> None:
             text = choose_windows(first.flatten(), **chosen, source=calib)
         else:
             text = calibration_text(calib, tokenizer, **chosen)
+        if share := overlap(text.samples, windows):
+            console.print(f"warning: {share:.1%} of the evaluation windows repeat calibration text")
         weights = hashlib.sha256(repr([p.sum().item() for p in original.parameters()]).encode())
         seen = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
         key = f"{weights.hexdigest()[:8]}-{text.fingerprint[:8]}-{seen[:8]}"

@@ -25,6 +25,7 @@ from fgmp import Recipe, quantize
 from fgmp.demo.text import docstrings, standard_library
 from fgmp.model.store import config_of
 from fgmp.pipeline import uniform
+from fgmp.recipe import PAPER
 
 FRACTIONS = (0.7, 0.9)
 
@@ -81,7 +82,7 @@ def run(texts: list[str], held_out: list[str]) -> dict[str, Any]:
         mixed = quantize(
             copy.deepcopy(model),
             calibration,
-            Recipe(fp4=fraction, clip="on"),
+            Recipe(fp4=fraction, clip="on", **PAPER),
             loss=projection_loss,
         )
         found[f"fgmp {fraction:.0%}"] = {"drift": drift(mixed, reference, evaluation)}

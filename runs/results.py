@@ -1,4 +1,4 @@
-"""The tables of docs/results.md: one model, many recipes, one comparison.
+"""The paper's method and its ablations: one model, many recipes, one comparison.
 
     python runs/results.py MODEL --calib TEXT --data TEXT [--windows N] [--json FILE]
 
@@ -23,6 +23,7 @@ from fgmp.model.source import context_length, load_model, load_tokenizer
 from fgmp.model.store import config_of
 from fgmp.pipeline import uniform
 from fgmp.progress import bars
+from fgmp.recipe import PAPER
 
 RECIPES = {
     "fgmp 70%": {"fp4": 0.7},
@@ -75,7 +76,9 @@ def main() -> None:
             models[name] = quantize(
                 load_model(args.model),
                 text.samples,
-                Recipe(samples=args.samples, seq_len=seq_len, seed=args.seed, **RECIPES[name]),
+                Recipe(
+                    samples=args.samples, seq_len=seq_len, seed=args.seed, **PAPER, **RECIPES[name]
+                ),
                 held_out=text.held_out,
                 state=Path(folder) / "calibration.safetensors",
                 progress=bars(console),

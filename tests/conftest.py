@@ -1,6 +1,7 @@
 """Shared by all tests: small random models of every supported family, and quiet threads."""
 
 import os
+import signal
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -23,6 +24,8 @@ from transformers import (
     Qwen3Config,
 )
 
+# A background job starts with Ctrl-C ignored; tests that send it need it back.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests run side by side in several processes; more threads than cores makes each 30 times slower.
 torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -16,6 +16,7 @@ from fgmp.data import (
     calibration_text,
     choose_windows,
     evaluation_windows,
+    overlap,
     read_documents,
     tokenize,
     windows,
@@ -190,3 +191,13 @@ def test_evaluation_takes_all_windows(tmp_path: Path) -> None:
     path.write_text("\n")
     with pytest.raises(InputError, match=r"a\.txt: nothing to predict in 0 tokens"):
         evaluation_windows(path, Bytes(), 3)
+
+
+def test_overlap_finds_a_passage_wherever_it_lies() -> None:
+    g = torch.Generator().manual_seed(5)
+    calibration, evaluation = torch.randint(500, (2, 6, 100), generator=g)
+    assert overlap(calibration, evaluation) == 0
+    evaluation[4, 20:83] = calibration[1, 30:93]  # 63 tokens, off every multiple of 32
+    assert overlap(calibration, evaluation) == pytest.approx(1 / 6)
+    assert overlap(calibration, calibration) == 1
+    assert overlap(calibration[:, :20], calibration[:, :20]) == 0  # shorter than a piece

@@ -22,6 +22,8 @@ SEPARATOR = "<|endoftext|>"
 HELD_OUT_SHARE = 8
 """The held-out slice of a calibration text is one window for this many calibration windows."""
 
+_SPAN = 32
+
 
 def read_documents(source: str | Path) -> list[str]:
     """The documents of a text file, a JSON-lines file or a Hugging Face dataset."""
@@ -121,6 +123,23 @@ def evaluation_windows(source: str | Path, tokenizer: Any, seq_len: int) -> Tens
     if len(stream) < 2:
         raise InputError(f"text {source}: nothing to predict in {len(stream)} tokens")
     return windows(stream, min(seq_len, len(stream)))
+
+
+def overlap(calibration: Tensor, evaluation: Tensor) -> float:
+    """Share of evaluation windows that hold 32 consecutive tokens of the calibration windows.
+
+    Args:
+        calibration: int64 (B, L). Pieces at multiples of 32 are looked for, so that any passage of
+            63 tokens in common is found.
+        evaluation: int64 (B', L').
+    """
+    if min(calibration.shape[1], evaluation.shape[1]) < _SPAN:
+        return 0.0
+    # A hash in wrapping 64-bit integers: the odds of a false hit are those of 2**-64 a pair.
+    factors = torch.randint(2**62, (_SPAN,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    known = (calibration.unfold(1, _SPAN, _SPAN) * factors).sum(-1).flatten()
+    found = torch.isin((evaluation.unfold(1, _SPAN, 1) * factors).sum(-1), known)
+    return found.any(-1).double().mean().item()
 
 
 def _text_of(line: str, path: Path, number: int) -> str:

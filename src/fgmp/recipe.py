@@ -16,6 +16,8 @@ from fgmp.formats.spec import FP4_BITS, FP8_BITS
 CLIP_CHOICES = ("auto", "on", "off")
 RULE_NAMES = ("benefit", "difference")
 SCALES_NAMES = ("search", "max")
+PAPER: dict[str, Any] = {"rule": "difference", "scales": "max", "compensate": False}
+"""What makes a recipe the paper's method: ``Recipe(fp4=0.7, **PAPER)``."""
 POLICY_NAMES = ("fisher", "fisher-per-layer", "error", "random", "fp8", "nvfp4")
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from fgmp.errors import CheckpointError
 from fgmp.formats.codec import to_blocks
 from fgmp.formats.weight import WeightCodes, quantize_weight, tensor_scale
+from fgmp.pack import planes
 from fgmp.pack.planes import MODES, PackedWeight, pack, unpack, unpack_units, validate
 
 FORMAT_MD = Path(__file__).parents[2] / "docs" / "format.md"
@@ -385,3 +386,18 @@ def test_corrupt_bytes_are_refused_or_are_another_valid_weight(data: st.DataObje
         return
     assert same_planes(repacked(corrupt), corrupt)
     assert torch.equal(unpack_units(corrupt).bfloat16().float(), unpack_units(corrupt))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_a_late_slice_is_checked_and_named(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checking goes slice by slice; what is wrong in the last one is found, at its own row."""
+    monkeypatch.setattr(planes, "_CHECKED_ELEMENTS", 3 * 48)
+    codes = quantize_weight(torch.randn(11, 40), 0.01)
+    is_fp8 = torch.rand(codes.scale.shape, generator=torch.Generator().manual_seed(1)) < share
+    packed = pack(codes, is_fp8)
+    validate("w", packed)
+    plane = packed.low if packed.fp8 is None else packed.fp8
+    assert plane is not None
+    plane[10, -1] = 0x11  # in the padding of the last block of the last row
+    with pytest.raises(CheckpointError, match=r"padding of the last block must be zero, .*\[10, "):
+        validate("w", packed)

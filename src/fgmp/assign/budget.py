@@ -21,7 +21,7 @@ from fgmp.formats.spec import FP4_BITS, FP8_BITS
 from fgmp.sensitivity.histogram import ScoreHistogram
 
 RELIEF = 0.4
-"""Share of the weights' harm that compensation leaves; docs/results.md measures it."""
+"""Share of the weights' harm that compensation is taken to leave: an estimate from two models."""
 
 _OCTAVES = 400.0
 

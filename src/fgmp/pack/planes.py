@@ -38,6 +38,9 @@ MODES = {
 }
 """Planes present in each mode, beside ``shape`` and ``t``."""
 
+_CHECKED_ELEMENTS = 1 << 20
+"""Elements that :func:`validate` decodes at a time."""
+
 _MANTISSA = (1 << E4M3.mantissa_bits) - 1
 _EXPONENT = (1 << E4M3.exponent_bits) - 1
 
@@ -143,6 +146,23 @@ def unpack(packed: PackedWeight) -> BlockCodes:
     return BlockCodes(is_fp8, codes, packed.scale)
 
 
+def rows(packed: PackedWeight, start: int, stop: int) -> PackedWeight:
+    """Rows ``start`` to ``stop`` of a packed weight, its planes views where they can be."""
+    shape = torch.tensor([stop - start, packed.k])
+    if packed.fp8 is not None:
+        return PackedWeight(shape=shape, t=packed.t, fp8=packed.fp8[start:stop])
+    assert packed.low is not None and packed.scale is not None
+    low, scale = packed.low[start:stop], packed.scale[start:stop]
+    if packed.overflow is None or packed.row_ptr is None:
+        return PackedWeight(shape=shape, t=packed.t, low=low, scale=scale)
+    row_ptr = packed.row_ptr[start : stop + 1]
+    overflow = packed.overflow[row_ptr[0] : row_ptr[-1]]
+    row_ptr = row_ptr - row_ptr[0]
+    return PackedWeight(
+        shape=shape, t=packed.t, low=low, scale=scale, overflow=overflow, row_ptr=row_ptr
+    )
+
+
 def unpack_units(packed: PackedWeight) -> Tensor:
     """The weight in units of t, fp32 (N, K), exact in bf16."""
     blocks = unpack(packed)
@@ -206,7 +226,11 @@ def validate(name: str, packed: PackedWeight) -> None:
                 f"{name}_row_ptr: must count the bytes 0x80 of scale before each row",
             )
             require_tensor("overflow", (count, BLOCK // 2), torch.uint8)
-    check_codes(name, unpack(packed), packed.k)
+    # A slice at a time: checking must not take many times the memory of what it checks.
+    step = max(1, _CHECKED_ELEMENTS // (groups * BLOCK))
+    for start in range(0, n, step):
+        part = rows(packed, start, min(start + step, n))
+        check_codes(name, unpack(part), packed.k, first_row=start)
 
 
 def check_scale(name: str, scale: Tensor, is_fp8: Tensor) -> None:
@@ -215,8 +239,8 @@ def check_scale(name: str, scale: Tensor, is_fp8: Tensor) -> None:
     _forbid(~valid, scale, f"{name}: bytes must be 0x01 to 0x7E, or 0x80 for an FP8 block")
 
 
-def check_codes(name: str, content: BlockCodes, k: int) -> None:
-    """The rules for codes, in whatever layout they came.
+def check_codes(name: str, content: BlockCodes, k: int, first_row: int = 0) -> None:
+    """The rules for codes, in whatever layout they came, from row ``first_row`` on.
 
     Raises:
         CheckpointError: naming the first offender by [row, block, element], or [row, element]
@@ -224,24 +248,28 @@ def check_codes(name: str, content: BlockCodes, k: int) -> None:
     """
     fp8, codes = content.is_fp8, content.codes
     nan = (codes & E4M3.nan_code == E4M3.nan_code) & fp8.unsqueeze(-1)
-    _forbid(nan, codes, f"{name}: FP8 codes must not be NaN")
+    _forbid(nan, codes, f"{name}: FP8 codes must not be NaN", first_row)
     zero = (codes & (E2M1.sign_bit - 1) == 0).all(-1) & ~fp8
     _forbid(
         zero & (content.scale != SCALE_MIN_CODE),
         content.scale,
         f"{name}: an FP4 block of zeros must have the scale 0x01",
+        first_row,
     )
     last = codes[:, -1]
     beyond = torch.arange(BLOCK, device=last.device) > (k - 1) % BLOCK
-    _forbid((last != 0) & beyond, last, f"{name}: padding of the last block must be zero")
+    _forbid(
+        (last != 0) & beyond, last, f"{name}: padding of the last block must be zero", first_row
+    )
 
 
-def _forbid(wrong: Tensor, values: Tensor, rule: str) -> None:
+def _forbid(wrong: Tensor, values: Tensor, rule: str, first_row: int = 0) -> None:
     """Raise with the first of ``values`` that is ``wrong``; bytes are shown in hex."""
     if wrong.any():
         where = wrong.nonzero()[0].tolist()
         value = int(values[tuple(where)])
         shown = f"0x{value:02X}" if values.dtype == torch.uint8 else str(value)
+        where[0] += first_row
         raise CheckpointError(f"{rule}, got {shown} at {where}")
 
 
