@@ -35,6 +35,13 @@ struct Epilogue {
   const float *bias;
   float t;
 
+  // The same for outputs from token m on.
+  Epilogue from(int64_t m) const {
+    Epilogue rest = *this;
+    rest.y.data = static_cast<char *>(y.data) + m * y.columns * (y.is_bf16 ? 2 : 4);
+    return rest;
+  }
+
   void put(int64_t m, int64_t n, float a) const {
     float value = a * t;
     if (bias)

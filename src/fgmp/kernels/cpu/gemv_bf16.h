@@ -24,37 +24,55 @@ constexpr int64_t kChunkBlocks = 8;     // their blocks
 constexpr int64_t kPanelNumbers = 4096; // tokens times elements that the first cache holds
 constexpr int64_t kPanelLeast = 2048;   // elements; shorter panels cost more than they spare
 constexpr int64_t kPanelRows = 64;
+constexpr int64_t kFewTokensBf16 = 12; // beyond, decoding once for all is faster
 static_assert(kPanelNumbers / kBlock <= kSegment, "positions of a panel are listed at once");
 
-// Tokens as the two passes want them: dealt for FP4, in order for FP8; zero beyond k.
+// Some tokens as the two passes want them: dealt for FP4, in order for FP8.
+struct Few {
+  const uint16_t *dealt, *plain;
+  int64_t kp;
+
+  const uint16_t *fp4(int64_t m, int64_t chunk) const { return dealt + m * kp + chunk * kChunk; }
+  const uint16_t *fp8(int64_t m, int64_t block) const { return plain + m * kp + block * kBlock; }
+};
+
+// All tokens so, zero beyond k.
 class Tokens {
 public:
-  Tokens(const Matrix &x, int64_t blocks) : chunks((blocks + kChunkBlocks - 1) / kChunkBlocks) {
-    const int64_t kp = chunks * kChunk;
-    dealt.resize(x.rows * kp);
-    plain.resize(x.rows * kp);
+  Tokens(const Matrix &x, int64_t blocks)
+      : kp((blocks + kChunkBlocks - 1) / kChunkBlocks * kChunk), dealt(x.rows * kp),
+        plain(x.rows * kp) {
     const auto *source = static_cast<const uint16_t *>(x.data);
     for (int64_t m = 0; m < x.rows; ++m)
       for (int64_t at = 0; at < kp; at += kChunk)
-        deal(source + m * x.columns + at, std::min(kChunk, x.columns - at), m * kp + at);
+        deal(source + m * x.columns + at, x.columns - at, m * kp + at);
   }
 
-  const uint16_t *fp4(int64_t m, int64_t chunk) const {
-    return dealt.data() + (m * chunks + chunk) * kChunk;
-  }
-  const uint16_t *fp8(int64_t m, int64_t block) const {
-    return plain.data() + m * chunks * kChunk + block * kBlock;
-  }
+  Few from(int64_t m) const { return {dealt.data() + m * kp, plain.data() + m * kp, kp}; }
 
 private:
-  void deal(const uint16_t *source, int64_t count, int64_t at) {
-    for (int64_t i = 0; i < count; ++i) {
-      dealt[at + i % 4 * 32 + i / 4] = source[i];
-      plain[at + i] = source[i];
+  // Word 4 i + c of a chunk to place i of its part c.
+  void deal(const uint16_t *source, int64_t left, int64_t at) {
+    __m512i words[4];
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t here = std::min(std::max(left - 32 * i, int64_t{0}), int64_t{32});
+      const auto mask = static_cast<__mmask32>((int64_t{1} << here) - 1);
+      words[i] = _mm512_maskz_loadu_epi16(mask, source + 32 * i);
+      _mm512_storeu_si512(plain.data() + at + 32 * i, words[i]);
+    }
+    const __m512i fours = _mm512_set_epi16(124, 120, 116, 112, 108, 104, 100, 96, 92, 88, 84, 80, 76,
+                                           72, 68, 64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16,
+                                           12, 8, 4, 0); // of which vpermt2w looks at six bits
+    for (int16_t c = 0; c < 4; ++c) {
+      const __m512i from = _mm512_add_epi16(fours, _mm512_set1_epi16(c));
+      const __m512i low = _mm512_permutex2var_epi16(words[0], from, words[1]);
+      const __m512i high = _mm512_permutex2var_epi16(words[2], from, words[3]);
+      const __m512i both = _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1);
+      _mm512_storeu_si512(dealt.data() + at + 32 * c, both);
     }
   }
 
-  int64_t chunks;
+  int64_t kp;
   std::vector<uint16_t> dealt, plain;
 };
 
@@ -69,12 +87,25 @@ template <int M> struct Accumulator {
   __m512 fp4[M];
   __m256 even[M], odd[M];
   int64_t next; // the row's next FP8 block
+
+  void clear(int64_t first) {
+    for (int m = 0; m < M; ++m) {
+      fp4[m] = _mm512_setzero_ps();
+      even[m] = odd[m] = _mm256_setzero_ps();
+    }
+    next = first;
+  }
+
+  float total(int m) const {
+    const __m512 fp8 = _mm512_zextps256_ps512(_mm256_add_ps(even[m], odd[m]));
+    return sum(_mm512_add_ps(fp4[m], fp8));
+  }
 };
 
 // Adds one chunk; `here` masks the blocks of it that exist.
 template <int M>
 inline void add_fp4_chunk(const uint8_t *low, const uint8_t *scale, __mmask8 here, int64_t chunk,
-                          const Tokens &x, __m512i table, Accumulator<M> &sum) {
+                          const Few &x, __m512i table, Accumulator<M> &sum) {
   const __m512i first = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
   const __m512i words = _mm512_maskz_loadu_epi64(here, low);
   const __m128i bytes = _mm_cvtepu8_epi16(_mm_maskz_loadu_epi8(here, scale));
@@ -97,7 +128,7 @@ inline void add_fp4_chunk(const uint8_t *low, const uint8_t *scale, __mmask8 her
 // Adds chunks [begin, end) of one row; `low` and `scale` are the row's.
 template <int M>
 inline void add_fp4(const uint8_t *low, const uint8_t *scale, int64_t blocks, int64_t begin,
-                    int64_t end, int64_t ahead, const Tokens &x, __m512i table, Accumulator<M> &sum) {
+                    int64_t end, int64_t ahead, const Few &x, __m512i table, Accumulator<M> &sum) {
   const int64_t whole = std::min(end, blocks / kChunkBlocks);
   for (int64_t chunk = begin; chunk < whole; ++chunk) {
     const int64_t g = chunk * kChunkBlocks;
@@ -154,7 +185,7 @@ inline __m256bh bf16_words(const uint8_t *low, const uint8_t *overflow, __m512i 
 }
 
 template <int M>
-inline void add_fp8_block(const uint8_t *low, const uint8_t *overflow, int64_t g, const Tokens &x,
+inline void add_fp8_block(const uint8_t *low, const uint8_t *overflow, int64_t g, const Few &x,
                           __m512i normal, __m512i subnormal, __m256 (&sum)[M]) {
   const __m256bh v = bf16_words(low + g * kHalf, overflow, normal, subnormal);
   for (int m = 0; m < M; ++m)
@@ -165,7 +196,7 @@ inline void add_fp8_block(const uint8_t *low, const uint8_t *overflow, int64_t g
 // Adds the FP8 blocks at `positions` after block `offset`, alternately to two chains of additions.
 template <int M>
 inline void add_fp8(const uint8_t *low, const uint8_t *overflow, const uint16_t *positions,
-                    int64_t count, int64_t offset, const Tokens &x, __m512i normal,
+                    int64_t count, int64_t offset, const Few &x, __m512i normal,
                     __m512i subnormal, Accumulator<M> &sum) {
   int64_t i = 0;
   for (; i + 2 <= count; i += 2) {
@@ -177,66 +208,66 @@ inline void add_fp8(const uint8_t *low, const uint8_t *overflow, const uint16_t 
     add_fp8_block<M>(low, overflow + i * kHalf, offset + positions[i], x, normal, subnormal, sum.even);
 }
 
+// M tokens and at most kPanelRows rows.
 template <int M>
-void gemv_bf16_rows(const Weight &w, const Tokens &x, Share rows, const Epilogue &out, Fault &fault) {
+void gemv_bf16_rows(const Weight &w, const Few &x, Share rows, const Epilogue &out, Fault &fault) {
   const int64_t blocks = w.blocks(), chunks = (blocks + kChunkBlocks - 1) / kChunkBlocks;
   const int64_t panel = std::max(kPanelNumbers / M, kPanelLeast) / kChunk;
-  const __m512i table = bf16_table(), normal = mantissa_table(false), subnormal = mantissa_table(true);
+  const __m512i table = bf16_table();
+  const __m512i normal = mantissa_table(false), subnormal = mantissa_table(true);
   Positions positions;
   alignas(64) Accumulator<M> sums[kPanelRows];
-  for (int64_t top = rows.begin; top < rows.end; top += kPanelRows) {
-    const int64_t height = std::min(kPanelRows, rows.end - top);
-    for (int64_t i = 0; i < height; ++i) {
-      for (int m = 0; m < M; ++m)
-        {
-        sums[i].fp4[m] = _mm512_setzero_ps();
-        sums[i].even[m] = sums[i].odd[m] = _mm256_setzero_ps();
-      }
-      sums[i].next = w.row_ptr ? w.row_ptr[top + i] : 0;
-    }
-    for (int64_t begin = 0; begin < chunks; begin += panel) {
-      const int64_t end = std::min(begin + panel, chunks);
-      const int64_t g = begin * kChunkBlocks, count = std::min(end * kChunkBlocks, blocks) - g;
-      for (int64_t i = 0; i < height; ++i) {
-        const int64_t n = top + i;
-        const uint8_t *low = w.low + n * blocks * kHalf, *scale = w.scale + n * blocks;
-        Accumulator<M> sum = sums[i];
-        for (int64_t b = 0; b < count; b += kLine)
-          _mm_prefetch(scale + blocks + g + b, _MM_HINT_T0);
-        add_fp4<M>(low, scale, blocks, begin, end, 2 * blocks * kHalf, x, table, sum);
-        if (w.row_ptr) {
-          const int64_t found = flagged(scale + g, count, positions);
-          if (sum.next < 0 || sum.next + found > w.n_fp8) {
-            fault.report(n);
-          } else {
-            for (int64_t b = 0; b < found * kHalf; b += kLine)
-              _mm_prefetch(w.overflow + (sum.next + found) * kHalf + b, _MM_HINT_T0);
-            add_fp8<M>(low, w.overflow + sum.next * kHalf, positions.at, found, g, x, normal,
-                       subnormal, sum);
-          }
-          sum.next += found;
+  for (int64_t n = rows.begin; n < rows.end; ++n)
+    sums[n - rows.begin].clear(w.row_ptr ? w.row_ptr[n] : 0);
+  for (int64_t begin = 0; begin < chunks; begin += panel) {
+    const int64_t end = std::min(begin + panel, chunks);
+    const int64_t g = begin * kChunkBlocks, count = std::min(end * kChunkBlocks, blocks) - g;
+    for (int64_t n = rows.begin; n < rows.end; ++n) {
+      const uint8_t *low = w.low + n * blocks * kHalf, *scale = w.scale + n * blocks;
+      Accumulator<M> sum = sums[n - rows.begin];
+      for (int64_t b = 0; b < count; b += kLine)
+        _mm_prefetch(scale + blocks + g + b, _MM_HINT_T0);
+      add_fp4<M>(low, scale, blocks, begin, end, 2 * blocks * kHalf, x, table, sum);
+      if (w.row_ptr) {
+        const int64_t found = flagged(scale + g, count, positions);
+        if (sum.next < 0 || sum.next + found > w.n_fp8) {
+          fault.report(n);
+        } else {
+          for (int64_t b = 0; b < found * kHalf; b += kLine)
+            _mm_prefetch(w.overflow + (sum.next + found) * kHalf + b, _MM_HINT_T0);
+          add_fp8<M>(low, w.overflow + sum.next * kHalf, positions.at, found, g, x, normal, subnormal,
+                     sum);
         }
-        sums[i] = sum;
+        sum.next += found;
       }
+      sums[n - rows.begin] = sum;
     }
-    for (int64_t i = 0; i < height; ++i) {
-      if (w.row_ptr && sums[i].next != w.row_ptr[top + i + 1])
-        fault.report(top + i);
-      for (int m = 0; m < M; ++m)
-        out.put(m, top + i, 256 * _mm512_reduce_add_ps(_mm512_add_ps(sums[i].fp4[m], _mm512_zextps256_ps512(_mm256_add_ps(sums[i].even[m], sums[i].odd[m])))));
-    }
+  }
+  for (int64_t n = rows.begin; n < rows.end; ++n) {
+    const Accumulator<M> &sum = sums[n - rows.begin];
+    if (w.row_ptr && sum.next != w.row_ptr[n + 1])
+      fault.report(n);
+    for (int m = 0; m < M; ++m)
+      out.put(m, n, 256 * sum.total(m));
   }
 }
 
+// Rows in tiles that the second cache holds, and each tile for four tokens at a time: more would not
+// leave their sums in registers.
 inline int64_t gemv_bf16(const Weight &w, const Matrix &x, const Epilogue &out, const Team &team) {
-  using Rows = void (*)(const Weight &, const Tokens &, Share, const Epilogue &, Fault &);
-  static constexpr Rows kRows[kFewTokens] = {
-      gemv_bf16_rows<1>, gemv_bf16_rows<2>, gemv_bf16_rows<3>, gemv_bf16_rows<4>,
-      gemv_bf16_rows<5>, gemv_bf16_rows<6>, gemv_bf16_rows<7>, gemv_bf16_rows<8>};
+  using Rows = void (*)(const Weight &, const Few &, Share, const Epilogue &, Fault &);
+  constexpr int64_t kTogether = 4;
+  static constexpr Rows kRows[kTogether] = {gemv_bf16_rows<1>, gemv_bf16_rows<2>, gemv_bf16_rows<3>,
+                                            gemv_bf16_rows<4>};
   const Tokens tokens(x, w.blocks());
   Fault fault;
   team.run([&](int member, int size) {
-    kRows[x.rows - 1](w, tokens, share(w.n, kRowGrain, member, size), out, fault);
+    const Share part = share(w.n, kRowGrain, member, size);
+    for (int64_t top = part.begin; top < part.end; top += kPanelRows) {
+      const Share rows{top, std::min(top + kPanelRows, part.end)};
+      for (int64_t m = 0; m < x.rows; m += kTogether)
+        kRows[std::min(kTogether, x.rows - m) - 1](w, tokens.from(m), rows, out.from(m), fault);
+    }
   });
   return fault.row();
 }

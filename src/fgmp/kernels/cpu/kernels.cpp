@@ -19,10 +19,10 @@ int64_t FGMP_NAME(linear)(const fgmp::Weight *w, const fgmp::Matrix *x, const fg
     return -1;
   const Epilogue out{*y, bias, t};
 #if defined(__AVX512BF16__)
+  if (x->is_bf16 && !w->fp8 && x->rows <= kFewTokensBf16)
+    return gemv_bf16(*w, *x, out, *team);
   if (x->is_bf16 && x->rows > kFewTokens)
     return gemm<Bf16>(*w, *x, out, *team);
-  if (x->is_bf16 && !w->fp8)
-    return gemv_bf16(*w, *x, out, *team);
 #endif
   if (x->rows <= kFewTokens)
     return gemv(*w, *x, out, *team);
