@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fgmp.formats import activation, spec
 from fgmp.kernels import ops
 from fgmp.kernels.cpu import build, library
 
@@ -97,3 +99,28 @@ def test_records_have_the_sizes_that_the_sources_assert() -> None:
     for name in ("Weight", "Matrix", "Site", "Team"):
         size = ctypes.sizeof(getattr(library, f"_{name}"))
         assert f"static_assert(sizeof({name}) == {size}," in source
+
+
+def test_sources_state_the_facts_of_the_format_records() -> None:
+    """C++ cannot import formats/spec.py: its constants stand there again, and must agree."""
+    text = "".join(path.read_text() for path in sorted(build.SOURCES.glob("*.h")))
+
+    def constants(name: str) -> list[float]:
+        found = re.search(rf"\b{name}(?:\[\d+\])? = ({{[^}}]+}}|[^;,]+)[;,]", text)
+        assert found, name
+        return [float(v.strip(" f")) if "x" not in v else float(int(v, 16))
+                for v in found[1].strip("{}").split(",")]  # fmt: skip
+
+    assert constants("kBlock") == [spec.BLOCK]
+    assert constants("kHalf") == [spec.BLOCK * spec.E2M1.bits / 8]
+    assert constants("kFp8Flag") == [spec.FP8_BLOCK]
+    assert constants("kFp8Factor") == [spec.FP8_FACTOR]
+    assert constants("kScaleMax") == [spec.E4M3.max]
+    assert constants("kScaleMaxCode") == [spec.SCALE_MAX_CODE]
+    assert constants("kScaleMinCode") == [spec.SCALE_MIN_CODE]
+    assert constants("kUnit") == [2**spec.UNIT_BITS]
+    assert constants("kUnitMax") == [spec.UNIT_MAX]
+    assert constants("kSensitivityUnit") == [2**spec.SENSITIVITY_BITS]
+    assert constants("kSearchOffsets") == list(activation.SCALES["search"])
+    assert constants("kAllFp8") == [spec.THRESHOLD_ALL_FP8]
+    assert constants("kE2M1")[:8] == list(spec.E2M1.magnitudes)

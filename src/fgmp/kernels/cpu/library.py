@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from fgmp.formats.activation import Site
+from fgmp.formats.spec import BLOCK
+from fgmp.kernels.check import Planes
 from fgmp.kernels.cpu.build import LIBRARY
 
 RULES = {"difference": 0, "benefit": 1}
@@ -51,10 +53,6 @@ class _Team(Structure):
         *((function, c_void_p) for function in ("start", "member", "size")),
         ("threads", c_int64),
     )
-
-
-Planes = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""``low``, ``scale``, ``overflow``, ``row_ptr`` and ``fp8`` of a packed weight."""
 
 
 class Kernels:
@@ -116,8 +114,8 @@ class Kernels:
 
     def quantize(self, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
         """Tokens (M, K), bf16 or fp32, to codes uint8 (M, G, 16) and scale bytes uint8 (M, G)."""
-        m, groups = x.shape[0], len(_groups(x))
-        codes = torch.empty(m, groups, 16, dtype=torch.uint8)
+        m, groups = x.shape[0], _groups(x)
+        codes = torch.empty(m, groups, BLOCK, dtype=torch.uint8)
         scale = torch.empty(m, groups, dtype=torch.uint8)
         self._quantize(_matrix(x), _site(site), codes.data_ptr(), scale.data_ptr(), _team())
         return codes, scale
@@ -125,7 +123,7 @@ class Kernels:
     def fake_quantize(self, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
         """Tokens (M, K), bf16 or fp32, to units bf16 (M, K) and flags bool (M, G)."""
         units = torch.empty(x.shape, dtype=torch.bfloat16)
-        flags = torch.empty(x.shape[0], len(_groups(x)), dtype=torch.bool)
+        flags = torch.empty(x.shape[0], _groups(x), dtype=torch.bool)
         self._fake_quantize(_matrix(x), _site(site), units.data_ptr(), flags.data_ptr(), _team())
         return units, flags
 
@@ -139,8 +137,8 @@ def kernels() -> Kernels | None:
         return None
 
 
-def _groups(x: Tensor) -> range:
-    return range(0, x.shape[1], 16)
+def _groups(x: Tensor) -> int:
+    return -(-x.shape[1] // BLOCK)
 
 
 def _weight(planes: Planes, k: int) -> _Weight:
