@@ -5,9 +5,11 @@
 All rows see the same model, calibration text and evaluation windows. Bits are counted from the
 bytes of packed planes. ``kl`` is the mean token KL from the original; a model's *gap* is that of
 all-NVFP4 less that of all-FP8, and ``kl_gap_recovered_percent`` says how much of it a row closes,
-with a 95% interval by a bootstrap over windows, paired across all rows and, with several seeds,
-of the mean over calibrations. Losses by window are cached under DIR, so an interrupted run goes on
-where it stopped and a row that is there already costs nothing. If both texts are the same file,
+with a 95% interval by a bootstrap over windows, paired across all rows, of the mean over
+calibrations. ``--seeds`` says how many of these the rows of ``ROWS`` get; those of ``ABLATIONS``
+get the first. A row is better or worse than those it is compared with (``VERSUS``) if the interval
+of the difference excludes zero. Losses by window are cached under DIR, so an interrupted run goes
+on where it stopped and a row that is there already costs nothing. If both texts are the same file,
 calibration takes windows of its first half and evaluation those of its second.
 """
 
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import baselines
 import torch
+from provenance import provenance
 from rich.console import Console
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -40,7 +43,10 @@ PLAIN = {**PAPER, "clip": "off"}
 RESAMPLES = 2000
 
 
-def recipe(**fields: object) -> Callable[["Setting"], nn.Module]:
+Row = Callable[["Setting"], nn.Module]
+
+
+def recipe(**fields: object) -> Row:
     """A row that is a recipe of this package."""
     return lambda setting: setting.quantized(**fields)
 
@@ -50,12 +56,12 @@ def stream(fp4: float) -> float:
     return FP8_BITS - fp4 * (FP8_BITS - FP4_BITS)
 
 
-def ends(policy: str, fp4: float) -> Callable[["Setting"], nn.Module]:
+def ends(policy: str, fp4: float) -> Row:
     """A uniform row, rounded to nearest."""
     return lambda setting: uniform(setting.load(), setting.base(), policy, fp4)
 
 
-ROWS: dict[str, Callable[["Setting"], nn.Module]] = {
+ROWS: dict[str, Row] = {
     "fp8": ends("fp8", 0.0),
     "nvfp4": ends("nvfp4", 1.0),
     "paper 70%": recipe(fp4=0.7, **PAPER),
@@ -65,35 +71,50 @@ ROWS: dict[str, Callable[["Setting"], nn.Module]] = {
     "ours 100%": recipe(fp4=1.0),
     "ours, mean of 70%": recipe(bits=stream(0.7)),
     "ours, mean of 90%": recipe(bits=stream(0.9)),
-    "ours 85% weights, 55% activations": recipe(fp4=0.85, fp4_activations=0.55),
     "autoquantize 5.4 bits": lambda s: baselines.autoquantize(s, 5.4),
-    "autoquantize 6.0 bits": lambda s: baselines.autoquantize(s, 6.0),
     "ours at 5.4 bits": lambda s: baselines.at_bits(s, 5.4),
+    "autoquantize 6.0 bits": lambda s: baselines.autoquantize(s, 6.0),
     "ours at 6.0 bits": lambda s: baselines.at_bits(s, 6.0),
     "nvfp4, MSE scales": recipe(fp4=1.0, policy="error", **PAPER),
     "nvfp4, four over six": baselines.four_over_six,
     "nvfp4, GPTQ": baselines.gptq,
     "70% by channel": lambda s: baselines.by_channel(s, 0.7),
     "90% by channel": lambda s: baselines.by_channel(s, 0.9),
-    "ours 100%, no compensation": recipe(fp4=1.0, compensate=False),
+}
+"""What a user would choose from, by name; these get every seed."""
+
+ABLATIONS: dict[str, Row] = {
+    "ours 85% weights, 55% activations": recipe(fp4=0.85, fp4_activations=0.55),
     "ours 70%, no compensation": recipe(fp4=0.7, compensate=False),
     "ours 90%, no compensation": recipe(fp4=0.9, compensate=False),
+    "ours 100%, no compensation": recipe(fp4=1.0, compensate=False),
     "ours 70%, rule difference": recipe(fp4=0.7, rule="difference"),
     "ours 70%, scales max": recipe(fp4=0.7, scales="max"),
     "ours 90%, scales max": recipe(fp4=0.9, scales="max"),
     "ours 70%, no clipping": recipe(fp4=0.7, clip="off"),
+    "ours 100% weights, FP8 activations": recipe(fp4=1.0, fp4_activations=0.0),
+    "ours FP8 weights, 100% activations": recipe(fp4=0.0, fp4_activations=1.0),
     "paper 70%, no clipping": recipe(fp4=0.7, **PLAIN),
     "paper 70%, per layer": recipe(fp4=0.7, **PAPER, policy="fisher-per-layer"),
     "paper 70%, no sensitivity": recipe(fp4=0.7, **PAPER, policy="error"),
     "paper 70%, random": recipe(fp4=0.7, **PAPER, policy="random"),
     "paper 70%, weights only": recipe(fp4=0.7, fp4_activations=0.0, **PAPER),
     "paper 70%, activations only": recipe(fp4=0.0, fp4_activations=0.7, **PAPER),
-    "ours 100% weights, FP8 activations": recipe(fp4=1.0, fp4_activations=0.0),
-    "ours FP8 weights, 100% activations": recipe(fp4=0.0, fp4_activations=1.0),
     "nvfp4 weights, FP8 activations": recipe(fp4=1.0, fp4_activations=0.0, **PLAIN),
     "FP8 weights, nvfp4 activations": recipe(fp4=0.0, fp4_activations=1.0, **PLAIN),
 }
-"""Rows by name, what decides first."""
+"""What takes the method apart, on the first seed."""
+
+VERSUS = {
+    "ours 70%": ("paper 70%", "70% by channel"),
+    "ours 90%": ("paper 90%", "90% by channel"),
+    "ours 100%": ("nvfp4, four over six", "nvfp4, GPTQ", "nvfp4, MSE scales"),
+    "ours, mean of 70%": ("ours 70%",),
+    "ours, mean of 90%": ("ours 90%",),
+    "ours at 5.4 bits": ("autoquantize 5.4 bits",),
+    "ours at 6.0 bits": ("autoquantize 6.0 bits",),
+}
+"""Rows that are compared window by window with others."""
 
 
 @dataclass
@@ -156,47 +177,72 @@ def measure(model: nn.Module, reference: list[Tensor], windows: Tensor) -> Measu
 
 
 def rows_of(found: dict[str, list[Measured]], original: Tensor, predictions: int) -> list[dict]:
-    """The table: means over seeds, and paired bootstrap intervals."""
+    """The table: means over the seeds of a row, and paired bootstrap intervals.
+
+    Args:
+        found: what each row measured, by seed; a row may have fewer seeds than another, and what
+            it is compared with is then taken on its own seeds.
+        original: losses of the original model, float64 (B,).
+        predictions: in a window.
+    """
     count = len(original)
-    tokens = count * predictions
     picks = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
-    kl = {n: torch.stack([m.kl for m in ms]).mean(0) / predictions for n, ms in found.items()}
-    loss = {n: torch.stack([m.loss for m in ms]).mean(0) for n, ms in found.items()}
-    drawn = {n: k[picks].mean(-1) for n, k in kl.items()}
+
+    def kl(name: str, seeds: int) -> Tensor:
+        return torch.stack([m.kl for m in found[name][:seeds]]).mean(0) / predictions
+
+    def recovered(name: str, seeds: int) -> tuple[float, Tensor]:
+        rows = [kl(n, seeds) for n in (name, "nvfp4", "fp8")]
+        drawn = _recovered(*(row[picks].mean(-1) for row in rows))
+        return _recovered(*(row.mean() for row in rows)).item(), drawn
+
+    def perplexity(name: str, seeds: int) -> float:
+        loss = torch.stack([m.loss for m in found[name][:seeds]]).mean(0)
+        return math.exp(loss.sum().item() / count / predictions)
+
     lines = []
     for name, measured in found.items():
-        nll = loss[name].sum().item() / tokens
-        shift = ((loss[name] - original) / predictions)[picks].mean(-1)
-        base = original.sum().item() / tokens
-        recovered = _recovered(kl[name].mean(), kl["nvfp4"].mean(), kl["fp8"].mean())
-        spread = _recovered(drawn[name], drawn["nvfp4"], drawn["fp8"])
-        ppl4, ppl8 = (math.exp(loss[n].sum().item() / tokens) for n in ("nvfp4", "fp8"))
-        by_seed = [
-            _recovered(m.kl.mean(), found["nvfp4"][i].kl.mean(), found["fp8"][i].kl.mean()).item()
-            for i, m in enumerate(measured)
-        ]
+        seeds = len(measured)
+        loss = torch.stack([m.loss for m in measured]).mean(0)
+        shift = ((loss - original) / predictions)[picks].mean(-1)
+        base = original.sum().item() / count / predictions
+        share, drawn = recovered(name, seeds)
+        ppl, ppl4, ppl8 = (perplexity(n, seeds) for n in (name, "nvfp4", "fp8"))
+        versus = {}
+        for other in VERSUS.get(name, ()):
+            if other in found:
+                common = min(seeds, len(found[other]))
+                a, b = recovered(name, common), recovered(other, common)
+                versus[other] = {"points": a[0] - b[0], "ci95": _interval(a[1] - b[1])}
         lines.append(
             {
                 "name": name,
-                "bits_per_weight": sum(m.bits_per_weight for m in measured) / len(measured),
-                "fp4_activations": sum(m.fp4_activations for m in measured) / len(measured),
-                "perplexity": math.exp(nll),
+                "seeds": seeds,
+                "bits_per_weight": sum(m.bits_per_weight for m in measured) / seeds,
+                "fp4_activations": sum(m.fp4_activations for m in measured) / seeds,
+                "perplexity": ppl,
                 "ci95": [math.exp(base + d) for d in _interval(shift)],
-                "kl": kl[name].mean().item(),
-                "kl_ci95": _interval(drawn[name]),
-                "gap_recovered_percent": 100 * (ppl4 - math.exp(nll)) / (ppl4 - ppl8)
+                "kl": kl(name, seeds).mean().item(),
+                "kl_ci95": _interval(kl(name, seeds)[picks].mean(-1)),
+                "gap_recovered_percent": 100 * (ppl4 - ppl) / (ppl4 - ppl8)
                 if ppl4 > 1.005 * ppl8
                 else None,
-                "kl_gap_recovered_percent": recovered.item(),
-                "kl_gap_recovered_ci95": _interval(spread),
-                "kl_gap_recovered_by_seed": by_seed,
+                "kl_gap_recovered_percent": share,
+                "kl_gap_recovered_ci95": _interval(drawn),
+                "kl_gap_recovered_by_seed": [
+                    _recovered(
+                        m.kl.mean(), found["nvfp4"][i].kl.mean(), found["fp8"][i].kl.mean()
+                    ).item()
+                    for i, m in enumerate(measured)
+                ],
+                "kl_gap_recovered_points_over": versus,
             }
         )
     return lines
 
 
 def _recovered(kl: Tensor, nvfp4: Tensor, fp8: Tensor) -> Tensor:
-    return 100 * (nvfp4 - kl) / (nvfp4 - fp8)
+    return 100 * ((nvfp4 - kl) / (nvfp4 - fp8))
 
 
 def _interval(values: Tensor) -> list[float]:
@@ -231,10 +277,11 @@ def main() -> None:
     reference = [logits_of(original.eval(), batch) for batch in batches(windows)]
     losses = [loss_of(r, b) for r, b in zip(reference, batches(windows), strict=True)]
 
-    asked = args.only.split(";") if args.only else list(ROWS)
-    if unknown := set(asked) - set(ROWS):
-        parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
-    wanted = [name for name in ROWS if name in asked or name in ("fp8", "nvfp4")]
+    rows = ROWS | ABLATIONS
+    asked = args.only.split(";") if args.only else list(rows)
+    if unknown := set(asked) - set(rows):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
+    wanted = [name for name in rows if name in asked or name in ("fp8", "nvfp4")]
     found: dict[str, list[Measured]] = {name: [] for name in wanted}
     for seed in range(args.seeds):
         chosen = {"samples": args.samples, "seq_len": seq_len, "seed": seed}
@@ -250,10 +297,12 @@ def main() -> None:
         state = args.cache / f"{key}.calibration.safetensors"
         setting = Setting(args.model, text, seq_len, seed, state, console)
         for name in wanted:
+            if seed and name in ABLATIONS:
+                continue
             file = args.cache / f"{key}-{name.replace(' ', '_').replace('%', '')}.pt"
             if not file.exists():
                 console.rule(f"{name}, seed {seed}")
-                torch.save(vars(measure(ROWS[name](setting), reference, windows)), file)
+                torch.save(vars(measure(rows[name](setting), reference, windows)), file)
             found[name].append(Measured(**torch.load(file)))
     facts = {
         "model": Path(args.model).name,
@@ -261,7 +310,7 @@ def main() -> None:
         "seq_len": seq_len,
         "seeds": args.seeds,
         "evaluation_tokens": windows.shape[0] * (windows.shape[1] - 1),
-        "torch": torch.__version__,
+        **provenance(),
         "rows": rows_of(found, torch.cat(losses), windows.shape[1] - 1),
     }
     if args.json:
@@ -271,13 +320,13 @@ def main() -> None:
 
 
 def _print(facts: dict) -> None:
-    columns = "| row | bits/w | FP4 act | perplexity | KL | KL gap recovered | 95% interval |"
-    print(columns + "\n" + "|---" * 7 + "|")
+    columns = "| row | seeds | bits/w | FP4 act | perplexity | KL | KL gap recovered | interval |"
+    print(columns + "\n" + "|---" * 8 + "|")
     for row in facts["rows"]:
         low, high = row["kl_gap_recovered_ci95"]
         print(
-            f"| {row['name']} | {row['bits_per_weight']:.2f} | {row['fp4_activations']:.1%} "
-            f"| {row['perplexity']:.3f} | {row['kl']:.5f} "
+            f"| {row['name']} | {row['seeds']} | {row['bits_per_weight']:.2f} "
+            f"| {row['fp4_activations']:.1%} | {row['perplexity']:.3f} | {row['kl']:.5f} "
             f"| {row['kl_gap_recovered_percent']:.1f}% | {low:.1f} - {high:.1f} |"
         )
 

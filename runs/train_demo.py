@@ -23,25 +23,58 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from fgmp.demo.text import docstrings, standard_library, topics
 
 CONTEXT = 512
-CONFIG = LlamaConfig(
-    vocab_size=2048,
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=CONTEXT,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
-    bos_token_id=0,
-    eos_token_id=0,
-)
+VOCABULARY = 2048
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "demo": LlamaConfig(
+        **COMMON,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+    ),
+    "gpt-neox": GPTNeoXConfig(
+        **COMMON,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    ),
+    "llama-30m": LlamaConfig(
+        **COMMON,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=10,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+    ),
+}
+"""What can be trained, by the value of ``--model``; the last one wants a GPU."""
 STANDARD_LIBRARY_REPEATS = 3
 
 
@@ -62,7 +95,7 @@ def corpus(work: Path) -> tuple[np.ndarray, dict]:
     tokenizer.train_from_iterator(
         documents,
         trainers.BpeTrainer(
-            vocab_size=CONFIG.vocab_size,
+            vocab_size=VOCABULARY,
             special_tokens=["<|endoftext|>"],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
@@ -119,6 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", choices=CONFIGS, default="demo")
     parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--batch", type=int, default=16, help="sequences a step")
     parser.add_argument("--lr", type=float, default=4e-3)
@@ -134,7 +168,7 @@ def main() -> None:
     held_out = torch.tensor(tokenizer(topics())["input_ids"])
     held_out = held_out[: len(held_out) // CONTEXT * CONTEXT].view(-1, CONTEXT)
 
-    model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(CONFIGS[args.model], dtype=torch.float32)
     count = sum(p.numel() for p in model.parameters())
     print(f"{count / 1e6:.2f}M parameters")
     opts = optimizers(model, args.lr)

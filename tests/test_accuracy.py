@@ -70,6 +70,27 @@ def test_rows_are_made_and_ordered(accuracy: ModuleType, setting: Any) -> None:
     assert 5 < rows["70% by channel"]["bits_per_weight"] < 6.5
 
 
+def test_rows_are_compared_on_the_seeds_they_share(accuracy: ModuleType) -> None:
+    def row(*means: float) -> list[Any]:
+        noise = torch.linspace(-0.1, 0.1, 50, dtype=torch.float64)
+        return [accuracy.Measured(10 + noise, 10 * (m + noise), 5.0, 0.5) for m in means]
+
+    found = {
+        "fp8": row(1.0, 2.0),
+        "nvfp4": row(5.0, 10.0),
+        "ours 100%": row(2.0, 4.0),
+        "nvfp4, GPTQ": row(3.0),
+    }
+    rows = {r["name"]: r for r in accuracy.rows_of(found, torch.full((50,), 9.0).double(), 10)}
+    assert rows["ours 100%"]["seeds"] == 2
+    assert rows["ours 100%"]["kl_gap_recovered_by_seed"] == pytest.approx([75, 75])
+    assert rows["nvfp4, GPTQ"]["kl_gap_recovered_percent"] == pytest.approx(50)
+    over = rows["ours 100%"]["kl_gap_recovered_points_over"]["nvfp4, GPTQ"]
+    assert over["points"] == pytest.approx(25)
+    # Noise that both rows share cancels: a difference of means alone would not be this certain.
+    assert over["ci95"] == pytest.approx([25, 25])
+
+
 def test_autoquantize_is_the_best_choice_under_its_budget(
     accuracy: ModuleType, setting: Any
 ) -> None:
