@@ -12,12 +12,14 @@ drift. Quality is the mean of 1 - cosine between the embeddings before and after
 import argparse
 import copy
 import json
+import tempfile
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import provenance
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -27,7 +29,10 @@ from fgmp.model.store import config_of
 from fgmp.pipeline import uniform
 from fgmp.recipe import PAPER
 
-FRACTIONS = (0.7, 0.9)
+RECIPES = {
+    **{f"paper {share:.0%}": Recipe(fp4=share, clip="on", **PAPER) for share in (0.7, 0.9)},
+    **{f"ours {share:.0%}": Recipe(fp4=share, clip="on") for share in (0.7, 0.9, 1.0)},
+}
 
 
 def load() -> tuple[nn.Module, Any]:
@@ -68,7 +73,7 @@ def drift(model: nn.Module, reference: Tensor, samples: Sequence[dict[str, Tenso
 
 
 def run(texts: list[str], held_out: list[str]) -> dict[str, Any]:
-    """Quantize at each fraction and compare the drift with all-FP8's and all-NVFP4's."""
+    """Quantize by each recipe and compare the drift with all-FP8's and all-NVFP4's."""
     model, tokenizer = load()
 
     def encode(lines: list[str]) -> list[dict[str, Tensor]]:
@@ -77,24 +82,35 @@ def run(texts: list[str], held_out: list[str]) -> dict[str, Any]:
     calibration, evaluation = encode(texts), encode(held_out)
     with torch.no_grad():
         reference = torch.cat([embed(model, sample) for sample in evaluation])
-    found: dict[str, Any] = {"sentences": len(calibration), "evaluated": len(evaluation)}
-    for fraction in FRACTIONS:
-        mixed = quantize(
-            copy.deepcopy(model),
-            calibration,
-            Recipe(fp4=fraction, clip="on", **PAPER),
-            loss=projection_loss,
-        )
-        found[f"fgmp {fraction:.0%}"] = {"drift": drift(mixed, reference, evaluation)}
-        found["quantized_share"] = config_of(mixed).result["quantized_share"]
+    drifts: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, recipe in RECIPES.items():
+            mixed = quantize(
+                copy.deepcopy(model),
+                calibration,
+                recipe,
+                loss=projection_loss,
+                state=Path(folder) / "calibration.safetensors",
+            )
+            drifts[name] = drift(mixed, reference, evaluation)
     for name, fp4 in (("fp8", 0.0), ("nvfp4", 1.0)):
         ends = uniform(copy.deepcopy(model), mixed, name, fp4)
-        found[name] = {"drift": drift(ends, reference, evaluation)}
-    fp8, nvfp4 = found["fp8"]["drift"], found["nvfp4"]["drift"]
-    for fraction in FRACTIONS:
-        row = found[f"fgmp {fraction:.0%}"]
-        row["gap_recovered_percent"] = 100 * (nvfp4 - row["drift"]) / (nvfp4 - fp8)
-    return found
+        drifts[name] = drift(ends, reference, evaluation)
+    fp8, nvfp4 = drifts["fp8"], drifts["nvfp4"]
+    return {
+        "sentences": len(calibration),
+        "evaluated": len(evaluation),
+        "quantized_share": config_of(mixed).result["quantized_share"],
+        **provenance(),
+        "rows": [
+            {
+                "name": name,
+                "drift": value,
+                "gap_recovered_percent": 100 * ((nvfp4 - value) / (nvfp4 - fp8)),
+            }
+            for name, value in drifts.items()
+        ],
+    }
 
 
 def main() -> None:
