@@ -63,7 +63,7 @@ class Parts:
     """The original's weights, the sites, and what calibration learnt, ready to recombine."""
 
     def __init__(self, setting: Setting) -> None:
-        base = setting.base()
+        base = setting.base
         self.linears_of = {owner: s.linears for owner, s in config_of(base).sites.items()}
         self.records = {owner: site.record for owner, site in sites(base).items()}
         self.model = setting.load()
@@ -91,7 +91,7 @@ class Parts:
 
 def at_bits(setting: Setting, bits: float) -> nn.Module:
     """Our default at so many bits a weight, row counters included; as many FP4 activations."""
-    shapes = [(m.packed.n, m.packed.k) for m in mixed_linears(setting.base()).values()]
+    shapes = [(m.packed.n, m.packed.k) for m in mixed_linears(setting.base).values()]
     counters = sum(32 * (n + 1) for n, _ in shapes) / sum(n * k for n, k in shapes)
     return setting.quantized(fp4=1 - (bits - FP4_BITS - counters) / E2M1.bits)
 

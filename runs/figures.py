@@ -2,14 +2,18 @@
 
     python runs/figures.py docs/results/accuracy-*.json
 
-Prints a Markdown table for each file and draws ``<file>.svg`` beside it: KL gap recovered over the
-mean of the bits of a weight and of an activation value, with 95% intervals. It computes no result.
+Prints a Markdown table for each file, one of the paired differences and one of the ablations, and
+draws ``<file>.svg`` beside each: KL gap recovered over the mean of the bits of a weight and of an
+activation value, with 95% intervals. It computes no result.
 """
 
 import json
 import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
+
+from accuracy import ABLATIONS, ROWS
 
 from fgmp.evaluation.compare import activation_bits
 
@@ -33,24 +37,59 @@ def mean_bits(row: dict[str, Any]) -> float:
     return (row["bits_per_weight"] + activation_bits(row["name"], row["fp4_activations"])) / 2
 
 
-def table(facts: dict[str, Any]) -> list[str]:
+def table(facts: dict[str, Any], names: Collection[str]) -> list[str]:
+    """The rows of one model that every seed has."""
     lines = [
-        "| row | bits/w | FP4 act | perplexity | KL | KL gap recovered | 95% interval |",
-        "|---|---|---|---|---|---|---|",
+        "| row | bits/w | FP4 act | perplexity | KL | KL gap recovered | by seed | 95% interval |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in facts["rows"]:
-        low, high = row["kl_gap_recovered_ci95"]
-        lines.append(
-            f"| {row['name']} | {row['bits_per_weight']:.2f} | {row['fp4_activations']:.1%} "
-            f"| {row['perplexity']:.3f} | {row['kl']:.5f} "
-            f"| {row['kl_gap_recovered_percent']:.1f}% | {low:.1f} - {high:.1f} |"
-        )
+        if row["name"] in names:
+            low, high = row["kl_gap_recovered_ci95"]
+            seeds = row["kl_gap_recovered_by_seed"]
+            lines.append(
+                f"| {row['name']} | {row['bits_per_weight']:.2f} | {row['fp4_activations']:.1%} "
+                f"| {row['perplexity']:.3f} | {row['kl']:.5f} "
+                f"| {row['kl_gap_recovered_percent']:.1f}% | {min(seeds):.1f} - {max(seeds):.1f} "
+                f"| {low:.1f} - {high:.1f} |"
+            )
     return lines
 
 
+def across(found: list[dict[str, Any]], names: Iterable[str]) -> list[str]:
+    """KL gap recovered by row and model."""
+    rows = [{row["name"]: row for row in facts["rows"]} for facts in found]
+    lines = _header("row", found)
+    for name in names:
+        cells = [f"{r[name]['kl_gap_recovered_percent']:.1f}%" if name in r else "" for r in rows]
+        if any(cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def versus(found: list[dict[str, Any]]) -> list[str]:
+    """Points of KL gap by which rows lie over others, with paired intervals."""
+    over: dict[tuple[str, str], list[str]] = {}
+    for index, facts in enumerate(found):
+        for row in facts["rows"]:
+            for other, by in row["kl_gap_recovered_points_over"].items():
+                cells = over.setdefault((row["name"], other), [""] * len(found))
+                low, high = by["ci95"]
+                cells[index] = f"{by['points']:+.1f} ({low:+.1f} to {high:+.1f})"
+    lines = _header("row, and over which", found)
+    for (name, other), cells in over.items():
+        lines.append(f"| {name}, over {other} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _header(first: str, found: list[dict[str, Any]]) -> list[str]:
+    columns = [first, *(facts["model"] for facts in found)]
+    return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+
+
 def plot(facts: dict[str, Any]) -> str:
-    """An SVG of all rows that quantize weights and activations to the same extent or by budget."""
-    rows = facts["rows"]
+    """An SVG of what a user would choose from."""
+    rows = [row for row in facts["rows"] if row["name"] in ROWS]
 
     def x(bits: float) -> float:
         return LEFT + (bits - 4.4) / (8.2 - 4.4) * (WIDTH - LEFT - RIGHT)
@@ -95,16 +134,18 @@ def plot(facts: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    for name in sys.argv[1:]:
-        facts = json.loads(Path(name).read_text())
+    found = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
+    for name, facts in zip(sys.argv[1:], found, strict=True):
         Path(name).with_suffix(".svg").write_text(plot(facts))
         print(f"## {facts['model']}\n")
-        print("\n".join(table(facts)))
+        print("\n".join(table(facts, ROWS)))
         print(
             f"\n{facts['calibration_sequences']} calibration sequences of {facts['seq_len']} "
             f"tokens, {facts['evaluation_tokens']:,} evaluation tokens, {facts['seeds']} "
-            f"calibration seed(s), torch {facts['torch']}.\n"
+            f"calibration seeds, torch {facts['torch']}, revision {facts['revision']}.\n"
         )
+    print("\n".join(["## Differences", "", *versus(found), ""]))
+    print("\n".join(["## Ablations", "", *across(found, ABLATIONS)]))
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_autoquantize_is_the_best_choice_under_its_budget(
         for owner, site in sites(model).items():
             high = owner in best
             assert site.record.threshold == (THRESHOLD_ALL_FP8 if high else THRESHOLD_ALL_FP4)
-            for name in config_of(setting.base()).sites[owner].linears:
+            for name in config_of(setting.base).sites[owner].linears:
                 assert mixed_linears(model)[name].packed.mode == ("fp8" if high else "fp4")
 
 
