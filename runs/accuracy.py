@@ -9,7 +9,7 @@ with a 95% interval by a bootstrap over windows, paired across all rows, of the 
 calibrations. ``--seeds`` says how many of these the rows of ``ROWS`` get; those of ``ABLATIONS``
 get the first. A row is better or worse than those it is compared with (``VERSUS``) if the interval
 of the difference excludes zero. Losses by window are cached under DIR, so an interrupted run goes
-on where it stopped and a row that is there already costs nothing. If both texts are the same file,
+on where it stopped and a row that is there already costs nothing: each says which code made it. If both texts are the same file,
 calibration takes windows of its first half and evaluation those of its second.
 """
 
@@ -163,12 +163,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measured:
-    """Sums over each window, float64 (B,): loss and KL in nats; bits and FP4 share."""
+    """Sums over each window, float64 (B,): loss and KL in nats; bits, FP4 share, whose code."""
 
     loss: Tensor
     kl: Tensor
     bits_per_weight: float
     fp4_activations: float
+    revision: str
 
 
 @torch.no_grad()
@@ -181,7 +182,11 @@ def measure(model: nn.Module, reference: list[Tensor], windows: Tensor) -> Measu
         losses.append(loss_of(own, batch))
         divergences.append((wanted.exp() * (wanted - own)).double().sum((1, 2)))
     return Measured(
-        torch.cat(losses), torch.cat(divergences), weight_bits(model), activation_fraction(model)
+        torch.cat(losses),
+        torch.cat(divergences),
+        weight_bits(model),
+        activation_fraction(model),
+        provenance()["revision"],
     )
 
 
@@ -245,6 +250,7 @@ def rows_of(found: dict[str, list[Measured]], original: Tensor, predictions: int
                     for i, m in enumerate(measured)
                 ],
                 "kl_gap_recovered_points_over": versus,
+                "revisions": sorted({m.revision for m in measured}),
             }
         )
     return lines

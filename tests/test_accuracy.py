@@ -73,7 +73,7 @@ def test_rows_are_made_and_ordered(accuracy: ModuleType, setting: Any) -> None:
 def test_rows_are_compared_on_the_seeds_they_share(accuracy: ModuleType) -> None:
     def row(*means: float) -> list[Any]:
         noise = torch.linspace(-0.1, 0.1, 50, dtype=torch.float64)
-        return [accuracy.Measured(10 + noise, 10 * (m + noise), 5.0, 0.5) for m in means]
+        return [accuracy.Measured(10 + noise, 10 * (m + noise), 5.0, 0.5, "x") for m in means]
 
     found = {
         "fp8": row(1.0, 2.0),
