@@ -9,8 +9,9 @@ with a 95% interval by a bootstrap over windows, paired across all rows, of the 
 calibrations. ``--seeds`` says how many of these the rows of ``ROWS`` get; those of ``ABLATIONS``
 get the first. A row is better or worse than those it is compared with (``VERSUS``) if the interval
 of the difference excludes zero. Losses by window are cached under DIR, so an interrupted run goes
-on where it stopped and a row that is there already costs nothing: each says which code made it. If both texts are the same file,
-calibration takes windows of its first half and evaluation those of its second.
+on where it stopped and a row that is there already costs nothing: each says which code made it. If
+both texts are the same file, calibration takes windows of its first half and evaluation those of
+its second.
 """
 
 import argparse
