@@ -35,7 +35,7 @@ from fgmp.progress import Stages, silent
 from fgmp.recipe import Recipe
 from fgmp.sensitivity import memory
 from fgmp.sensitivity.fisher import Loss, SiteStatistics, calibrate, causal_lm_loss, frozen
-from fgmp.sensitivity.histogram import ScoreHistogram, add_scores, new_histogram
+from fgmp.sensitivity.histogram import ScoreHistogram, new_histogram
 from fgmp.sensitivity.moments import Moments, add_moments, new_moments
 
 
@@ -131,7 +131,10 @@ def quantize(
     histograms = {owner: new_histogram(record) for owner, record in records.items()}
     if policy.fraction is None and (recipe.bits is not None or 0 < recipe.activation_fraction < 1):
         with progress("scoring activations", len(samples)) as advance:
-            count = {o: partial(_count_input, histograms[o], records[o]) for o in records}
+            count = {
+                owner: partial(_count_input, histograms[owner], ActivationSite(record).to(device))
+                for owner, record in records.items()
+            }
             _observe(model, linears, count, samples, loss, advance)
     tensors = {name: linear.weight.detach() for name, linear in linears.items()}
     material = (tensors, calibration.weights, linears_of.values(), policy)
@@ -307,7 +310,9 @@ def _moments(
         for owner in records
     }
     add = {
-        owner: partial(_add_input, moments[owner], ActivationSite(record))
+        owner: partial(
+            _add_input, moments[owner], ActivationSite(record).to(linears[owner].weight.device)
+        )
         for owner, record in records.items()
     }
     _observe(model, linears, add, samples, loss, advance)
@@ -335,10 +340,10 @@ def _observe(
 
 
 def _count_input(
-    histogram: ScoreHistogram, record: Site, _: nn.Module, args: tuple[Tensor, ...]
+    histogram: ScoreHistogram, site: ActivationSite, _: nn.Module, args: tuple[Tensor, ...]
 ) -> None:
     if args[0].numel():
-        add_scores(histogram, args[0], record)
+        histogram.add(site.scores(args[0]))
 
 
 def _add_input(

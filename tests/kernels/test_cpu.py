@@ -69,6 +69,7 @@ def expect_definition(kernels: Kernels, x: Tensor, record: Site) -> None:
     marker = torch.full_like(scale, FP8_BLOCK)
     assert torch.equal(scale, torch.where(wanted.is_fp8, marker, wanted.scale))
     assert torch.equal(codes, torch.where(wanted.is_fp8.unsqueeze(-1), wanted.fp8, wanted.fp4))
+    assert torch.equal(kernels.scores(x, record), wanted.score)
     units, flags = kernels.fake_quantize(x, record)
     assert torch.equal(flags, wanted.is_fp8)
     assert same_bits(units, signed(wanted.units(x.shape[1]), x).to(torch.bfloat16))

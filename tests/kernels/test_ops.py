@@ -29,6 +29,7 @@ def calls(share: float = 0.3, dtype: torch.dtype = torch.bfloat16) -> dict[str, 
     return {
         "quantize_activation": (x, *arguments(record)),
         "fake_quantize_activation": (x, *arguments(record)),
+        "score_activation": (x, *arguments(record)),
         "unpack_weight": (*planes(weight), K, torch.float32),
         "packed_linear": (units, *planes(weight), r, t, torch.ones(24), dtype),
     }

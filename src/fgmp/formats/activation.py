@@ -327,25 +327,12 @@ def _estimated_blocks(
 
 
 def scores(x: Tensor, site: Site) -> Tensor:
-    """The scores of :func:`quantize`, without the codes: what calibration counts.
-
-    Returns:
-        S, float64 (..., G), by the estimates that :func:`fake_quantize` decides on: good to 2**-19
-        of itself, under the rule ``benefit`` to 2**-19 of the two errors that S is the difference
-        of.
-    """
-    if (site.rule, site.scales) == ("difference", "max"):
-        u, amax = _multiplied(x, site)
-        if amax.isfinite().all():
-            fp8 = _fp8_units(u)
-            return _estimate(_fp4_units(u, amax) - fp8, _sensitivities(site))
-    elif site.rule in _SQUARED_RULES and x.isfinite().all():
-        rows = to_blocks(x.to(torch.bfloat16).float().reshape(-1, x.shape[-1]))
-        sensitivity = _sensitivities(site)
-        pieces = rows.split(max(1, _CHUNK_ELEMENTS // max(1, x.shape[-1])))
-        found = [_estimated_blocks(piece, sensitivity, site)[2] for piece in pieces]
-        return torch.cat(found).view(*x.shape[:-1], -1)
-    return quantize(x, site).score.double()
+    """S of :func:`quantize`, int64 (..., G): what calibration counts. In pieces for the caches."""
+    rows = to_blocks(x.to(torch.bfloat16).float().reshape(-1, x.shape[-1]))
+    sensitivity = _sensitivities(site)
+    pieces = rows.split(max(1, _CHUNK_ELEMENTS // max(1, x.shape[-1])))
+    found = [_quantize_blocks(piece, sensitivity, site).score for piece in pieces]
+    return torch.cat(found).view(*x.shape[:-1], len(sensitivity))
 
 
 def _multiplied(x: Tensor, site: Site) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
     quantize_activation       x, site -> codes, scale bytes
     fake_quantize_activation  x, site -> units, flags
+    score_activation          x, site -> S of every block, which calibration counts
     unpack_weight             planes -> units
     packed_linear             units, planes, r, t -> y = fl32(A * fl32(t_w * t_x)) + bias
 
@@ -18,7 +19,7 @@ All give the same codes, scales, flags and units; sums of products agree within
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -39,6 +40,7 @@ _SITE = "Tensor r, Tensor sensitivity, Tensor threshold, str rule, str scales"
 _lib = torch.library.Library("fgmp", "DEF")
 _lib.define(f"quantize_activation(Tensor x, {_SITE}) -> (Tensor, Tensor)")
 _lib.define(f"fake_quantize_activation(Tensor x, {_SITE}) -> (Tensor, Tensor)")
+_lib.define(f"score_activation(Tensor x, {_SITE}) -> Tensor")
 _lib.define(f"unpack_weight({_PLANES}, int k, ScalarType dtype) -> Tensor")
 _lib.define(
     f"packed_linear(Tensor units, {_PLANES}, Tensor r, Tensor t, Tensor? bias, ScalarType dtype)"
@@ -59,6 +61,10 @@ def _codes_like(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _units_like(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     flags = x.new_empty((*x.shape[:-1], _groups(x.shape[-1])), dtype=torch.bool)
     return x.new_empty(x.shape, dtype=torch.bfloat16), flags
+
+
+def _scores_like(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _groups(x.shape[-1])), dtype=torch.int64)
 
 
 def _rows(planes: Planes) -> int:
@@ -98,6 +104,12 @@ def fake_quantize_activation_definition(x: Tensor, *site: Any) -> tuple[Tensor, 
     return units.to(torch.bfloat16), flags
 
 
+def score_activation_definition(x: Tensor, *site: Any) -> Tensor:
+    """:func:`fgmp.formats.activation.scores`."""
+    check.activation("score_activation", x, *site)
+    return activation.scores(x, _site(*site))
+
+
 def unpack_weight_definition(*arguments: Any) -> Tensor:
     """:func:`fgmp.pack.planes.unpack_units`."""
     *planes, k, dtype = arguments
@@ -131,20 +143,24 @@ def _scale_of(r: float) -> float:
 _DEFINITIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "quantize_activation": (quantize_activation_definition, _codes_like),
     "fake_quantize_activation": (fake_quantize_activation_definition, _units_like),
+    "score_activation": (score_activation_definition, _scores_like),
     "unpack_weight": (unpack_weight_definition, _weight_like),
     "packed_linear": (packed_linear_definition, _output_like),
 }
 """The default of each operator, and the function that knows only shapes."""
 
 
-def _cpu_quantize(
-    kernel: Callable[[Tensor, Site], tuple[Tensor, Tensor]], x: Tensor, site: Site
-) -> list[Tensor]:
-    """Run a quantizer on ``x`` as a matrix and give its results the leading shape of ``x``."""
+def _tokens(x: Tensor) -> Tensor:
+    """``x`` as a contiguous matrix of a type that the kernels read."""
     tokens = x.reshape(-1, x.shape[-1])
     if tokens.dtype not in (torch.bfloat16, torch.float32):
         tokens = tokens.to(torch.bfloat16)
-    return [part.view(*x.shape[:-1], *part.shape[1:]) for part in kernel(tokens.contiguous(), site)]
+    return tokens.contiguous()
+
+
+def _shaped_like(x: Tensor, parts: Iterable[Tensor]) -> list[Tensor]:
+    """What a kernel made of ``_tokens(x)``, with the leading shape of ``x``."""
+    return [part.view(*x.shape[:-1], *part.shape[1:]) for part in parts]
 
 
 def _cpu(kernels: cpu.Kernels) -> dict[str, Callable[..., Any]]:
@@ -154,15 +170,21 @@ def _cpu(kernels: cpu.Kernels) -> dict[str, Callable[..., Any]]:
         if site[3] not in cpu.RULES:
             return quantize_activation_definition(x, *site)
         check.activation("quantize_activation", x, *site)
-        codes, scale = _cpu_quantize(kernels.quantize, x, _site(*site))
+        codes, scale = _shaped_like(x, kernels.quantize(_tokens(x), _site(*site)))
         return codes, scale
 
     def fake_quantize_activation(x: Tensor, *site: Any) -> tuple[Tensor, Tensor]:
         if site[3] not in cpu.RULES:
             return fake_quantize_activation_definition(x, *site)
         check.activation("fake_quantize_activation", x, *site)
-        units, flags = _cpu_quantize(kernels.fake_quantize, x, _site(*site))
+        units, flags = _shaped_like(x, kernels.fake_quantize(_tokens(x), _site(*site)))
         return units, flags
+
+    def score_activation(x: Tensor, *site: Any) -> Tensor:
+        if site[3] not in cpu.RULES:
+            return score_activation_definition(x, *site)
+        check.activation("score_activation", x, *site)
+        return _shaped_like(x, [kernels.scores(_tokens(x), _site(*site))])[0]
 
     def unpack_weight(*arguments: Any) -> Tensor:
         *planes, k, dtype = arguments
@@ -189,6 +211,7 @@ def _cpu(kernels: cpu.Kernels) -> dict[str, Callable[..., Any]]:
     return {
         "quantize_activation": quantize_activation,
         "fake_quantize_activation": fake_quantize_activation,
+        "score_activation": score_activation,
         "unpack_weight": unpack_weight,
         "packed_linear": packed_linear,
     }
@@ -257,5 +280,6 @@ _implement()
 
 quantize_activation = torch.ops.fgmp.quantize_activation.default
 fake_quantize_activation = torch.ops.fgmp.fake_quantize_activation.default
+score_activation = torch.ops.fgmp.score_activation.default
 unpack_weight = torch.ops.fgmp.unpack_weight.default
 packed_linear = torch.ops.fgmp.packed_linear.default

@@ -73,11 +73,17 @@ class ActivationSite(nn.Module):
             self._quantized[x] = (x._version, units)
         return units
 
+    def scores(self, x: Tensor) -> Tensor:
+        """S of every block of ``x`` (..., K): int64 (..., G)."""
+        found: Tensor = ops.score_activation(x, *self._arguments())
+        return found
+
+    def _arguments(self) -> tuple[Tensor, Tensor, Tensor, str, str]:
+        return self.r, self.sensitivity, self.threshold, self.rule, self.scales
+
     def _quantize(self, x: Tensor) -> Tensor:
         units: Tensor
-        units, is_fp8 = ops.fake_quantize_activation(
-            x, self.r, self.sensitivity, self.threshold, self.rule, self.scales
-        )
+        units, is_fp8 = ops.fake_quantize_activation(x, *self._arguments())
         if self.counting:
             self.counts[0] += is_fp8.numel() - int(is_fp8.sum())
             self.counts[1] += is_fp8.numel()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fgmp.formats.activation import Site, score_unit, scores
+from fgmp.formats.activation import Site, score_unit
 
 _DROPPED_BITS = 15  # of fp32's 23 mantissa bits
 _BINS = 1 << (31 - _DROPPED_BITS)
@@ -38,7 +38,7 @@ class ScoreHistogram:
     counts: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.int64))
 
     def add(self, values: Tensor) -> None:
-        """Count scores S, any shape, non-negative."""
+        """Count scores S, int64, any shape."""
         found = torch.bincount(_bin_of(values).flatten(), minlength=_BINS)
         self.counts += found.to(self.counts.device)
 
@@ -63,11 +63,6 @@ class ScoreHistogram:
 def new_histogram(site: Site) -> ScoreHistogram:
     """An empty histogram in the unit of ``site``."""
     return ScoreHistogram(unit=score_unit(site))
-
-
-def add_scores(histogram: ScoreHistogram, x: Tensor, site: Site) -> None:
-    """Score the blocks of one activation tensor and count them."""
-    histogram.add(scores(x, site))
 
 
 def global_threshold(histograms: list[ScoreHistogram], fp4_fraction: float) -> float:

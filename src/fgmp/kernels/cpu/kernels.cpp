@@ -50,4 +50,11 @@ int64_t FGMP_NAME(quantize)(const fgmp::Matrix *x, const fgmp::Site *site, uint8
   quantize(*x, *site, codes, scale, *team);
   return -1;
 }
+
+// S, one number a block. Returns -1.
+int64_t FGMP_NAME(scores)(const fgmp::Matrix *x, const fgmp::Site *site, int64_t *out,
+                       const fgmp::Team *team) {
+  scores(*x, *site, out, *team);
+  return -1;
+}
 }

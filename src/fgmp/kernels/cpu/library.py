@@ -87,6 +87,7 @@ class Kernels:
         codes = (POINTER(_Matrix), POINTER(_Site), c_void_p, c_void_p)
         self._quantize = bind("quantize", *codes)
         self._fake_quantize = bind("fake_quantize", *codes)
+        self._scores = bind("scores", *codes[:-1])
 
     def linear(
         self, units: Tensor, planes: Planes, t: float, bias: Tensor | None, dtype: torch.dtype
@@ -126,6 +127,12 @@ class Kernels:
         flags = torch.empty(x.shape[0], _groups(x), dtype=torch.bool)
         self._fake_quantize(_matrix(x), _site(site), units.data_ptr(), flags.data_ptr(), _team())
         return units, flags
+
+    def scores(self, x: Tensor, site: Site) -> Tensor:
+        """Tokens (M, K), bf16 or fp32, to S, int64 (M, G)."""
+        found = torch.empty(x.shape[0], _groups(x), dtype=torch.int64)
+        self._scores(_matrix(x), _site(site), found.data_ptr(), _team())
+        return found
 
 
 @cache

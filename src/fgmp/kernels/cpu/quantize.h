@@ -124,6 +124,16 @@ inline bool decide(const Block &block, const Site &site, const Sensitivity &g) {
   return fp8;
 }
 
+// S itself; the largest integer for a block that is not finite.
+inline int64_t score(const Block &block, const Site &site, const Sensitivity &g) {
+  if (!block.finite)
+    return INT64_MAX;
+  if (!(site.rule & kBenefit))
+    return exact_sum_of_squares(block.fp4, block.fp8, g);
+  return std::max<int64_t>(0, exact_sum_of_squares(block.fp4, block.target, g) -
+                                  exact_sum_of_squares(block.fp8, block.target, g));
+}
+
 // Both formats of one block of `x`, bf16 values in fp32.
 inline Block quantize_block(F16 x, const Site &site, const Sensitivity &g) {
   Block block;
@@ -180,7 +190,7 @@ inline std::vector<Sensitivity> sensitivities(const Site &site, int64_t k) {
   return all;
 }
 
-// Calls use(m, g, x, block, is_fp8) for every block of the tokens x, shared among the team.
+// Calls use(m, g, x, block, sensitivity) for every block of the tokens x, shared among the team.
 template <class Use>
 void quantize_tokens(const Matrix &x, const Site &site, const Team &team, Use &&use) {
   const std::vector<Sensitivity> weights = sensitivities(site, x.columns);
@@ -191,7 +201,7 @@ void quantize_tokens(const Matrix &x, const Site &site, const Team &team, Use &&
     for (int64_t i = part.begin; i < part.end; ++i) {
       const F16 values = read_block(x, m, g * kBlock);
       const Block block = quantize_block(values, site, weights[g]);
-      use(m, g, values, block, decide(block, site, weights[g]));
+      use(m, g, values, block, weights[g]);
       if (++g == blocks)
         g = 0, ++m;
     }
@@ -202,7 +212,9 @@ void quantize_tokens(const Matrix &x, const Site &site, const Team &team, Use &&
 inline void fake_quantize(const Matrix &x, const Site &site, uint16_t *units, uint8_t *is_fp8,
                           const Team &team) {
   const int64_t blocks = (x.columns + kBlock - 1) / kBlock;
-  quantize_tokens(x, site, team, [&](int64_t m, int64_t g, F16 values, const Block &block, bool fp8) {
+  quantize_tokens(x, site, team, [&](int64_t m, int64_t g, F16 values, const Block &block,
+                                     const Sensitivity &weights) {
+    const bool fp8 = decide(block, site, weights);
     const int64_t at = m * x.columns + g * kBlock, left = x.columns - g * kBlock;
     const F16 sign = and_bits(values, broadcast(-0.0f));
     const F16 units16 = or_bits(choose(fp8, block.fp8, block.fp4), sign);
@@ -222,7 +234,9 @@ inline void fake_quantize(const Matrix &x, const Site &site, uint16_t *units, ui
 inline void quantize(const Matrix &x, const Site &site, uint8_t *codes, uint8_t *scale,
                      const Team &team) {
   const int64_t blocks = (x.columns + kBlock - 1) / kBlock;
-  quantize_tokens(x, site, team, [&](int64_t m, int64_t g, F16 values, const Block &block, bool fp8) {
+  quantize_tokens(x, site, team, [&](int64_t m, int64_t g, F16 values, const Block &block,
+                                     const Sensitivity &weights) {
+    const bool fp8 = decide(block, site, weights);
     uint8_t *out = codes + (m * blocks + g) * kBlock;
     float lanes[kBlock], magnitudes[kBlock];
     store(lanes, values);
@@ -240,6 +254,15 @@ inline void quantize(const Matrix &x, const Site &site, uint8_t *codes, uint8_t 
     }
     const int fp4_scale = any ? code_of(block.scale) : kScaleMinCode;
     scale[m * blocks + g] = fp8 ? kFp8Flag : static_cast<uint8_t>(fp4_scale);
+  });
+}
+
+// S of every block (rows, blocks).
+inline void scores(const Matrix &x, const Site &site, int64_t *out, const Team &team) {
+  const int64_t blocks = (x.columns + kBlock - 1) / kBlock;
+  quantize_tokens(x, site, team, [&](int64_t m, int64_t g, F16, const Block &block,
+                                     const Sensitivity &weights) {
+    out[m * blocks + g] = score(block, site, weights);
   });
 }
 
