@@ -1,7 +1,7 @@
 """Train the demonstration model that ships in ``fgmp.demo``, a 3.7M-parameter Llama, and others.
 
     python runs/train.py --work WORK --out src/fgmp/demo/model
-    python runs/train.py --model gpt-neox --steps 900 --work WORK --out gpt-neox
+    python runs/train.py --model gpt-neox --steps 700 --work WORK --out gpt-neox
 
 Text: docstrings of the standard library and of the packages installed beside it (the model
 card lists them with their versions), minus every paragraph that shares ten words in a row
