@@ -161,6 +161,16 @@ class Setting:
         """A quantized model of which baselines take sites and activation scales; not to be run."""
         return self.quantized(**PLAIN)
 
+    @cached_property
+    def layer_scores(self) -> dict[str, dict[str, float]]:
+        """What AutoQuantize's rule goes by, under any budget."""
+        return baselines.layer_scores(baselines.Parts(self), self.text.samples)
+
+    @cached_property
+    def channel_harm(self) -> dict[str, Tensor]:
+        """What sorts channels, for any share of them."""
+        return baselines.channel_harm(baselines.Parts(self), self)
+
 
 @dataclass(frozen=True)
 class Measured:

@@ -184,7 +184,7 @@ def _watch(parts: Parts, hook: Any, samples: Tensor) -> None:
 def autoquantize(setting: Setting, bits: float) -> nn.Module:
     """One format a site, weights and activations, under a budget of bits a weight."""
     parts = Parts(setting)
-    scores = _layer_scores(parts, setting.text.samples[:SCORED_SEQUENCES])
+    scores = setting.layer_scores
     size = {o: sum(parts.weights[n].numel() for n in ns) for o, ns in parts.linears_of.items()}
     room = (bits - FP4_BITS) / (FP8_BITS - FP4_BITS) * sum(size.values())
     # Every subset of sites in FP8 that no cheaper one beats: cost -> (gain, sites).
@@ -210,8 +210,9 @@ def autoquantize(setting: Setting, bits: float) -> nn.Module:
     return parts.install(codes, is_fp8, parts.with_threshold(ends))
 
 
-def _layer_scores(parts: Parts, samples: Tensor) -> dict[str, dict[str, float]]:
+def layer_scores(parts: Parts, samples: Tensor) -> dict[str, dict[str, float]]:
     """sum (dL/dY * (Y quantized - Y))^2 by site and format, over its linears and all tokens."""
+    samples = samples[:SCORED_SEQUENCES]
     scores = {owner: {"fp4": 0.0, "fp8": 0.0} for owner in parts.records}
     codes = {n: quantize_weight(w, parts.scale[n]) for n, w in parts.weights.items()}
     ends = {"fp4": THRESHOLD_ALL_FP4, "fp8": THRESHOLD_ALL_FP8}
@@ -254,7 +255,7 @@ def _layer_scores(parts: Parts, samples: Tensor) -> dict[str, dict[str, float]]:
 def by_channel(setting: Setting, fp4: float) -> nn.Module:
     """Whole blocks of 16 input channels in FP8, channels sorted by the harm FP4 does in them."""
     parts = Parts(setting)
-    harm = _channel_harm(parts, setting)
+    harm = setting.channel_harm
     order = {o: h.argsort(descending=True) for o, h in harm.items()}
     blocks = {o: to_blocks(h[order[o]]).sum(-1) for o, h in harm.items()}
     rows = {o: sum(len(parts.weights[n]) for n in ns) for o, ns in parts.linears_of.items()}
@@ -295,7 +296,7 @@ class _ChannelSite(ActivationSite):
         return from_blocks(mixed, x.shape[-1]).bfloat16()
 
 
-def _channel_harm(parts: Parts, setting: Setting) -> dict[str, Tensor]:
+def channel_harm(parts: Parts, setting: Setting) -> dict[str, Tensor]:
     """Fisher-weighted error that FP8 takes away, by site and channel, float64 (K,)."""
     with safe_open(setting.state, framework="pt") as file:
         predictions = json.loads(file.metadata()["state"])["predictions"]

@@ -96,7 +96,7 @@ def test_autoquantize_is_the_best_choice_under_its_budget(
 ) -> None:
     baselines = accuracy.baselines
     parts = baselines.Parts(setting)
-    scores = baselines._layer_scores(parts, setting.text.samples)
+    scores = baselines.layer_scores(parts, setting.text.samples)
     size = {o: sum(parts.weights[n].numel() for n in ns) for o, ns in parts.linears_of.items()}
     gain = {o: s["fp4"] - s["fp8"] for o, s in scores.items()}
     for bits in (5.0, 6.0, 7.0):
