@@ -25,6 +25,7 @@ from functools import cached_property
 from pathlib import Path
 
 import baselines
+import sensitivity
 import torch
 from provenance import provenance
 from rich.console import Console
@@ -51,6 +52,11 @@ Row = Callable[["Setting"], nn.Module]
 def recipe(**fields: object) -> Row:
     """A row that is a recipe of this package."""
     return lambda setting: setting.quantized(**fields)
+
+
+def estimate(label: str, fp4: float) -> Row:
+    """A row whose sensitivities are another estimate, of ``runs/sensitivity.py``."""
+    return lambda setting: sensitivity.estimated(setting, label, fp4=fp4)
 
 
 def stream(fp4: float) -> float:
@@ -90,6 +96,13 @@ ABLATIONS: dict[str, Row] = {
     "ours 70%, no compensation": recipe(fp4=0.7, compensate=False),
     "ours 90%, no compensation": recipe(fp4=0.9, compensate=False),
     "ours 100%, no compensation": recipe(fp4=1.0, compensate=False),
+    "ours 70%, factored Fisher": recipe(fp4=0.7, fisher="factored"),
+    "ours 90%, factored Fisher": recipe(fp4=0.9, fisher="factored"),
+    **{
+        f"ours {share:.0%}, Fisher {label}": estimate(label, share)
+        for label in ("by token", "at the quantized point", "of drawn labels")
+        for share in (0.7, 0.9)
+    },
     "ours 70%, rule difference": recipe(fp4=0.7, rule="difference"),
     "ours 70%, scales max": recipe(fp4=0.7, scales="max"),
     "ours 90%, scales max": recipe(fp4=0.9, scales="max"),
@@ -122,6 +135,7 @@ VERSUS = {
     "ours, mean of 90%": ("ours 90%",),
     "ours at 5.4 bits": ("autoquantize 5.4 bits",),
     "ours at 6.0 bits": ("autoquantize 6.0 bits",),
+    **{row: (row.partition(",")[0],) for row in ABLATIONS if "Fisher" in row},
 }
 """Rows that are compared window by window with others."""
 
@@ -142,17 +156,19 @@ class Setting:
         return load_model(self.name)
 
     def quantized(self, **fields: object) -> nn.Module:
-        """The model quantized by a recipe; the Fisher information is collected once a seed.
+        """The model quantized by a recipe, calibrated once a seed and kind.
 
         Scales are searched unless ``fields`` say otherwise: rows must not differ by what a short
         held-out text happened to decide.
         """
         asked = {"clip": "on", "seq_len": self.seq_len, "seed": self.seed, **fields}
+        recipe = Recipe(**asked)  # type: ignore[arg-type]
+        exact = recipe.fisher == "exact"
         return quantize(
             self.load(),
             self.text.samples,
-            Recipe(**asked),  # type: ignore[arg-type]
-            state=self.state,
+            recipe,
+            state=self.state if exact else self.state.with_suffix(".factored.safetensors"),
             progress=bars(self.console),
         )
 

@@ -137,3 +137,37 @@ def test_our_bits_are_counted_with_the_row_counters(accuracy: ModuleType, settin
     model = accuracy.baselines.at_bits(setting, 6.0)
     # On weights this small, a few blocks and the record of the shape show in the second digit.
     assert 5.85 < accuracy.weight_bits(model) <= 6.02
+
+
+def test_estimates_of_the_sensitivities(accuracy: ModuleType, setting: Any) -> None:
+    sensitivity = accuracy.sensitivity
+    exact = sensitivity.calibrated(setting)
+    whole = sensitivity.from_gradients(lambda x, g: (g.T @ x).square(), setting)
+    for name, f in whole.items():
+        assert torch.allclose(exact[name], f, rtol=1e-4, atol=1e-6 * f.max().item())
+    found = sensitivity.correlations(setting)
+    assert list(found) == ["exact, half of the text", *sensitivity.ESTIMATES]
+    for label, agreement in found.items():
+        assert 0.3 < agreement["spearman"] < 1, label
+    # Each of them makes a row, and another one than the exact F_w makes.
+    plain = mixed_linears(setting.quantized(fp4=0.7))
+    for label in ("by token", "at the quantized point"):
+        other = mixed_linears(sensitivity.estimated(setting, label, fp4=0.7))
+        assert any(
+            not torch.equal(plain[name].packed.is_fp8(), other[name].packed.is_fp8())
+            for name in plain
+        ), label
+
+
+def test_rank_correlation_averages_ties(accuracy: ModuleType) -> None:
+    a, b = torch.tensor([1.0, 2.0, 2.0, 9.0]), torch.tensor([0.0, 5.0, 7.0, 6.0])
+    # Ranks 1, 2.5, 2.5, 4 and 1, 2, 4, 3: covariance 3 of 4.5 and 5.
+    assert accuracy.sensitivity.spearman(a, b) == pytest.approx(3 / (4.5 * 5) ** 0.5)
+    assert accuracy.sensitivity.spearman(a, -a) == pytest.approx(-1)
+
+
+def test_memory_of_a_large_model(accuracy: ModuleType) -> None:
+    found = accuracy.sensitivity.memory_of_70b()
+    assert found["quantized_parameters_billions"] == pytest.approx(68.45, abs=0.01)
+    assert found["fisher, exact_gb"] == pytest.approx(273.8, abs=0.1)
+    assert found["fisher, factored_gb"] < 0.06

@@ -231,6 +231,24 @@ def test_no_linear(tokens: Tensor) -> None:
         quantized(tokens, include=("x*",))
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_factored_fisher_information(family: str, tokens: Tensor) -> None:
+    model = quantized(tokens, family, fp4=0.7, fisher="factored")
+    kept, blocks = weight_blocks(model)
+    assert kept == round(0.7 * blocks)
+    exact = quantized(tokens, family, fp4=0.7)
+    assert config_of(model).recipe["fisher"] == "factored"
+    flags = [
+        torch.cat([m.packed.is_fp8().flatten() for m in mixed_linears(x).values()])
+        for x in (model, exact)
+    ]
+    # Another ranking of the blocks, but a near one: chance alone agrees on 58% of them.
+    agreement = (flags[0] == flags[1]).double().mean().item()
+    assert 0.8 < agreement < 1
+    saved = [config_of(x).result["peak_bytes_predicted"] for x in (model, exact)]
+    assert saved[0] < saved[1]
+
+
 def test_headroom_widens_the_range(tokens: Tensor) -> None:
     plain, wide = quantized(tokens), quantized(tokens, headroom=2.0)
     for owner, site in sites(plain).items():

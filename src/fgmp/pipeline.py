@@ -102,7 +102,13 @@ def quantize(
     total = matrices(model)
     device = next(model.parameters()).device
     needed = memory.estimate(
-        model, linears, samples[0], loss, _packed_bytes(recipe), compensated=recipe.compensate
+        model,
+        linears,
+        samples[0],
+        loss,
+        _packed_bytes(recipe),
+        fisher=recipe.fisher,
+        compensated=recipe.compensate,
     )
     memory.require(needed, device)
     report(f"peak memory will be about {needed.peak / 1e9:.2f} GB")
@@ -114,6 +120,7 @@ def quantize(
             linears,
             samples,
             loss,
+            fisher=recipe.fisher,
             groups=groups,
             state=state,
             reuse=reuse,
@@ -159,7 +166,8 @@ def quantize(
         with progress("packing", len(linears)) as advance:
             weights = pack_weights(*material, variant, fp4_weights, moments, advance)
         variants[variant.clipped] = Assignment(weights, activations, linears_of)
-    calibration.weights.clear()
+    del material
+    calibration.weights = {}
     clipped, losses = _choose(model, variants, held_out, loss, progress)
     _finish(model, variants[clipped], recipe, total)
 

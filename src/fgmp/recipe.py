@@ -14,6 +14,7 @@ from fgmp.errors import InputError
 from fgmp.formats.spec import FP4_BITS, FP8_BITS
 
 CLIP_CHOICES = ("auto", "on", "off")
+FISHER_CHOICES = ("exact", "factored")
 RULE_NAMES = ("benefit", "difference")
 SCALES_NAMES = ("search", "max")
 PAPER: dict[str, Any] = {"rule": "difference", "scales": "max", "compensate": False}
@@ -32,6 +33,8 @@ class Recipe:
         bits: instead of the two shares, a budget: the mean of the bits of a weight and of an
             activation value, 4.5 to 8, spent where it does least harm. Needs ``policy: fisher``.
         policy: which blocks get FP8; see ``fgmp.assign.policy``.
+        fisher: what calibration keeps of a weight's squared gradients: ``exact``, four bytes a
+            weight, or ``factored``, four a row and a column; see ``fgmp.sensitivity.squares``.
         rule: what makes a block FP8: ``benefit``, how much error that takes away, or
             ``difference``, how far apart the formats are, which is the paper's.
         scales: block scales of FP4 activations: ``search`` tries four, ``max`` is the paper's.
@@ -52,6 +55,7 @@ class Recipe:
     fp4_activations: float | None = None
     bits: float | None = None
     policy: str = "fisher"
+    fisher: str = "exact"
     rule: str = "benefit"
     scales: str = "search"
     clip: str = "auto"
@@ -92,7 +96,8 @@ class Recipe:
             )
         if self.clip not in CLIP_CHOICES:
             raise InputError(f"recipe: clip must be auto, on or off, got {self.clip!r}")
-        for name, known in (("rule", RULE_NAMES), ("scales", SCALES_NAMES)):
+        pairs = {"fisher": FISHER_CHOICES, "rule": RULE_NAMES, "scales": SCALES_NAMES}
+        for name, known in pairs.items():
             if getattr(self, name) not in known:
                 raise InputError(
                     f"recipe: {name} must be {' or '.join(known)}, got {getattr(self, name)!r}"

@@ -8,6 +8,7 @@ import copy
 import json
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from fgmp.errors import InputError
 from fgmp.model.select import linearize, quantizable
 from fgmp.sensitivity.fisher import Calibration, calibrate, causal_lm_loss
+from fgmp.sensitivity.squares import SQUARES
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:
@@ -86,6 +88,71 @@ def test_against_autograd(family: str, tokens: Tensor) -> None:
     for site, module in SITES[family].items():
         assert close(found.sites[site].g2, reference_activations(model, module, tokens[:3])), site
         assert found.sites[site].tokens == 3 * 24
+
+
+def reference_factors(model: nn.Module, samples: Tensor) -> dict[str, Tensor]:
+    """Outer products of mean squared output gradients and inputs, of the first layer's MLP."""
+    model = copy.deepcopy(model).double()
+    mlp = model.model.layers[0].mlp
+    sums: dict[str, list[Tensor]] = {}
+    n = tokens = 0
+    for sample in samples:
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def keep(name: str, x: Tensor, y: Tensor, into: dict = seen) -> None:
+            into[name] = (x, y)
+
+        hooks = [
+            getattr(mlp, name).register_forward_hook(
+                lambda _, args, out, name=name: keep(name, args[0], out)
+            )
+            for name in ("gate_proj", "down_proj")
+        ]
+        loss, predictions = causal_lm_loss(model, sample)
+        for hook in hooks:
+            hook.remove()
+        n, tokens = n + predictions, tokens + len(sample)
+        for name, (x, y) in seen.items():
+            g = torch.autograd.grad(loss, y, retain_graph=True)[0][0]
+            a, b = sums.setdefault(name, [torch.tensor(0.0), torch.tensor(0.0)])
+            sums[name] = [a + (g**2).sum(0), b + (x[0].detach() ** 2).sum(0)]
+    return {
+        f"model.layers.0.mlp.{name}": torch.einsum("i,j->ij", a / n, b / tokens)
+        for name, (a, b) in sums.items()
+    }
+
+
+def test_factors_against_autograd(tokens: Tensor) -> None:
+    model, linears = prepared("llama")
+    found = calibrate(model, linears, tokens[:3], fisher="factored")
+    for name, wanted in reference_factors(model, tokens[:3]).items():
+        assert close(found.weights[name], wanted), name
+    exact = calibrate(model, linears, tokens[:3])
+    assert found.weights.keys() == exact.weights.keys()
+    for name, f in exact.weights.items():
+        assert found.weights[name].shape == f.shape
+    for name, site in exact.sites.items():
+        assert torch.equal(found.sites[name].g2, site.g2)
+
+
+def test_factors_are_exact_of_one_token() -> None:
+    """One token a sequence, one sequence: the gradient is an outer product, and so its square."""
+    model = nn.Linear(8, 4, bias=False)
+    x = torch.randn(1, 8)
+    exact, factored = (
+        calibrate(model, {"": model}, [x], squares, fisher=f).weights[""]
+        for f in ("exact", "factored")
+    )
+    assert torch.allclose(factored, exact, rtol=1e-5)
+
+
+def test_factors_hold_no_matrix(tokens: Tensor, tmp_path: Path) -> None:
+    model, linears = prepared("llama")
+    found = calibrate(model, linears, tokens[:3], fisher="factored", state=tmp_path / "state")
+    with safe_open(tmp_path / "state", framework="pt") as file:
+        assert max(file.get_tensor(name).ndim for name in file.keys()) == 1  # noqa: SIM118
+    name = next(iter(linears))
+    assert found.weights[name] is not found.weights[name]  # made anew, kept by nobody
 
 
 def test_equals_the_sequences_of_one_batch_of_four(tokens: Tensor) -> None:
@@ -455,15 +522,17 @@ def same(a: Calibration, b: Calibration) -> bool:
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("fisher", SQUARES)
 @pytest.mark.parametrize("reason", [KeyboardInterrupt, MemoryError])
 def test_goes_on_to_equal_bits(
-    family: str, reason: type[BaseException], tokens: Tensor, tmp_path: Path
+    family: str, fisher: str, reason: type[BaseException], tokens: Tensor, tmp_path: Path
 ) -> None:
     model, linears = prepared(family)
-    whole = calibrate(model, linears, tokens[:4])
+    asked = partial(calibrate, model, linears, tokens[:4], fisher=fisher)
+    whole = asked()
     state = tmp_path / "new" / "run.safetensors"
     with pytest.raises(reason):
-        calibrate(model, linears, tokens[:4], state=state, advance=stopping_after(3, reason))
+        asked(state=state, advance=stopping_after(3, reason))
     assert done_in(state) == 3
     advanced: list[int] = []
     seen: list[Tensor] = []
@@ -472,13 +541,11 @@ def test_goes_on_to_equal_bits(
         seen.append(sample)
         return causal_lm_loss(model, sample)
 
-    again = calibrate(
-        model, linears, tokens[:4], loss, state=state, advance=lambda: advanced.append(1)
-    )
+    again = asked(loss, state=state, advance=lambda: advanced.append(1))
     assert len(seen) == 1 and len(advanced) == 4
     assert same(again, whole)
     # Its own result is stored too: packing may be interrupted as well.
-    assert same(calibrate(model, linears, tokens[:4], state=state), whole)
+    assert same(asked(state=state), whole)
 
 
 def done_in(state: Path) -> int:
@@ -555,6 +622,23 @@ def test_a_kept_calibration_is_used_again_or_refused(tokens: Tensor, tmp_path: P
     with pytest.raises(InputError, match=message):
         calibrate(model, linears, tokens[:3], state=state, reuse=True)
     assert state.read_bytes() == seen
+
+
+@pytest.mark.parametrize(("held", "asked"), [("exact", "factored"), ("factored", "exact")])
+def test_the_other_kind_of_fisher_information_is_refused(
+    held: str, asked: str, tokens: Tensor, tmp_path: Path
+) -> None:
+    model, linears = prepared("llama")
+    state = tmp_path / "state"
+    calibrate(model, linears, tokens[:3], fisher=held, state=state, reuse=True)
+    message = f"state: holds the {held} Fisher information, the recipe asks for fisher: {asked};"
+    with pytest.raises(InputError, match=message):
+        calibrate(model, linears, tokens[:3], fisher=asked, state=state, reuse=True)
+    # A run that was not told to reuse begins anew.
+    assert same(
+        calibrate(model, linears, tokens[:3], fisher=asked, state=state),
+        calibrate(model, linears, tokens[:3], fisher=asked),
+    )
 
 
 def test_a_state_of_another_run_is_passed_over(tokens: Tensor, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_parts() -> None:
     parameters = 8 * 16 + 16 * 4
     found = estimate(model, linears, torch.zeros(10, 8), squares, 0.6)
     assert found.fisher == 4 * parameters
+    assert found.scoring == 64 * 8 * 16
     # A float64 score a block of 16.
     assert found.packed == int((0.6 + 0.5) * parameters)
     # x, the tanh that is also the second input, and the squared output, of ten rows in fp32;
@@ -92,7 +93,7 @@ def test_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1_500_000_000)
     text = (
         "quantizing needs 3.00 GB more on cpu, 1.50 GB are free; "
-        "use a shorter seq_len, compensate: false, or a machine with more memory"
+        "use a shorter seq_len, fisher: factored, compensate: false, or a machine with more memory"
     )
     with pytest.raises(MemoryLimitError, match=f"^{re.escape(text)}$") as caught:
         require(wanted, CPU)
@@ -133,3 +134,17 @@ def test_compensation_adds_the_moments_to_packing() -> None:
     # H and C in fp32 for inputs 8 and 16 wide, and five float64 matrices of the wider.
     assert plain.moments == 0 and more.moments == 8 * (8**2 + 16**2) + 5 * 8 * 16**2
     assert MemoryEstimate(held=1000, fisher=400, packed=70, working=90, moments=50).peak == 1520
+
+
+def test_factors_take_rows_and_columns_only() -> None:
+    model = Chain()
+    linears = {"first": model.first, "second": model.second}
+    exact, factored = (
+        estimate(model, linears, torch.zeros(10, 8), squares, 0.6, fisher=f)
+        for f in ("exact", "factored")
+    )
+    assert factored.fisher == 4 * (8 + 16 + 16 + 4)
+    # No gradient of a weight and no square of it.
+    assert exact.working - factored.working == 2 * 4 * 8 * 16
+    assert factored.packed == exact.packed and factored.scoring == exact.scoring
+    assert MemoryEstimate(held=1000, fisher=4, packed=70, working=90, scoring=60).peak == 1134

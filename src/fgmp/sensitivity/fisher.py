@@ -5,11 +5,13 @@ With L the summed token losses of one sequence and n all predicted tokens (nats^
     F_w    = (1/n) sum over sequences (dL/dw)^2                       one value a weight
     F_x[k] = (1/n) sum over sequences, tokens (dL/dx[token, k])^2     one value a channel
 
+F_w may be kept as two factors instead, :mod:`fgmp.sensitivity.squares`.
+
 Squares of sums need one sequence's gradient at a time, so sequences go through the model one by
 one: that is right for every architecture, also those that flatten tokens (experts), and makes
 the result independent of any batch size. Parameters are frozen and only activations carry
-gradients; each linear's weight gradient is formed in a hook and squared on the spot, so no
-gradient of the whole model ever exists.
+gradients; each linear's weight gradient is formed in a hook and squared on the spot (if it is
+formed at all), so no gradient of the whole model ever exists.
 
 A *site* is one activation tensor that one or more linears read. Sites are found by tensor
 identity: before the first linear that reads a tensor, the tensor is replaced by an alias whose
@@ -36,6 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fgmp.errors import InputError
+from fgmp.sensitivity.squares import SQUARES
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
 """(model, sample) to (summed loss in nats of one sequence, number of predictions in it)."""
@@ -64,7 +67,7 @@ class SiteStatistics:
 class Calibration:
     """The result: F_w by linear (fp32, the weight's shape), statistics by site, predictions n."""
 
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
     sites: dict[str, SiteStatistics] = field(default_factory=dict)
     predictions: int = 0
 
@@ -87,6 +90,7 @@ def calibrate(
     samples: Sequence[Any] | Tensor,
     loss: Loss = causal_lm_loss,
     *,
+    fisher: str = "exact",
     groups: dict[str, list[str]] | None = None,
     state: Path | None = None,
     reuse: bool = False,
@@ -99,6 +103,7 @@ def calibrate(
         linears: the linears to calibrate, by name.
         samples: each one sequence, given to ``loss`` as it is.
         loss: summed loss and predictions of a sample.
+        fisher: how F_w is kept, a key of :data:`fgmp.sensitivity.squares.SQUARES`.
         groups: sites that override those found by tensor identity: a name and its linears.
         state: file that keeps the sums, written now and then, on an interruption and at the end;
             a later call with the same model, samples and groups goes on from there. The caller
@@ -108,9 +113,10 @@ def calibrate(
 
     Raises:
         InputError: an activation, the loss or a gradient is not finite, sites are inconsistent,
-            or ``state`` is not such a file, or under ``reuse`` one of another run.
+            or ``state`` is not such a file, or under ``reuse`` one of another run or with another
+            ``fisher``.
     """
-    recorder = _Recorder(linears, groups or {})
+    recorder = _Recorder(linears, fisher, groups or {})
     fingerprint = _fingerprint(linears, samples, groups or {}) if state else ""
     start = recorder.restore(state, fingerprint, reuse) if state else 0
     for _ in range(start):
@@ -184,20 +190,19 @@ def _uninterrupted() -> Iterator[None]:
 class _Recorder:
     """Hooks on the linears and the sums that they feed."""
 
-    def __init__(self, linears: dict[str, nn.Linear], groups: dict[str, list[str]]) -> None:
+    def __init__(
+        self, linears: dict[str, nn.Linear], fisher: str, groups: dict[str, list[str]]
+    ) -> None:
         self.linears = linears
+        self.fisher = fisher
+        self.squares = SQUARES[fisher](linears)
         self.forced: dict[str, str] = {}
         for group, members in groups.items():
             for name in members:
                 if name not in linears:
                     raise InputError(f"site {group}: {name!r} is not a quantized linear")
                 self.forced[name] = group
-        self.sums = Calibration(
-            weights={
-                name: torch.zeros_like(linear.weight, dtype=torch.float32)
-                for name, linear in linears.items()
-            }
-        )
+        self.sums = Calibration()
         self.site_by_linear: dict[str, str] = {}
         self.whole = True  # the sums hold no part of a sequence
 
@@ -207,7 +212,7 @@ class _Recorder:
         self.whole = False
         self.aliases: dict[tuple[Any, ...], tuple[str, Tensor, Tensor]] = {}
         self.calls = dict.fromkeys(self.linears, 0)
-        self.gradients: dict[str, Tensor] = {}
+        self.uses: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def before(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
@@ -234,11 +239,11 @@ class _Recorder:
         out.register_hook(partial(self._weight_gradient, name, args[0].detach()))
 
     def end(self, predictions: int) -> None:
-        for name, gradient in self.gradients.items():
-            self.sums.weights[name].addcmul_(gradient, gradient)
+        for name, uses in self.uses.items():
+            self.squares.add(name, *(torch.cat(part) for part in zip(*uses, strict=True)))
         self.sums.predictions += predictions
         self.aliases.clear()
-        self.gradients.clear()
+        self.uses.clear()
         self.whole = True
 
     def _site(self, name: str) -> str:
@@ -264,13 +269,11 @@ class _Recorder:
         self.sums.sites[site].g2 += flat.square().sum(0)
 
     def _weight_gradient(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        g = gradient.flatten(0, -2).float().T @ x.flatten(0, -2).float()
+        use = x.flatten(0, -2).float(), gradient.flatten(0, -2).float()
         if self.calls[name] == 1:
-            self.sums.weights[name].addcmul_(g, g)
-        elif name in self.gradients:  # a linear used more than once: square the sum
-            self.gradients[name] += g
-        else:
-            self.gradients[name] = g
+            self.squares.add(name, *use)
+        else:  # a linear used more than once: its gradient is a sum over all uses
+            self.uses.setdefault(name, []).append(use)
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
@@ -287,9 +290,9 @@ class _Recorder:
     def result(self) -> Calibration:
         """Divide the sums by n and give linears that were never reached a site of their own."""
         n = max(self.sums.predictions, 1)
-        for name, weight in self.sums.weights.items():
-            _check_gradient(name, weight)
-            weight /= n
+        for key, sums in self.squares.tensors().items():
+            _check_gradient(key.partition(".")[2], sums)
+        self.sums.weights = self.squares.result(n)
         for name, site in self.sums.sites.items():
             _check_gradient(name, site.g2)
             site.g2 /= n
@@ -301,10 +304,11 @@ class _Recorder:
     # An interrupted run's sums, as one safetensors file.
 
     def store(self, state: Path, fingerprint: str, done: int) -> None:
-        tensors = {f"weight.{name}": f for name, f in self.sums.weights.items()}
+        tensors = self.squares.tensors()
         tensors |= {f"site.{name}": site.g2 for name, site in self.sums.sites.items()}
         facts = {
             "fingerprint": fingerprint,
+            "fisher": self.fisher,
             "done": done,
             "predictions": self.sums.predictions,
             "sites": {n: [s.linears, s.amax, s.tokens] for n, s in self.sums.sites.items()},
@@ -337,11 +341,19 @@ class _Recorder:
                             "or with other sites; name another file, or delete it"
                         )
                     return 0
-                for name, f in self.sums.weights.items():
-                    f.copy_(file.get_tensor(f"weight.{name}"))
+                held = facts.get("fisher", "exact")
+                if held != self.fisher:
+                    if reuse:
+                        raise InputError(
+                            f"{state}: holds the {held} Fisher information, the recipe asks for "
+                            f"fisher: {self.fisher}; name another file, or ask for fisher: {held}"
+                        )
+                    return 0
+                for key, sums in self.squares.tensors().items():
+                    sums.copy_(file.get_tensor(key))
                 for name, (linears, amax, tokens) in facts["sites"].items():
                     self.sums.sites[name] = SiteStatistics(
-                        linears, file.get_tensor(f"site.{name}").to(f.device), amax, tokens
+                        linears, file.get_tensor(f"site.{name}").to(sums.device), amax, tokens
                     )
                     self.site_by_linear |= dict.fromkeys(linears, name)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -1,11 +1,13 @@
 """How much memory a run will take, before it starts, and what it took.
 
 The peak of a calibration is the sum of five parts: what the process holds already (the model),
-one fp32 F per quantized parameter, the second moments of the linears' inputs if weights are to be
-compensated, the block scores and packed planes, and the working set of one sequence: the tensors
-that its backward pass keeps, the logits' gradients and one weight gradient. The working set is
-measured on a short prefix of one sequence and scaled up. Moments are counted for every linear,
-since which of them share an input is not known yet: an upper bound.
+the sums that F_w is made of, the second moments of the linears' inputs if weights are to be
+compensated, the block scores and packed planes, what scoring one weight takes, and the working set
+of one sequence: the tensors that its backward pass keeps, the logits' gradients and, where one is
+formed, a weight gradient. The working set is measured on a short prefix of one sequence and scaled
+up. F_w takes four bytes a quantized parameter, or if it is factored four a row and a column.
+Moments are counted for every linear, since which of them share an input is not known yet: an upper
+bound.
 """
 
 import os
@@ -27,6 +29,8 @@ from fgmp.sensitivity.moments import MOMENT_BYTES
 
 _PROBE_TOKENS = 64
 _FISHER_BYTES = 4
+_SCORING_BYTES = 64
+"""Of float64 copies of a weight, its Fisher information and its errors, an element: measured."""
 _SCORE_BYTES = 8 / BLOCK
 _FACTOR_MATRICES = 5
 """H, C, the inverse, its factor and the transfer, while they are being made."""
@@ -34,19 +38,22 @@ _FACTOR_MATRICES = 5
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes: ``held`` already, ``fisher``, ``packed`` planes and scores, ``working`` set, and
-    ``moments``, which packing and compensating hold beside the planes."""
+    """Bytes: ``held`` already, ``fisher``, ``packed`` planes and scores, ``working`` set, and what
+    scoring and packing hold beside the planes: ``moments``, and ``scoring`` of the largest weight.
+    """
 
     held: int
     fisher: int
     packed: int
     working: int
     moments: int = 0
+    scoring: int = 0
 
     @property
     def peak(self) -> int:
         """The largest amount that is held at once: calibration's, or packing's."""
-        return self.held + self.fisher + max(self.packed + self.moments, self.working)
+        packing = self.packed + self.moments + self.scoring
+        return self.held + self.fisher + max(packing, self.working)
 
 
 def estimate(
@@ -56,6 +63,7 @@ def estimate(
     loss: Loss,
     packed_bytes_per_parameter: float,
     *,
+    fisher: str = "exact",
     compensated: bool = False,
 ) -> MemoryEstimate:
     """Predict the peak of quantizing ``model``; ``sample`` is one calibration sequence."""
@@ -63,13 +71,16 @@ def estimate(
     device = next(model.parameters()).device
     largest = max(linear.weight.numel() for linear in linears.values())
     # The probe comes first: what its passes load and cache stays, and counts as held.
-    working = _working_set(model, linears, sample, loss) + 2 * _FISHER_BYTES * largest
+    working = _working_set(model, linears, sample, loss)
+    if fisher == "exact":
+        working += 2 * _FISHER_BYTES * largest
     return MemoryEstimate(
         held=held_bytes(device),
-        fisher=_FISHER_BYTES * parameters,
+        fisher=fisher_bytes(linears, fisher),
         packed=int((packed_bytes_per_parameter + _SCORE_BYTES) * parameters),
         working=working,
-        moments=_moment_bytes(linears) if compensated else 0,
+        moments=moment_bytes(linears) if compensated else 0,
+        scoring=_SCORING_BYTES * largest,
     )
 
 
@@ -79,7 +90,8 @@ def require(estimate: MemoryEstimate, device: torch.device) -> None:
     if extra > free:
         raise MemoryLimitError(
             f"quantizing needs {extra / 1e9:.2f} GB more on {device}, {free / 1e9:.2f} GB are "
-            "free; use a shorter seq_len, compensate: false, or a machine with more memory"
+            "free; use a shorter seq_len, fisher: factored, compensate: false, or a machine with "
+            "more memory"
         )
 
 
@@ -122,7 +134,14 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _moment_bytes(linears: dict[str, nn.Linear]) -> int:
+def fisher_bytes(linears: dict[str, nn.Linear], fisher: str) -> int:
+    """Of the sums that F_w is made of."""
+    if fisher == "exact":
+        return _FISHER_BYTES * sum(linear.weight.numel() for linear in linears.values())
+    return _FISHER_BYTES * sum(sum(linear.weight.shape) for linear in linears.values())
+
+
+def moment_bytes(linears: dict[str, nn.Linear]) -> int:
     """Of the moments, and of the float64 matrices that are made of the largest of them."""
     widths = [linear.in_features**2 for linear in linears.values()]
     return MOMENT_BYTES * sum(widths) + 8 * _FACTOR_MATRICES * max(widths)
