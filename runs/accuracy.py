@@ -254,7 +254,7 @@ def rows_of(found: dict[str, list[Measured]], original: Tensor, predictions: int
             if other in found:
                 common = min(seeds, len(found[other]))
                 a, b = recovered(name, common), recovered(other, common)
-                versus[other] = {"points": a[0] - b[0], "ci95": _interval(a[1] - b[1])}
+                versus[other] = {"points": a[0] - b[0], "ci95": interval(a[1] - b[1])}
         lines.append(
             {
                 "name": name,
@@ -262,14 +262,14 @@ def rows_of(found: dict[str, list[Measured]], original: Tensor, predictions: int
                 "bits_per_weight": sum(m.bits_per_weight for m in measured) / seeds,
                 "fp4_activations": sum(m.fp4_activations for m in measured) / seeds,
                 "perplexity": ppl,
-                "ci95": [math.exp(base + d) for d in _interval(shift)],
+                "ci95": [math.exp(base + d) for d in interval(shift)],
                 "kl": kl(name, seeds).mean().item(),
-                "kl_ci95": _interval(kl(name, seeds)[picks].mean(-1)),
+                "kl_ci95": interval(kl(name, seeds)[picks].mean(-1)),
                 "gap_recovered_percent": 100 * (ppl4 - ppl) / (ppl4 - ppl8)
                 if ppl4 > 1.005 * ppl8
                 else None,
                 "kl_gap_recovered_percent": share,
-                "kl_gap_recovered_ci95": _interval(drawn),
+                "kl_gap_recovered_ci95": interval(drawn),
                 "kl_gap_recovered_by_seed": [
                     _recovered(
                         m.kl.mean(), found["nvfp4"][i].kl.mean(), found["fp8"][i].kl.mean()
@@ -287,7 +287,8 @@ def _recovered(kl: Tensor, nvfp4: Tensor, fp8: Tensor) -> Tensor:
     return 100 * ((nvfp4 - kl) / (nvfp4 - fp8))
 
 
-def _interval(values: Tensor) -> list[float]:
+def interval(values: Tensor) -> list[float]:
+    """95% of the drawn values, (D,), lie between these."""
     ends = torch.tensor([0.025, 0.975], dtype=values.dtype)
     return [float(v) for v in values.quantile(ends)]
 

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -171,3 +172,23 @@ def test_memory_of_a_large_model(accuracy: ModuleType) -> None:
     assert found["quantized_parameters_billions"] == pytest.approx(68.45, abs=0.01)
     assert found["fisher, exact_gb"] == pytest.approx(273.8, abs=0.1)
     assert found["fisher, factored_gb"] < 0.06
+
+
+def test_headroom_ends_saturation(accuracy: ModuleType, setting: Any) -> None:
+    import headroom
+
+    setting.text = replace(setting.text, samples=setting.text.samples[:, :8])
+    setting.seq_len = 8
+    needed = headroom.largest_over_calibrated(setting, windows())
+    assert needed > 1
+    rows = headroom.rows_of(setting, windows(), (1.0, 1.5 * needed))
+    assert [(r["length"], r["headroom"] == 1) for r in rows] == [
+        (8, True),
+        (8, False),
+        (24, True),
+        (24, False),
+    ]
+    assert rows[2]["largest_over_calibrated"] == needed
+    assert rows[2]["saturated_per_million"] > 0 and rows[3]["saturated_per_million"] == 0
+    assert rows[2]["kl_over_plain"] == 0 and rows[2]["kl_over_plain_ci95"] == [0, 0]
+    assert rows[3]["kl"] - rows[2]["kl"] == pytest.approx(rows[3]["kl_over_plain"])
