@@ -6,8 +6,8 @@ Calibrates on windows of ``--calibrated`` tokens, quantizes with the default rec
 ``headroom``, and evaluates the same text in windows of that length and of the model's context.
 For each it prints JSON: elements that saturated, in a million; the mean token KL from the original;
 and how much that is above ``headroom: 1``'s on the same windows, with a 95% bootstrap interval.
-``largest_over_calibrated`` is the headroom that the original's activations ask for. If no other text
-is given to calibrate on, that takes the first half of the windows and evaluation the second.
+``largest_over_calibrated`` is the headroom that the original's activations ask for. If no other
+text is given to calibrate on, that takes the first half of the windows and evaluation the second.
 """
 
 import argparse
