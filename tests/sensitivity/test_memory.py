@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fgmp.errors import InputError, MemoryLimitError
 from fgmp.model.select import linearize, quantizable
 from fgmp.sensitivity import memory
-from fgmp.sensitivity.fisher import causal_lm_loss
+from fgmp.sensitivity.fisher import calibrate, causal_lm_loss
 from fgmp.sensitivity.memory import MemoryEstimate, estimate, peak_bytes, require, reset_peak
 
 CPU = torch.device("cpu")
@@ -148,3 +148,20 @@ def test_factors_take_rows_and_columns_only() -> None:
     assert exact.working - factored.working == 2 * 4 * 8 * 16
     assert factored.packed == exact.packed and factored.scoring == exact.scoring
     assert MemoryEstimate(held=1000, fisher=4, packed=70, working=90, scoring=60).peak == 1134
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is Linux's to tell")
+def test_factors_are_all_that_calibration_holds() -> None:
+    model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(6)))
+    linears = {name: linear for name, linear in model.named_children()}
+    sample = torch.randn(4, 2048)
+    taken = {}
+    for fisher in ("factored", "exact"):
+        reset_peak(CPU)
+        before = memory.held_bytes(CPU)
+        calibrate(model, linears, [sample], squares, fisher=fisher)
+        taken[fisher] = peak_bytes(CPU) - before
+    weights = 4 * 6 * 2048**2
+    assert taken["exact"] > 0.9 * weights
+    # Not even the gradient of one weight.
+    assert taken["factored"] < weights / 6
