@@ -200,7 +200,9 @@ def correlations(setting: Setting) -> dict[str, dict[str, float]]:
     weights = {name: m.weight.detach() for name, m in _linears(setting)[1].items()}
     exact = scores(weights, calibrated(setting))
     half = replace(setting, text=replace(setting.text, samples=setting.text.samples[::2]))
-    found = {"exact, half of the text": agreement(exact, scores(weights, calibrated(half)))}
+    more = len(setting.text.samples) / len(half.text.samples)
+    part = {key: more * sums for key, sums in calibrated(half).items()}
+    found = {"exact, half of the text": agreement(exact, scores(weights, part))}
     for label, estimate in ESTIMATES.items():
         found[label] = agreement(exact, scores(weights, estimate(setting)))
     return found
