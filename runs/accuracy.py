@@ -26,6 +26,7 @@ from pathlib import Path
 
 import baselines
 import torch
+import transforms
 from provenance import provenance
 from rich.console import Console
 from torch import Tensor, nn
@@ -53,6 +54,11 @@ def recipe(**fields: object) -> Row:
     return lambda setting: setting.quantized(**fields)
 
 
+def transformed(change: Callable[[nn.Module, Tensor], nn.Module], **fields: object) -> Row:
+    """A row that is a recipe on a model whose weights were transformed before."""
+    return lambda setting: setting.quantized(change, **fields)
+
+
 def stream(fp4: float) -> float:
     """Bits a value of this share of FP4 blocks: what ``Recipe.bits`` counts."""
     return FP8_BITS - fp4 * (FP8_BITS - FP4_BITS)
@@ -62,6 +68,13 @@ def ends(policy: str, fp4: float) -> Row:
     """A uniform row, rounded to nearest."""
     return lambda setting: uniform(setting.load(), setting.base, policy, fp4)
 
+
+TRANSFORMS = {
+    "scales migrated": transforms.migrate,
+    "channels sorted": transforms.reorder,
+    "rotated": transforms.rotate,
+    "blocks rotated": transforms.rotate_blocks,
+}
 
 ROWS: dict[str, Row] = {
     "fp8": ends("fp8", 0.0),
@@ -111,6 +124,11 @@ ABLATIONS: dict[str, Row] = {
     "paper 70%, activations only": recipe(fp4=0.0, fp4_activations=0.7, **PAPER),
     "nvfp4 weights, FP8 activations": recipe(fp4=1.0, fp4_activations=0.0, **PLAIN),
     "FP8 weights, nvfp4 activations": recipe(fp4=0.0, fp4_activations=1.0, **PLAIN),
+    **{
+        f"ours {share:.0%}, {what}": transformed(change, fp4=share)
+        for what, change in TRANSFORMS.items()
+        for share in (0.7, 1.0)
+    },
 }
 """What takes the method apart, on the first seed."""
 
@@ -122,6 +140,11 @@ VERSUS = {
     "ours, mean of 90%": ("ours 90%",),
     "ours at 5.4 bits": ("autoquantize 5.4 bits",),
     "ours at 6.0 bits": ("autoquantize 6.0 bits",),
+    **{
+        f"ours {share}, {what}": (f"ours {share}",)
+        for what in TRANSFORMS
+        for share in ("70%", "100%")
+    },
 }
 """Rows that are compared window by window with others."""
 
@@ -141,18 +164,24 @@ class Setting:
         """The original model, anew."""
         return load_model(self.name)
 
-    def quantized(self, **fields: object) -> nn.Module:
+    def quantized(
+        self, change: Callable[[nn.Module, Tensor], nn.Module] | None = None, **fields: object
+    ) -> nn.Module:
         """The model quantized by a recipe; the Fisher information is collected once a seed.
 
         Scales are searched unless ``fields`` say otherwise: rows must not differ by what a short
         held-out text happened to decide.
         """
         asked = {"clip": "on", "seq_len": self.seq_len, "seed": self.seed, **fields}
+        model, state = self.load(), self.state
+        if change is not None:
+            model = change(model, self.text.samples)
+            state = state.with_suffix(f".{change.__name__}.safetensors")
         return quantize(
-            self.load(),
+            model,
             self.text.samples,
             Recipe(**asked),  # type: ignore[arg-type]
-            state=self.state,
+            state=state,
             progress=bars(self.console),
         )
 

@@ -16,6 +16,7 @@ import math
 from pathlib import Path
 
 import torch
+from provenance import provenance
 from torch import Tensor
 
 from fgmp import evaluation_windows
@@ -91,7 +92,7 @@ def main() -> None:
         "calibration_tokens": samples.numel(),
         "seq_len": seq_len,
         "evaluation_tokens": predictions,
-        "torch": torch.__version__,
+        **provenance(),
         "perplexity": math.exp(torch.cat(losses).sum().item() / predictions),
         "bytes_per_token_bf16": caches["fp8"].values_per_token * torch.bfloat16.itemsize,
         "rows": rows,
