@@ -131,6 +131,8 @@ def test_beams_and_rollbacks(kind: str, llama: nn.Module, tokens: Tensor) -> Non
     assert cache.get_seq_length() == 0 and cache.nbytes == 0
     cache.reset()
     assert cache.bytes_per_token == 0 and layer.update(*more)[0].shape == (2, 2, 2, 16)
+    cache.crop(-2)
+    assert layer.update(*some_states(batch=5))[0].shape == (5, 2, 7, 16)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "opt", "qwen3"])
@@ -202,6 +204,13 @@ def test_refusals(llama: nn.Module, tokens: Tensor) -> None:
     for model, kind, fp4, message in cases:
         with pytest.raises(InputError, match=message):
             packed_cache(model, tokens, kind, fp4)
+    for wrong in (tokens[:0], tokens[0], tokens[:, :1]):
+        with pytest.raises(InputError, match=r"windows \(B, L\) of at least 2 tokens, got shape"):
+            packed_cache(llama, wrong, "fp8")
+    broken = make_model("llama")
+    broken.get_submodule("model.layers.1.self_attn.v_proj").weight.data[0, 0] = torch.inf
+    with pytest.raises(InputError, match="values of layer 1 are not finite"):
+        packed_cache(broken, tokens, "fp8")
     layer = a_cache(llama, "nvfp4", tokens).layers[0]
     keys, values = some_states()
     keys[0, 0, 0, 0] = torch.inf

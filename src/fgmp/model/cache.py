@@ -132,7 +132,10 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         if tokens_to_remove > 0:
             raise InputError(f"crop takes minus the tokens to remove, got {tokens_to_remove}")
         kept = max(0, self.get_seq_length() + tokens_to_remove) * self.batch
-        self.packed = [rows(packed, 0, kept) for packed in self.packed] if kept else []
+        if kept:
+            self.packed = [rows(packed, 0, kept) for packed in self.packed]
+        else:
+            self.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give each sequence what sequence ``beam_idx[i]`` has."""
@@ -194,13 +197,19 @@ def packed_cache(model: nn.Module, samples: Tensor, kind: str, fp4: float = 0.7)
         fp4: share of blocks that ``mixed`` keeps in FP4 on ``samples``.
 
     Raises:
-        InputError: an unknown kind or share; a model with sliding windows or other state than keys
-            and values; heads that blocks of 16 do not fill.
+        InputError: an unknown kind or share; no samples, or keys and values of them that are not
+            finite; a model with sliding windows or other state than keys and values; heads that
+            blocks of 16 do not fill.
     """
     if kind not in KINDS:
         raise InputError(f"kv cache must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind == "mixed" and not 0 < fp4 < 1:
         raise InputError(f"a mixed kv cache needs a share of FP4 between 0 and 1, got {fp4}")
+    if samples.ndim != 2 or len(samples) == 0 or samples.shape[1] < 2:
+        raise InputError(
+            f"a kv cache is calibrated on windows (B, L) of at least 2 tokens, got shape "
+            f"{[*samples.shape]}"
+        )
     _check(model)
     seen = [_Seen() for _ in DynamicCache(config=model.config).layers]
     with _differentiable(model):
@@ -278,6 +287,8 @@ def _observe(model: nn.Module, sample: Tensor, seen: list[_Seen], gradients: boo
                 )
     states = [x for layer in cache.layers for x in (layer.keys, layer.values)]
     for i, x in enumerate(states):
+        if not x.isfinite().all():
+            raise InputError(f"{('keys', 'values')[i % 2]} of layer {i // 2} are not finite")
         seen[i // 2].rows[i % 2].append(_rows(x.detach()))
     if gradients:
         chosen = logits[0, :-1].float().log_softmax(-1).gather(-1, window[0, 1:, None])
