@@ -37,7 +37,6 @@ from fgmp.formats.activation import (
     Site,
     multiplier,
     score_unit,
-    scores,
     sensitivity_codes,
     site_threshold,
 )
@@ -261,7 +260,8 @@ class _Seen:
         """What FP8 takes off the loss, of all blocks, float64 (...)."""
         return torch.cat(
             [
-                (scores(part, site) * score_unit(site)).flatten()
+                ActivationSite(site).to(part.device).scores(part).double().flatten()
+                * score_unit(site)
                 for rows_, site in zip(self.rows, records, strict=True)
                 for part in rows_
             ]
