@@ -27,6 +27,7 @@ from pathlib import Path
 import baselines
 import sensitivity
 import torch
+import transforms
 from provenance import provenance
 from rich.console import Console
 from torch import Tensor, nn
@@ -59,6 +60,11 @@ def estimate(label: str, fp4: float) -> Row:
     return lambda setting: sensitivity.estimated(setting, label, fp4=fp4)
 
 
+def transformed(change: Callable[[nn.Module, Tensor], nn.Module], **fields: object) -> Row:
+    """A row that is a recipe on a model whose weights were transformed before."""
+    return lambda setting: setting.quantized(change, **fields)
+
+
 def stream(fp4: float) -> float:
     """Bits a value of this share of FP4 blocks: what ``Recipe.bits`` counts."""
     return FP8_BITS - fp4 * (FP8_BITS - FP4_BITS)
@@ -68,6 +74,13 @@ def ends(policy: str, fp4: float) -> Row:
     """A uniform row, rounded to nearest."""
     return lambda setting: uniform(setting.load(), setting.base, policy, fp4)
 
+
+TRANSFORMS = {
+    "scales migrated": transforms.migrate,
+    "channels sorted": transforms.reorder,
+    "rotated": transforms.rotate,
+    "blocks rotated": transforms.rotate_blocks,
+}
 
 ROWS: dict[str, Row] = {
     "fp8": ends("fp8", 0.0),
@@ -124,6 +137,11 @@ ABLATIONS: dict[str, Row] = {
     "paper 70%, activations only": recipe(fp4=0.0, fp4_activations=0.7, **PAPER),
     "nvfp4 weights, FP8 activations": recipe(fp4=1.0, fp4_activations=0.0, **PLAIN),
     "FP8 weights, nvfp4 activations": recipe(fp4=0.0, fp4_activations=1.0, **PLAIN),
+    **{
+        f"ours {share:.0%}, {what}": transformed(change, fp4=share)
+        for what, change in TRANSFORMS.items()
+        for share in (0.7, 1.0)
+    },
 }
 """What takes the method apart, on the first seed."""
 
@@ -136,6 +154,11 @@ VERSUS = {
     "ours at 5.4 bits": ("autoquantize 5.4 bits",),
     "ours at 6.0 bits": ("autoquantize 6.0 bits",),
     **{row: (row.partition(",")[0],) for row in ABLATIONS if "Fisher" in row},
+    **{
+        f"ours {share}, {what}": (f"ours {share}",)
+        for what in TRANSFORMS
+        for share in ("70%", "100%")
+    },
 }
 """Rows that are compared window by window with others."""
 
@@ -155,20 +178,29 @@ class Setting:
         """The original model, anew."""
         return load_model(self.name)
 
-    def quantized(self, **fields: object) -> nn.Module:
-        """The model quantized by a recipe, calibrated once a seed and kind.
+    def quantized(
+        self, change: Callable[[nn.Module, Tensor], nn.Module] | None = None, **fields: object
+    ) -> nn.Module:
+        """The model, ``change``d before if so asked, quantized by a recipe.
+
+        Calibration is kept by seed, change and kind of Fisher information.
 
         Scales are searched unless ``fields`` say otherwise: rows must not differ by what a short
         held-out text happened to decide.
         """
         asked = {"clip": "on", "seq_len": self.seq_len, "seed": self.seed, **fields}
         recipe = Recipe(**asked)  # type: ignore[arg-type]
-        exact = recipe.fisher == "exact"
+        model, state = self.load(), self.state
+        if change is not None:
+            model = change(model, self.text.samples)
+            state = state.with_suffix(f".{change.__name__}.safetensors")
+        if recipe.fisher != "exact":
+            state = state.with_suffix(f".{recipe.fisher}.safetensors")
         return quantize(
-            self.load(),
+            model,
             self.text.samples,
             recipe,
-            state=self.state if exact else self.state.with_suffix(".factored.safetensors"),
+            state=state,
             progress=bars(self.console),
         )
 

@@ -200,6 +200,27 @@ def test_eval(run: Run, place: Place) -> None:
     assert packed["fp4_activations"] == pytest.approx(0.7, abs=0.05)
 
 
+def test_a_packed_kv_cache(run: Run, place: Place) -> None:
+    plain = run("eval", place.model, "--data", place.text, "--json").json
+    facts = {}
+    for kind in ("fp8", "nvfp4", "mixed"):
+        facts[kind] = run(
+            "eval", place.model, "--data", place.text, "--kv-cache", kind, "--json"
+        ).json
+        assert facts[kind]["kv_cache"] == kind and facts[kind]["kv_bytes_per_token_bf16"] == 64
+        assert facts[kind]["perplexity"] != plain["perplexity"]
+        assert facts[kind]["perplexity"] == pytest.approx(plain["perplexity"], rel=0.2)
+    # 32 values a token, and what a batch of 37 windows of 64 tokens adds: two shapes and scales.
+    constants = 2 * (16 + 4) / (37 * 64)
+    assert facts["fp8"]["kv_bytes_per_token"] == pytest.approx(32 + constants, rel=1e-3)
+    assert facts["nvfp4"]["kv_bytes_per_token"] == pytest.approx(18 + constants, rel=1e-3)
+    assert 18 < facts["mixed"]["kv_bytes_per_token"] < 18 + 14 + 8 + 1
+    arguments = ("generate", place.checkpoint, "The quick", "--max-new-tokens", "5")
+    made = run(*arguments, "--kv-cache", "fp8", "--json").json
+    assert made["kv_cache"] == "fp8" and 32 < made["kv_bytes_per_token"] < 64
+    assert 1 <= made["tokens"] <= 5
+
+
 def test_compare(run: Run, place: Place) -> None:
     facts = run("compare", place.model, place.checkpoint, "--data", place.text, "--json").json
     assert facts.keys() == {"rows", "quantized_share", "unquantized"}
@@ -362,6 +383,10 @@ def test_errors(run: Run, place: Place, tmp_path: Path) -> None:
         (["inspect", place.model], "not an fgmp checkpoint: no quantization_config"),
         (["inspect", tmp_path / "nowhere"], "nowhere/config.json: No such file"),
         (["generate", place.model, ""], "the prompt has 0 tokens; it must have 1 to 63"),
+        (
+            ["generate", place.model, "x", "--kv-cache", "int4"],
+            "kv cache must be one of fp8, nvfp4, mixed, got 'int4'",
+        ),
         (["generate", place.model, "x" * 64], "the prompt has 64 tokens; it must have 1 to 63"),
     ]
     for arguments, message in cases:

@@ -61,6 +61,11 @@ SeqLen = Annotated[
     typer.Option(help="Tokens in a window. [default: the model's context, at most 2048]"),
 ]
 
+KvCache = Annotated[
+    str | None,
+    typer.Option(help="Keep keys and values packed: fp8, nvfp4 or mixed, 70% of it in FP4."),
+]
+
 
 @app.command()
 def quantize(
@@ -140,15 +145,18 @@ def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_DIR", help="Any causal LM.")],
     data: Text,
     seq_len: SeqLen = None,
+    kv_cache: KvCache = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity of a model on TEXT.
 
-    Windows do not overlap; the mean is over all predicted tokens.
+    Windows do not overlap; the mean is over all predicted tokens. With --kv-cache every token
+    attends to packed keys and values.
     """
     from fgmp.workflow import evaluate_model
 
-    show(evaluate_model(model, data, seq_len, _reporter()), as_json, print_facts)
+    facts = evaluate_model(model, data, seq_len, _reporter(), kv_cache)
+    show(facts, as_json, print_facts)
 
 
 @app.command()
@@ -194,13 +202,14 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to make.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    kv_cache: KvCache = None,
     as_json: Json = False,
 ) -> None:
     """Continue PROMPT, token by token as they come."""
     from fgmp.workflow import generate_text
 
     stream = None if as_json else _write
-    found = generate_text(directory, prompt, max_new_tokens, temperature, seed, stream)
+    found = generate_text(directory, prompt, max_new_tokens, temperature, seed, stream, kv_cache)
     show(found, as_json, lambda facts: _write("\n"))
 
 

@@ -20,6 +20,7 @@ from fgmp.evaluation import compare as comparison
 from fgmp.evaluation.compare import Row
 from fgmp.evaluation.perplexity import batches
 from fgmp.evaluation.perplexity import evaluate as evaluate_windows
+from fgmp.model.cache import PackedCache, packed_cache
 from fgmp.model.linear import sites
 from fgmp.model.source import context_length, is_quantized, load_model, load_tokenizer
 from fgmp.model.store import config_of, save
@@ -31,6 +32,8 @@ from fgmp.recipe import Recipe
 
 _LONGEST_WINDOW = 2048
 _DRIFT_WARNING = 0.03
+_CACHE_SAMPLES, _CACHE_SEQ_LEN = 8, 256
+"""Calibration of a KV cache: largest magnitudes and one quantile need no more."""
 
 
 @dataclass(frozen=True)
@@ -131,15 +134,28 @@ def quantize_to(
 
 
 def evaluate_model(
-    name: str, data: str, seq_len: int | None = None, reporter: Reporter | None = None
+    name: str,
+    data: str,
+    seq_len: int | None = None,
+    reporter: Reporter | None = None,
+    kv_cache: str | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of a model or checkpoint by name."""
+    """Perplexity of a model or checkpoint by name, with a packed KV cache if ``kv_cache`` says."""
     reporter = reporter or Reporter()
     tokenizer, model = load_tokenizer(name), load_model(name)
     windows = evaluation_windows(data, tokenizer, _window_length(model, seq_len))
+    cache = _packed_cache(model, tokenizer, kv_cache) if kv_cache else None
+    stored = 0
+
     comparison.start_counting(model)
     with reporter.stages("evaluating", len(batches(windows))) as advance:
-        losses = evaluate_windows(model, windows, advance)
+
+        def count() -> None:
+            nonlocal stored
+            stored += cache.nbytes if cache else 0
+            advance()
+
+        losses = evaluate_windows(model, windows, count, cache)
     quantized = bool(sites(model))
     facts: dict[str, Any] = {
         "perplexity": losses.perplexity,
@@ -147,6 +163,8 @@ def evaluate_model(
         "tokens": losses.tokens,
         "fp4_activations": comparison.activation_fraction(model) if quantized else None,
     }
+    if cache:
+        facts |= _cache_facts(kv_cache, stored / windows.numel(), cache)
     if quantized:
         _warn_of_drift(model, reporter)
         facts["saturated"] = comparison.saturated_elements(model)
@@ -187,14 +205,19 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
     stream: Callable[[str], None] | None = None,
+    kv_cache: str | None = None,
 ) -> dict[str, Any]:
-    """Continue a prompt with a KV cache; ``stream`` gets the text as it comes."""
+    """Continue a prompt; ``stream`` gets the text as it comes.
+
+    The KV cache keeps the model's precision unless ``kv_cache`` names a packed one.
+    """
     tokenizer, model = load_tokenizer(name), load_model(name)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     length = inputs["input_ids"].shape[1]
     room = context_length(model) - length
     if length == 0 or room < 1:
         raise InputError(f"the prompt has {length} tokens; it must have 1 to {length + room - 1}")
+    cache = _packed_cache(model, tokenizer, kv_cache) if kv_cache else None
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     started = time.perf_counter()
@@ -203,6 +226,7 @@ def generate_text(
         max_new_tokens=min(max_new_tokens, room),
         streamer=_Streamer(tokenizer, stream) if stream else None,
         pad_token_id=tokenizer.eos_token_id,
+        **({"past_key_values": cache} if cache else {}),
         **(sampling or {"do_sample": False}),
     )
     seconds = time.perf_counter() - started
@@ -211,6 +235,26 @@ def generate_text(
         "text": tokenizer.decode(made, skip_special_tokens=True),
         "tokens": len(made),
         "tokens_per_second": len(made) / seconds,
+        **(_cache_facts(kv_cache, cache.bytes_per_token, cache) if cache else {}),
+    }
+
+
+def _packed_cache(model: torch.nn.Module, tokenizer: Any, kind: str | None) -> PackedCache:
+    """An empty packed KV cache; its scales come from docstrings of the Python library."""
+    assert kind is not None
+    stream = tokenize(list(docstrings(standard_library())), tokenizer)
+    length = min(_CACHE_SEQ_LEN, context_length(model))
+    text = choose_windows(
+        stream, samples=_CACHE_SAMPLES, seq_len=length, seed=0, source="docstrings"
+    )
+    return packed_cache(model, text.samples, kind)
+
+
+def _cache_facts(kind: str | None, bytes_per_token: float, cache: PackedCache) -> dict[str, Any]:
+    return {
+        "kv_cache": kind,
+        "kv_bytes_per_token": bytes_per_token,
+        "kv_bytes_per_token_bf16": cache.values_per_token * torch.bfloat16.itemsize,
     }
 
 

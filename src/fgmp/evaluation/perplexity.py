@@ -8,6 +8,7 @@ two models can be compared window by window.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +45,19 @@ def batches(windows: Tensor) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, batch: Tensor) -> Tensor:
-    """Next-token log-probabilities, fp32 (B, L - 1, V), of windows int64 (B, L)."""
+def logits_of(model: nn.Module, batch: Tensor, cache: Any = None) -> Tensor:
+    """Next-token log-probabilities, fp32 (B, L - 1, V), of windows int64 (B, L).
+
+    With a KV cache of Transformers, which is emptied first, every token attends to keys and values
+    as the cache gives them back, its own included.
+    """
     device = next(model.parameters()).device
-    logits: Tensor = model(input_ids=batch.to(device), use_cache=False).logits[:, :-1]
+    state = {} if cache is None else {"past_key_values": cache}
+    if cache is not None:
+        cache.reset()
+    logits: Tensor = model(input_ids=batch.to(device), use_cache=cache is not None, **state).logits[
+        :, :-1
+    ]
     return logits.float().log_softmax(-1)
 
 
@@ -58,12 +68,18 @@ def loss_of(log_probabilities: Tensor, batch: Tensor) -> Tensor:
 
 
 def evaluate(
-    model: nn.Module, windows: Tensor, advance: Callable[[], None] = lambda: None
+    model: nn.Module,
+    windows: Tensor,
+    advance: Callable[[], None] = lambda: None,
+    cache: Any = None,
 ) -> Losses:
-    """Losses of a causal LM on windows, int64 (B, L); ``advance`` is called after each batch."""
+    """Losses of a causal LM on windows, int64 (B, L); ``advance`` is called after each batch.
+
+    ``cache``: a KV cache to run through, as in :func:`logits_of`; it holds the last batch then.
+    """
     model.eval()
     found = []
     for batch in batches(windows):
-        found.append(loss_of(logits_of(model, batch), batch))
+        found.append(loss_of(logits_of(model, batch, cache), batch))
         advance()
     return Losses(torch.cat(found), windows.shape[1] - 1)

@@ -88,30 +88,9 @@ class PackedWeight:
         """Which blocks are FP8: bool (N, G)."""
         if self.scale is not None:
             return self.scale == FP8_BLOCK
+        assert self.fp8 is not None
         groups = -(-self.k // BLOCK)
-        return torch.ones(self.n, groups, dtype=torch.bool, device=self.shape.device)
-
-
-def pack(codes: WeightCodes, is_fp8: Tensor) -> PackedWeight:
-    """Planes of a weight whose blocks are FP8 where ``is_fp8``, bool (N, G)."""
-    n = codes.scale.shape[0]
-    common = {
-        "shape": torch.tensor([n, codes.k], dtype=torch.int64),
-        "t": torch.tensor(codes.t, dtype=torch.float32),
-    }
-    if is_fp8.all():
-        return PackedWeight(fp8=codes.fp8.flatten(-2).contiguous(), **common)
-    if not is_fp8.any():
-        return PackedWeight(low=_join(codes.fp4.flatten(-2)), scale=codes.scale, **common)
-    low_half = (codes.fp8 >> 4 & ~_MANTISSA & 0xF) | (codes.fp8 & _MANTISSA)
-    high_half = codes.fp8 >> E4M3.mantissa_bits & _EXPONENT
-    return PackedWeight(
-        low=_join(torch.where(is_fp8.unsqueeze(-1), low_half, codes.fp4).flatten(-2)),
-        scale=torch.where(is_fp8, torch.full_like(codes.scale, FP8_BLOCK), codes.scale),
-        overflow=_join(high_half[is_fp8]),
-        row_ptr=_row_ptr(is_fp8),
-        **common,
-    )
+        return torch.ones(self.n, groups, dtype=torch.bool, device=self.fp8.device)
 
 
 @dataclass(frozen=True)
@@ -127,6 +106,43 @@ class BlockCodes:
     is_fp8: Tensor
     codes: Tensor
     scale: Tensor
+
+
+def pack(codes: WeightCodes, is_fp8: Tensor) -> PackedWeight:
+    """Planes of a weight whose blocks are FP8 where ``is_fp8``, bool (N, G)."""
+    content = BlockCodes(
+        is_fp8,
+        torch.where(is_fp8.unsqueeze(-1), codes.fp8, codes.fp4),
+        torch.where(is_fp8, torch.full_like(codes.scale, FP8_BLOCK), codes.scale),
+    )
+    mode = "fp8" if is_fp8.all() else "mixed" if is_fp8.any() else "fp4"
+    return pack_blocks(content, codes.k, codes.t, mode)
+
+
+def pack_blocks(content: BlockCodes, k: int, t: float, mode: str) -> PackedWeight:
+    """Planes of blocks in a given mode: the inverse of :func:`unpack`.
+
+    ``k`` is the number of columns before padding, ``t`` the tensor scale. The mode ``mixed`` takes
+    any content, also one whose blocks happen to be all alike, and ``fp4`` and ``fp8`` their own.
+    """
+    common = {
+        "shape": torch.tensor([len(content.scale), k], dtype=torch.int64),
+        "t": torch.tensor(t, dtype=torch.float32),
+    }
+    is_fp8, codes = content.is_fp8, content.codes
+    if mode == "fp8":
+        return PackedWeight(fp8=codes.flatten(-2).contiguous(), **common)
+    if mode == "fp4":
+        return PackedWeight(low=_join(codes.flatten(-2)), scale=content.scale, **common)
+    low_half = (codes >> 4 & ~_MANTISSA & 0xF) | (codes & _MANTISSA)
+    high_half = codes >> E4M3.mantissa_bits & _EXPONENT
+    return PackedWeight(
+        low=_join(torch.where(is_fp8.unsqueeze(-1), low_half, codes).flatten(-2)),
+        scale=content.scale,
+        overflow=_join(high_half[is_fp8]),
+        row_ptr=_row_ptr(is_fp8),
+        **common,
+    )
 
 
 def unpack(packed: PackedWeight) -> BlockCodes:
@@ -161,6 +177,25 @@ def rows(packed: PackedWeight, start: int, stop: int) -> PackedWeight:
     return PackedWeight(
         shape=shape, t=packed.t, low=low, scale=scale, overflow=overflow, row_ptr=row_ptr
     )
+
+
+def append_rows(above: PackedWeight, below: PackedWeight) -> PackedWeight:
+    """The rows of one packed matrix and then another's, of the same K, scale and mode."""
+    named = {
+        name: torch.cat([tensor, below.tensors()[name]])
+        for name, tensor in above.tensors().items()
+        if name not in ("shape", "t", "row_ptr")
+    }
+    if above.row_ptr is not None and below.row_ptr is not None:
+        named["row_ptr"] = torch.cat([above.row_ptr, above.row_ptr[-1] + below.row_ptr[1:]])
+    return PackedWeight(shape=torch.tensor([above.n + below.n, above.k]), t=above.t, **named)
+
+
+def select_rows(packed: PackedWeight, index: Tensor) -> PackedWeight:
+    """Rows of a packed matrix by number, int64 (M,): any order, any repetition."""
+    content = unpack(packed)
+    chosen = BlockCodes(content.is_fp8[index], content.codes[index], content.scale[index])
+    return pack_blocks(chosen, packed.k, packed.t.item(), packed.mode)
 
 
 def unpack_units(packed: PackedWeight) -> Tensor:
