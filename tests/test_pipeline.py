@@ -313,9 +313,8 @@ def test_progress_tells_every_step(tokens: Tensor) -> None:
         "scoring activations",
         "scoring weights",
         "scoring weights",
-        "measuring inputs",
-        "packing",
-        "packing",
+        "compensating",
+        "compensating",
         "choosing the scales",
     ]
     assert all(steps == done for _, steps, done in stages)

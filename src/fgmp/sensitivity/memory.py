@@ -1,11 +1,9 @@
 """How much memory a run will take, before it starts, and what it took.
 
 The peak of a calibration is the sum of five parts: what the process holds already (the model),
-one fp32 F per quantized parameter, the second moments of the linears' inputs if weights are to be
-compensated, the block scores and packed planes, and the working set of one sequence: the tensors
-that its backward pass keeps, the logits' gradients and one weight gradient. The working set is
-measured on a short prefix of one sequence and scaled up. Moments are counted for every linear,
-since which of them share an input is not known yet: an upper bound.
+one fp32 F per quantized parameter, what compensation holds, the block scores and packed planes, and
+the working set of one sequence: the tensors that its backward pass keeps, the logits' gradients and
+one weight gradient. The working set is measured on a short prefix of one sequence and scaled up.
 """
 
 import os
@@ -23,30 +21,27 @@ from torch import Tensor, nn
 from fgmp.errors import MemoryLimitError
 from fgmp.formats.spec import BLOCK
 from fgmp.sensitivity.fisher import Loss, frozen
-from fgmp.sensitivity.moments import MOMENT_BYTES
 
 _PROBE_TOKENS = 64
 _FISHER_BYTES = 4
 _SCORE_BYTES = 8 / BLOCK
-_FACTOR_MATRICES = 5
-"""H, C, the inverse, its factor and the transfer, while they are being made."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes: ``held`` already, ``fisher``, ``packed`` planes and scores, ``working`` set, and
-    ``moments``, which packing and compensating hold beside the planes."""
+    ``compensation``, which is held beside the planes."""
 
     held: int
     fisher: int
     packed: int
     working: int
-    moments: int = 0
+    compensation: int = 0
 
     @property
     def peak(self) -> int:
         """The largest amount that is held at once: calibration's, or packing's."""
-        return self.held + self.fisher + max(self.packed + self.moments, self.working)
+        return self.held + self.fisher + max(self.packed + self.compensation, self.working)
 
 
 def estimate(
@@ -55,8 +50,7 @@ def estimate(
     sample: Any,
     loss: Loss,
     packed_bytes_per_parameter: float,
-    *,
-    compensated: bool = False,
+    compensation: int = 0,
 ) -> MemoryEstimate:
     """Predict the peak of quantizing ``model``; ``sample`` is one calibration sequence."""
     parameters = sum(linear.weight.numel() for linear in linears.values())
@@ -69,7 +63,7 @@ def estimate(
         fisher=_FISHER_BYTES * parameters,
         packed=int((packed_bytes_per_parameter + _SCORE_BYTES) * parameters),
         working=working,
-        moments=_moment_bytes(linears) if compensated else 0,
+        compensation=compensation,
     )
 
 
@@ -120,12 +114,6 @@ def peak_bytes(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _moment_bytes(linears: dict[str, nn.Linear]) -> int:
-    """Of the moments, and of the float64 matrices that are made of the largest of them."""
-    widths = [linear.in_features**2 for linear in linears.values()]
-    return MOMENT_BYTES * sum(widths) + 8 * _FACTOR_MATRICES * max(widths)
 
 
 def _working_set(model: nn.Module, linears: dict[str, nn.Linear], sample: Any, loss: Loss) -> int:
