@@ -4,8 +4,8 @@ A layer is packed to give on quantized inputs q what the original gives on x. In
 comes out, q carries the errors of all layers before, so q is taken from a model in which those are
 packed already and x from the original: the layer then makes up for what came before, too. A *stage*
 is the sites that are taken together. They are of one block (an entry of the model's outermost
-module list, as decoder layers are) and have one name but for numbers, as experts have; elsewhere
-each site is a stage. Sites that wrongly share a stage cost accuracy, never correctness.
+module list, as decoder layers are) and have one name but for places in lists within it, as experts
+have; elsewhere each site is a stage. Sites that wrongly share one cost accuracy, not correctness.
 
 Every stage runs the samples through both models, up to the stage's inputs. So that this does not
 grow with the square of the depth, a block whose stages are done is run for the last time in the
@@ -19,7 +19,6 @@ otherwise, and an expert is asked for the tokens that are meant for it.
 """
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -59,20 +58,26 @@ def stages(model: nn.Module, owners: Sequence[str]) -> list[Stage]:
     """Part sites, given in order of execution, into stages."""
     found: dict[tuple[str, str], Stage] = {}
     for owner in owners:
-        block = block_of(model, owner)
-        inner = owner.removeprefix(block)
-        key = (block, re.sub(r"\.\d+\b", ".*", inner) if block else inner)
-        found.setdefault(key, Stage(block, [])).owners.append(owner)
+        entries = list(_list_entries(model, owner))
+        kind = owner
+        for entry in reversed(entries[1:]):
+            kind = f"{_parent(entry)}.*{kind.removeprefix(entry)}"
+        block = entries[0] if entries else ""
+        found.setdefault((block, kind), Stage(block, [])).owners.append(owner)
     return list(found.values())
 
 
 def block_of(model: nn.Module, name: str) -> str:
     """The entry of the outermost module list that a linear lies in; empty if in none."""
+    return next(_list_entries(model, name), "")
+
+
+def _list_entries(model: nn.Module, name: str) -> Iterator[str]:
+    """Entries of module lists that a linear lies in, from the outside in; not the linear itself."""
     parts = name.split(".")
     for depth in range(1, len(parts) - 1):
         if isinstance(model.get_submodule(".".join(parts[:depth])), nn.ModuleList):
-            return ".".join(parts[: depth + 1])
-    return ""
+            yield ".".join(parts[: depth + 1])
 
 
 @torch.no_grad()
