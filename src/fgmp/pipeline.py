@@ -21,7 +21,7 @@ from fgmp.assign.budget import RELIEF, joint_fractions
 from fgmp.assign.policy import POLICIES, Policy, site_record, weight_masks
 from fgmp.assign.weights import ScoredWeights, group_scale, pack_weights, score_weights
 from fgmp.errors import InputError
-from fgmp.formats.activation import Site, sensitivity_codes, site_threshold
+from fgmp.formats.activation import sensitivity_codes, site_threshold
 from fgmp.formats.spec import E2M1, E4M3, FP4_BITS
 from fgmp.formats.weight import check_finite, quantize_weight
 from fgmp.model.convert import install

@@ -163,12 +163,12 @@ class _Run:
         self, stage: Stage, records: Mapping[str, Site], advance: Callable[[], None]
     ) -> dict[str, Moments]:
         """Moments of a stage's inputs over all samples."""
-        sites = {owner: ActivationSite(records[owner]) for owner in stage.owners}
-        moments = {}
+        moments, sites = {}, {}
         for owner in stage.owners:
             weight = self.model.get_submodule(owner).weight
             assert isinstance(weight, Tensor)
             moments[owner] = new_moments(weight.shape[1], weight.device)
+            sites[owner] = ActivationSite(records[owner]).to(weight.device)
         for index in range(len(self.samples)):
             wanted = self._inputs(stage, index, quantized=False)
             if index == 0 and self.short:
