@@ -8,7 +8,7 @@ calibration tokens
 tell, without running the model again, how far any other weight V is from the original W in the
 layer's output: sum |W x - V q|^2 is a quadratic form in V. :mod:`fgmp.assign.compensate` minimises
 it. Both grow with the square of a layer's width, so they are collected after the Fisher
-information, for a few sites at a time (:mod:`fgmp.sequential`), and dropped when weights are packed.
+information, for a few sites at a time (:mod:`fgmp.sequential`), and dropped once weights are made.
 """
 
 from dataclasses import dataclass
