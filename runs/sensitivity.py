@@ -49,6 +49,7 @@ from fgmp.model.source import context_length, load_model, load_tokenizer
 from fgmp.sensitivity import memory
 from fgmp.sensitivity.fisher import Loss, calibrate, causal_lm_loss, frozen
 from fgmp.sensitivity.squares import SQUARES
+from fgmp.sequential import stage_bytes
 
 if TYPE_CHECKING:
     from accuracy import Setting
@@ -219,9 +220,10 @@ def memory_of_70b() -> dict[str, float]:
         num_key_value_heads=8,
     )
     with torch.device("meta"):
-        linears = quantizable(LlamaForCausalLM(config))
+        model = LlamaForCausalLM(config)
+    linears = quantizable(model)
     parts = {f"fisher, {kind}": memory.fisher_bytes(linears, kind) for kind in SQUARES}
-    parts["moments, if compensated"] = memory.moment_bytes(linears)
+    parts["moments and factors of a stage, if compensated"] = stage_bytes(model, linears)
     parameters = sum(linear.weight.numel() for linear in linears.values())
     return {
         "quantized_parameters_billions": parameters / 1e9,

@@ -27,9 +27,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"errors", "formats", "pack", "kernels"},
     "evaluation": {"formats", "pack", "model", "progress"},
     "report": {"evaluation"},
+    "sequential": {"formats", "sensitivity", "pack", "model"},
     "pipeline": {
         *("errors", "progress", "recipe"),
-        *("formats", "sensitivity", "assign", "pack", "model"),
+        *("formats", "sensitivity", "assign", "pack", "model", "sequential"),
     },
     "workflow": {
         *("errors", "progress", "recipe", "data", "demo.text"),

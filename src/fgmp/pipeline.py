@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from fgmp.assign.activations import ActivationAssignment, assign_activations
 from fgmp.assign.budget import RELIEF, joint_fractions
-from fgmp.assign.policy import POLICIES, Policy, site_record
+from fgmp.assign.policy import POLICIES, Policy, site_record, weight_masks
 from fgmp.assign.weights import ScoredWeights, group_scale, pack_weights, score_weights
 from fgmp.errors import InputError
-from fgmp.formats.activation import Site, sensitivity_codes, site_threshold
+from fgmp.formats.activation import sensitivity_codes, site_threshold
 from fgmp.formats.spec import E2M1, E4M3, FP4_BITS
 from fgmp.formats.weight import check_finite, quantize_weight
 from fgmp.model.convert import install
@@ -36,7 +36,7 @@ from fgmp.recipe import Recipe
 from fgmp.sensitivity import memory
 from fgmp.sensitivity.fisher import Loss, SiteStatistics, calibrate, causal_lm_loss, frozen
 from fgmp.sensitivity.histogram import ScoreHistogram, new_histogram
-from fgmp.sensitivity.moments import Moments, add_moments, new_moments
+from fgmp.sequential import bytes_needed, pack_in_turn, stages
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def quantize(
         loss,
         _packed_bytes(recipe),
         fisher=recipe.fisher,
-        compensated=recipe.compensate,
+        compensation=bytes_needed(model, linears, samples, loss) if recipe.compensate else 0,
     )
     memory.require(needed, device)
     report(f"peak memory will be about {needed.peak / 1e9:.2f} GB")
@@ -157,14 +157,19 @@ def quantize(
         recipe, policy, scored[-1], histograms, calibration.predictions
     )
     activations = assign_activations(records, histograms, policy, fp4_activations)
-    moments = None
-    if recipe.compensate:
-        with progress("measuring inputs", len(samples)) as advance:
-            moments = _moments(model, linears, activations.records, samples, loss, advance)
     variants = {}
     for variant in scored:
-        with progress("packing", len(linears)) as advance:
-            weights = pack_weights(*material, variant, fp4_weights, moments, advance)
+        masks, _ = weight_masks(policy, variant.scores, fp4_weights)
+        make = partial(pack_weights, *material[:2], policy=policy, scored=variant, masks=masks)
+        if recipe.compensate:
+            steps = len(stages(model, list(records))) * len(samples)
+            with progress("compensating", steps) as advance:
+                weights = pack_in_turn(
+                    model, linears_of, activations.records, samples, loss, make, advance
+                )
+        else:
+            with progress("packing", len(linears)) as advance:
+                weights = make(linears_of.values(), advance=advance)
         variants[variant.clipped] = Assignment(weights, activations, linears_of)
     del material
     calibration.weights = {}
@@ -304,29 +309,6 @@ def _fractions(
     )
 
 
-def _moments(
-    model: nn.Module,
-    linears: dict[str, nn.Linear],
-    records: dict[str, Site],
-    samples: Sequence[Any] | Tensor,
-    loss: Loss,
-    advance: Callable[[], None],
-) -> dict[str, Moments]:
-    """Second moments of every site's input, by its owner, as the site will quantize it."""
-    moments = {
-        owner: new_moments(linears[owner].in_features, linears[owner].weight.device)
-        for owner in records
-    }
-    add = {
-        owner: partial(
-            _add_input, moments[owner], ActivationSite(record).to(linears[owner].weight.device)
-        )
-        for owner, record in records.items()
-    }
-    _observe(model, linears, add, samples, loss, advance)
-    return moments
-
-
 @torch.no_grad()
 def _observe(
     model: nn.Module,
@@ -352,13 +334,6 @@ def _count_input(
 ) -> None:
     if args[0].numel():
         histogram.add(site.scores(args[0]))
-
-
-def _add_input(
-    moments: Moments, site: ActivationSite, _: nn.Module, args: tuple[Tensor, ...]
-) -> None:
-    if args[0].numel():
-        add_moments(moments, args[0], site(args[0]).float() * site.record.t)
 
 
 def _choose(

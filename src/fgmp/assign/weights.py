@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fgmp.assign.clip import search_scale_codes
 from fgmp.assign.compensate import compensated, factorize
-from fgmp.assign.policy import Policy, weight_masks, weight_scores
+from fgmp.assign.policy import Policy, weight_scores
 from fgmp.formats.weight import nearest_scale_codes, quantize_weight, tensor_scale
 from fgmp.pack.planes import PackedWeight, pack
 from fgmp.sensitivity.moments import Moments
@@ -83,22 +83,21 @@ def pack_weights(
     groups: Collection[list[str]],
     policy: Policy,
     scored: ScoredWeights,
-    fp4_fraction: float,
+    masks: Mapping[str, Tensor],
     moments: Mapping[str, Moments] | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, PackedWeight]:
-    """Assign formats by threshold, compensate, and pack.
+    """Compensate, and pack.
 
     Args:
         weights, fisher, groups: as :func:`score_weights` had them.
-        policy: over what the threshold is taken.
+        policy: what a square counts.
         scored: what that function returned.
-        fp4_fraction: share of blocks to keep in FP4.
+        masks: which blocks are FP8, bool (N, G) by linear; see :func:`policy.weight_masks`.
         moments: of each group's input, by the first of its linears, to compensate with. Without,
             each weight is rounded by itself.
         advance: called after each weight.
     """
-    masks, _ = weight_masks(policy, scored.scores, fp4_fraction)
     packed = {}
     for names in groups:
         factors = factorize(moments[names[0]]) if moments else None

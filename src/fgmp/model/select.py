@@ -131,6 +131,11 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return getter() if getter is not None else None
 
 
+def routers(model: nn.Module) -> list[str]:
+    """Names of the modules that choose experts."""
+    return [name for name, _ in model.named_modules() if _matches(name, ROUTERS)]
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put ``new`` where the dotted ``name`` is."""
     parent, _, leaf = name.rpartition(".")

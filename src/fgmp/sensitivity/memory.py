@@ -1,13 +1,11 @@
 """How much memory a run will take, before it starts, and what it took.
 
 The peak of a calibration is the sum of five parts: what the process holds already (the model),
-the sums that F_w is made of, the second moments of the linears' inputs if weights are to be
-compensated, the block scores and packed planes, what scoring one weight takes, and the working set
-of one sequence: the tensors that its backward pass keeps, the logits' gradients and, where one is
-formed, a weight gradient. The working set is measured on a short prefix of one sequence and scaled
-up. F_w takes four bytes a quantized parameter, or if it is factored four a row and a column.
-Moments are counted for every linear, since which of them share an input is not known yet: an upper
-bound.
+the sums that F_w is made of, what compensation holds, the block scores and packed planes with what
+scoring one weight takes, and the working set of one sequence: the tensors that its backward pass
+keeps, the logits' gradients and, where one is formed, a weight gradient. The working set is
+measured on a short prefix of one sequence and scaled up. F_w takes four bytes a quantized
+parameter, or if it is factored four a row and a column.
 """
 
 import os
@@ -25,34 +23,32 @@ from torch import Tensor, nn
 from fgmp.errors import MemoryLimitError
 from fgmp.formats.spec import BLOCK
 from fgmp.sensitivity.fisher import Loss, frozen
-from fgmp.sensitivity.moments import MOMENT_BYTES
 
 _PROBE_TOKENS = 64
 _FISHER_BYTES = 4
 _SCORING_BYTES = 64
 """Of float64 copies of a weight, its Fisher information and its errors, an element: measured."""
 _SCORE_BYTES = 8 / BLOCK
-_FACTOR_MATRICES = 5
-"""H, C, the inverse, its factor and the transfer, while they are being made."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes: ``held`` already, ``fisher``, ``packed`` planes and scores, ``working`` set, and what
-    scoring and packing hold beside the planes: ``moments``, and ``scoring`` of the largest weight.
+    scoring and packing hold beside the planes: ``compensation``, and ``scoring`` of the largest
+    weight.
     """
 
     held: int
     fisher: int
     packed: int
     working: int
-    moments: int = 0
+    compensation: int = 0
     scoring: int = 0
 
     @property
     def peak(self) -> int:
         """The largest amount that is held at once: calibration's, or packing's."""
-        packing = self.packed + self.moments + self.scoring
+        packing = self.packed + self.compensation + self.scoring
         return self.held + self.fisher + max(packing, self.working)
 
 
@@ -64,7 +60,7 @@ def estimate(
     packed_bytes_per_parameter: float,
     *,
     fisher: str = "exact",
-    compensated: bool = False,
+    compensation: int = 0,
 ) -> MemoryEstimate:
     """Predict the peak of quantizing ``model``; ``sample`` is one calibration sequence."""
     parameters = sum(linear.weight.numel() for linear in linears.values())
@@ -79,7 +75,7 @@ def estimate(
         fisher=fisher_bytes(linears, fisher),
         packed=int((packed_bytes_per_parameter + _SCORE_BYTES) * parameters),
         working=working,
-        moments=moment_bytes(linears) if compensated else 0,
+        compensation=compensation,
         scoring=_SCORING_BYTES * largest,
     )
 
@@ -139,12 +135,6 @@ def fisher_bytes(linears: dict[str, nn.Linear], fisher: str) -> int:
     if fisher == "exact":
         return _FISHER_BYTES * sum(linear.weight.numel() for linear in linears.values())
     return _FISHER_BYTES * sum(sum(linear.weight.shape) for linear in linears.values())
-
-
-def moment_bytes(linears: dict[str, nn.Linear]) -> int:
-    """Of the moments, and of the float64 matrices that are made of the largest of them."""
-    widths = [linear.in_features**2 for linear in linears.values()]
-    return MOMENT_BYTES * sum(widths) + 8 * _FACTOR_MATRICES * max(widths)
 
 
 def _working_set(model: nn.Module, linears: dict[str, nn.Linear], sample: Any, loss: Loss) -> int:

@@ -1,13 +1,14 @@
 """Second moments of a site's input: what errors of rounded weights do to a layer's output.
 
-With x a token's activation and q its quantized version, the sums over calibration tokens
+With x a token's activation in the original model and q its quantized version, the sums over
+calibration tokens
 
     H = sum q q^T        C = sum x q^T        fp32 (K, K) each
 
 tell, without running the model again, how far any other weight V is from the original W in the
 layer's output: sum |W x - V q|^2 is a quadratic form in V. :mod:`fgmp.assign.compensate` minimises
 it. Both grow with the square of a layer's width, so they are collected after the Fisher
-information, in a pass of their own, and dropped when weights are packed.
+information, for a few sites at a time (:mod:`fgmp.sequential`), and dropped once weights are made.
 """
 
 from dataclasses import dataclass
