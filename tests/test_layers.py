@@ -27,9 +27,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"errors", "formats", "pack", "kernels"},
     "evaluation": {"formats", "pack", "model", "progress"},
     "report": {"evaluation"},
+    "heldout": {"sensitivity", "model"},
+    "solve": {
+        *("errors", "recipe", "formats", "sensitivity"),
+        *("pack", "hardware", "assign", "model"),
+    },
     "pipeline": {
-        *("errors", "progress", "recipe"),
-        *("formats", "sensitivity", "assign", "pack", "model"),
+        *("errors", "progress", "recipe", "formats", "sensitivity", "pack", "assign", "model"),
+        *("heldout", "solve"),
     },
     "workflow": {
         *("errors", "progress", "recipe", "data", "demo.text"),

@@ -124,7 +124,10 @@ def quantize_to(
         **coverage(model),
         "bits_per_weight": result["bits_per_weight"],
         "bytes": sum(f.stat().st_size for f in checkpoint.tensor_files(output)),
+        "tensor_bytes": result["tensor_bytes"],
+        "budget": result["budget"],
         "clip": result["clip"],
+        "uniform": result["uniform"],
         "seconds": time.perf_counter() - started,
         "peak_bytes": result["peak_bytes"],
     }

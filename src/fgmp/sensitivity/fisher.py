@@ -73,11 +73,17 @@ class Calibration:
         return next(name for name, site in self.sites.items() if linear in site.linears)
 
 
+def next_token_logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits, fp32 (T - 1, V), for the tokens after the first of one sequence, int64 (T,)."""
+    tokens = tokens.to(next(model.parameters()).device)
+    logits: Tensor = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0, :-1]
+    return logits.float()
+
+
 def causal_lm_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
     """Summed next-token loss of one sequence, int64 (T,), in nats; T - 1 predictions."""
-    tokens = tokens.to(next(model.parameters()).device)
-    logits = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0, :-1]
-    loss = nn.functional.cross_entropy(logits.float(), tokens[1:], reduction="sum")
+    logits = next_token_logits(model, tokens)
+    loss = nn.functional.cross_entropy(logits, tokens[1:].to(logits.device), reduction="sum")
     return loss, len(tokens) - 1
 
 
