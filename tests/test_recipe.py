@@ -221,7 +221,7 @@ def test_an_option_replaces_the_file_s_amount() -> None:
     shares = Recipe(fp4=0.5, fp4_activations=0.4)
     assert shares.with_options({"bits": 5.0}) == Recipe(bits=5.0)
     assert shares.with_options({"fp4": 0.6}) == Recipe(fp4=0.6, fp4_activations=0.4)
-    with pytest.raises(InputError, match="give one of fp4, bits, .* got fp4 and max_bytes"):
+    with pytest.raises(InputError, match=r"give one of fp4, bits, .* got fp4 and max_bytes"):
         Recipe().with_options({"fp4": 0.7, "max_bytes": "3M"})
-    with pytest.raises(InputError, match="give one of fp4, bits, .* got fp4 and bits"):
+    with pytest.raises(InputError, match=r"give one of fp4, bits, .* got fp4 and bits"):
         file.with_options({"fp4_activations": 0.5})

@@ -378,7 +378,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
             "FP4 blocks": f"{fractions['weights']:.1%} of weights, "
             f"{fractions['activations']:.1%} of activations",
             "bits per weight": f"{summary['bits_per_weight']:.3f}",
-            "size": f"{summary['bytes']:,} bytes",
+            "size": f"{summary['bytes']:,} bytes, tensors {summary['tensor_bytes']:,}",
             "quantized": _coverage(summary),
             **_budget(summary["budget"]),
             "clipping": "on" if summary["clip"]["used"] else "off",
