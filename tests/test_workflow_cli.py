@@ -7,6 +7,7 @@ is interrupted with a real signal.
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,7 @@ def test_quantize(run: Run, place: Place, tmp_path: Path) -> None:
         *("quantize", place.model, "-o", out, "--calib", place.text, *SMALL),
         *("--fp4", "0.5", "--fp4-activations", "0.8", "--seed", "3", "--json"),
     ).json
+    own = "on" if facts["clip"]["used"] else "off"
     assert keys(facts) == {
         "output": None,
         "fp4_fraction": {"weights": None, "activations": None},
@@ -154,7 +156,18 @@ def test_quantize(run: Run, place: Place, tmp_path: Path) -> None:
         "unquantized": None,
         "bits_per_weight": None,
         "bytes": None,
-        "clip": {"used": None, "held_out_nll": {"on": None, "off": None}},
+        "tensor_bytes": None,
+        "budget": {},
+        "clip": {
+            "used": None,
+            "held_out_nll": {"on": None, "off": None},
+            "held_out_kl": {"on": None, "off": None},
+        },
+        "uniform": {
+            "used": None,
+            "held_out_nll": {own: None, "nvfp4": None},
+            "held_out_kl": {own: None, "nvfp4": None},
+        },
         "seconds": None,
         "peak_bytes": None,
     }
@@ -170,6 +183,7 @@ def test_quantize(run: Run, place: Place, tmp_path: Path) -> None:
         "predictions",
         "text",
         "fingerprint",
+        "digest",
         "seq_len",
     }
     assert config["calibration"]["sequences"] == 6 and config["calibration"]["seq_len"] == 32
@@ -193,7 +207,7 @@ def test_eval(run: Run, place: Place) -> None:
     packed = run("eval", place.checkpoint, "--data", place.text, "--seq-len", "32", "--json").json
     common = {"perplexity", "nll", "tokens", "fp4_activations"}
     assert plain.keys() == common and plain["fp4_activations"] is None
-    extra = {"saturated", "drift", "quantized_share", "unquantized"}
+    extra = {"saturated", "drift", "quantized_share", "unquantized", "calibration_overlap"}
     assert packed.keys() == common | extra
     assert plain["tokens"] == len(TEXT) // 64 * 63
     assert packed["tokens"] == len(TEXT) // 32 * 31
@@ -202,7 +216,7 @@ def test_eval(run: Run, place: Place) -> None:
 
 def test_compare(run: Run, place: Place) -> None:
     facts = run("compare", place.model, place.checkpoint, "--data", place.text, "--json").json
-    assert facts.keys() == {"rows", "quantized_share", "unquantized"}
+    assert facts.keys() == {"rows", "quantized_share", "unquantized", "calibration_overlap"}
     assert [row["name"] for row in facts["rows"]] == ["original", "fp8", "nvfp4", "fgmp"]
     assert set(facts["rows"][0]) == {
         *("name", "perplexity", "ci95", "kl", "bits_per_weight", "bits_per_activation"),
@@ -252,6 +266,34 @@ def test_a_calibration_serves_several_budgets(run: Run, place: Place, tmp_path: 
     refused = run(*arguments, "-o", tmp_path / "other", "--seed", 5)
     assert refused.code == 1 and "a calibration of another model" in refused.err
     assert run(*arguments, "-o", tmp_path / "other", "--bits", 4.4).code == 1
+
+
+def test_evaluating_on_calibration_text_is_warned_of(
+    run: Run, place: Place, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(
+        "Pack my box with five dozen liquor jugs, said the wizard to the quail.\n" * 40
+    )
+    out = tmp_path / "out"
+    quantize = ("quantize", place.model, "-o", out, "--calib", place.text, "--samples", "6")
+    assert run(*quantize, "--seq-len", "64").code == 0
+    for text, repeats in ((place.text, True), (other, False)):
+        for command in (["eval"], ["compare", place.model]):
+            done = run(*command, out, "--data", text, "--json")
+            warned = "of the evaluation windows or more repeat text" in done.err
+            assert (done.json["calibration_overlap"] > 0) == warned == repeats
+    assert run("inspect", out, "--json").json["calibration"].keys() == {
+        *("sequences", "predictions", "text", "fingerprint", "seq_len")
+    }
+    # Checkpoints of before remember nothing, and nothing is said.
+    old = tmp_path / "old"
+    shutil.copytree(out, old)
+    config = json.loads((old / "config.json").read_text())
+    del config["quantization_config"]["calibration"]["digest"]
+    (old / "config.json").write_text(json.dumps(config))
+    done = run("eval", old, "--data", place.text, "--json")
+    assert done.json["calibration_overlap"] is None and "repeat text" not in done.err
 
 
 def test_tables_for_people(run: Run, place: Place, tmp_path: Path) -> None:
