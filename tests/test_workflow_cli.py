@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model
-from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -254,7 +255,12 @@ def test_generate(run: Run, place: Place) -> None:
     assert run(*warm, "--seed", 1).json["text"] in texts
 
 
-def test_a_calibration_serves_several_budgets(run: Run, place: Place, tmp_path: Path) -> None:
+def test_a_calibration_serves_several_budgets(
+    run: Run, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    begin = _Recorder.begin
+    monkeypatch.setattr(_Recorder, "begin", lambda self: (begun.append(1), begin(self))[1])
     kept = tmp_path / "kept.safetensors"
     arguments = ("quantize", place.model, "--calib", place.text, *SMALL, "--calibration", kept)
     for bits in (5.0, 6.0):
@@ -262,10 +268,69 @@ def test_a_calibration_serves_several_budgets(run: Run, place: Place, tmp_path: 
         shares = done.json["fp4_fraction"]
         mean = (shares["weights"] + shares["activations"]) / 2
         assert mean == pytest.approx((8 - bits) / 3.5, abs=0.02)
-    assert kept.exists()
-    refused = run(*arguments, "-o", tmp_path / "other", "--seed", 5)
-    assert refused.code == 1 and "a calibration of another model" in refused.err
-    assert run(*arguments, "-o", tmp_path / "other", "--bits", 4.4).code == 1
+        assert ("gradients are taken from" in done.err.replace("\n", " ")) == (bits == 6.0)
+    sizes = [stored_bytes(tmp_path / f"out{bits}") for bits in (5.0, 6.0)]
+    facts = run(*arguments, "-o", tmp_path / "bytes", "--max-bytes", sizes[1] - 1, "--json").json
+    assert sizes[0] < facts["tensor_bytes"] == stored_bytes(tmp_path / "bytes") < sizes[1]
+    facts = run(*arguments, "-o", tmp_path / "energy", "--max-energy", "80%", "--json").json
+    assert 78 < facts["budget"]["energy_percent"] <= 80
+    done = run(*arguments, "-o", tmp_path / "increase", "--max-increase", "50%")
+    assert done.code == 0 and "all-FP8's perplexity on held-out text" in done.out
+    assert len(begun) == 6  # sequences went backward once each
+
+
+def stored_bytes(checkpoint: Path) -> int:
+    return sum(t.nbytes for t in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_a_calibration_of_something_else_is_refused(run: Run, place: Place, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.safetensors"
+
+    def quantize(*more: object, model: object = place.model) -> list[object]:
+        start = ["quantize", model, "-o", tmp_path / "out", "--calib", place.text, *SMALL]
+        return [*start, "--calibration", kept, *more]
+
+    assert run(*quantize()).code == 0
+    shutil.rmtree(tmp_path / "out")
+    for folder, changed in (("weights", a_model()), ("layers", a_model(layers=2))):
+        if folder == "weights":
+            changed.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+        changed.save_pretrained(tmp_path / folder)
+        a_tokenizer().save_pretrained(tmp_path / folder)
+    shutil.copytree(place.model, tmp_path / "tokens")
+    tokenizer = a_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(tmp_path / "tokens")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text('exclude: ["*.o_proj"]\n')
+    lacking = tmp_path / "lacking.safetensors"
+    with safe_open(kept, framework="pt") as file:
+        missing, *others = list(file.keys())
+        tensors = {n: file.get_tensor(n) for n in others}
+        save_file(tensors, lacking, metadata=file.metadata())
+    cases: list[tuple[list[object], str]] = [
+        (quantize(model=tmp_path / "weights"), "a calibration of other weights;"),
+        (quantize(model=tmp_path / "layers"), "a calibration of other layers (another model"),
+        (quantize("--recipe", recipe), "a calibration of other layers (another model"),
+        (quantize(model=tmp_path / "tokens"), "a calibration of other token sequences (text, tok"),
+        (quantize("--seed", "5"), "a calibration of other token sequences (text, tok"),
+        (quantize("--calibration", lacking), "not a calibration state (File does not contain te"),
+        (quantize("--calibration", lacking), missing),
+        (quantize("--calibration", place.text), "not a calibration state ("),
+        (quantize("--bits", "4.4"), "bits must be from 4.5 (all FP4) to 8 (all FP8), got 4.4"),
+        (quantize("--bits", "5", "--fp4", "0.5"), "give one of fp4, bits, max_bytes,"),
+        (quantize("--max-bytes", "1k"), "max_bytes must be at least "),
+        (quantize("--max-bytes", "much"), "max_bytes must be a number of bytes, with k, M or G"),
+        (quantize("--max-energy", "20%"), "max_energy must be at least "),
+        (quantize("--max-energy", "120%"), "max_energy must be a percentage above 0 and at most"),
+        (quantize("--max-increase=-1%"), "max_increase must be a percentage of 0 or more"),
+        (quantize("--bits", "5", "--policy", "error"), "bits needs scores of one unit, policy fis"),
+    ]
+    for arguments, message in cases:
+        done = run(*arguments)
+        assert done.code == 1 and done.out == "" and "Traceback" not in done.err, (arguments, done)
+        assert message in done.err and done.err.count("delete it") <= 1, (message, done.err)
+        assert not (tmp_path / "out").exists()
 
 
 def test_evaluating_on_calibration_text_is_warned_of(

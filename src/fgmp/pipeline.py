@@ -130,6 +130,11 @@ def quantize(
     report(f"peak memory will be about {needed.peak / 1e9:.2f} GB")
     memory.reset_peak(device)
 
+    if reuse and state is not None and state.exists():
+        report(
+            f"gradients are taken from {state}; what depends on the recipe, the scores of "
+            "activations and the moments of inputs, takes passes forward"
+        )
     with progress("calibrating", len(samples)) as advance:
         calibration = calibrate(
             model,

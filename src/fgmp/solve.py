@@ -23,8 +23,9 @@ from fgmp.assign.budget import RELIEF, Frontier, furthest
 from fgmp.assign.policy import Policy, weight_masks
 from fgmp.assign.weights import ScoredWeights
 from fgmp.errors import InputError
-from fgmp.formats.activation import Site, scores
+from fgmp.formats.activation import Site
 from fgmp.formats.spec import FP4_BITS, FP8_BITS
+from fgmp.model.linear import ActivationSite
 from fgmp.model.store import tensors_to_save
 from fgmp.pack.planes import packed_bytes
 from fgmp.recipe import Recipe
@@ -207,7 +208,11 @@ def _energy_percent(
     counts = {owner: _Counts() for owner in scored.records}
     handles = [
         scored.linears[owner].register_forward_pre_hook(
-            partial(_count_formats, counts[owner], record)
+            partial(
+                _count_formats,
+                counts[owner],
+                ActivationSite(record).to(scored.linears[owner].weight.device),
+            )
         )
         for owner, record in assigned.records.items()
     ]
@@ -250,9 +255,11 @@ class _Counts:
         return self.fp8.double().cpu() / self.tokens
 
 
-def _count_formats(counts: _Counts, record: Site, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+def _count_formats(
+    counts: _Counts, site: ActivationSite, _: nn.Module, args: tuple[Tensor, ...]
+) -> None:
     if args[0].numel() == 0:
         return
-    flat = scores(args[0], record).flatten(0, -2) > record.threshold
+    flat = site.scores(args[0]).flatten(0, -2) > site.record.threshold
     counts.fp8 = flat.sum(0) + (0 if counts.fp8 is None else counts.fp8)
     counts.tokens += len(flat)

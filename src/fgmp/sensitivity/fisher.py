@@ -117,7 +117,7 @@ def calibrate(
             or ``state`` is not such a file, or under ``reuse`` one of another run.
     """
     recorder = _Recorder(linears, groups or {})
-    fingerprint = _fingerprint(linears, samples, groups or {}) if state else ""
+    fingerprint = _fingerprint(linears, samples, groups or {}) if state else {}
     start = recorder.restore(state, fingerprint, reuse) if state else 0
     for _ in range(start):
         advance()
@@ -306,7 +306,7 @@ class _Recorder:
 
     # An interrupted run's sums, as one safetensors file.
 
-    def store(self, state: Path, fingerprint: str, done: int) -> None:
+    def store(self, state: Path, fingerprint: dict[str, str], done: int) -> None:
         tensors = {f"weight.{name}": f for name, f in self.sums.weights.items()}
         tensors |= {f"site.{name}": site.g2 for name, site in self.sums.sites.items()}
         facts = {
@@ -329,7 +329,7 @@ class _Recorder:
                 stacklevel=3,
             )
 
-    def restore(self, state: Path, fingerprint: str, reuse: bool) -> int:
+    def restore(self, state: Path, fingerprint: dict[str, str], reuse: bool) -> int:
         """Load an interrupted run's sums if they are of this very run; samples already done."""
         if not state.exists():
             return 0
@@ -338,10 +338,7 @@ class _Recorder:
                 facts = json.loads(file.metadata()["state"])
                 if facts["fingerprint"] != fingerprint:
                     if reuse:
-                        raise InputError(
-                            f"{state}: a calibration of another model, of other token sequences "
-                            "or with other sites; name another file, or delete it"
-                        )
+                        raise InputError(_mismatch(state, facts["fingerprint"], fingerprint))
                     return 0
                 for name, f in self.sums.weights.items():
                     f.copy_(file.get_tensor(f"weight.{name}"))
@@ -350,6 +347,8 @@ class _Recorder:
                         linears, file.get_tensor(f"site.{name}").to(f.device), amax, tokens
                     )
                     self.site_by_linear |= dict.fromkeys(linears, name)
+        except InputError:
+            raise
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{state}: not a calibration state ({error}); delete it") from error
         self.sums.predictions = facts["predictions"]
@@ -365,15 +364,35 @@ def _fingerprint(
     linears: dict[str, nn.Linear],
     samples: Sequence[Any] | Tensor,
     groups: dict[str, list[str]],
-) -> str:
-    digest = hashlib.sha256(json.dumps(groups).encode())
-    for name, linear in linears.items():
-        digest.update(name.encode())
-        digest.update(_bytes(linear.weight))
+) -> dict[str, str]:
+    """What a calibration is of, each part by itself."""
+    model, sequences = hashlib.sha256(), hashlib.sha256()
+    for linear in linears.values():
+        model.update(_bytes(linear.weight))
     for sample in samples:
         for part in _parts(sample):
-            digest.update(part)
-    return digest.hexdigest()
+            sequences.update(part)
+    named = {"linears": list(linears), "sites": groups}
+    return {
+        **{key: hashlib.sha256(json.dumps(v).encode()).hexdigest() for key, v in named.items()},
+        "weights": model.hexdigest(),
+        "sequences": sequences.hexdigest(),
+    }
+
+
+_MEANING = {
+    "linears": "other layers (another model, or another include or exclude)",
+    "sites": "other sites",
+    "weights": "other weights",
+    "sequences": "other token sequences (text, tokenizer, samples, seq_len or seed)",
+}
+
+
+def _mismatch(state: Path, held: object, wanted: dict[str, str]) -> str:
+    parts = held if isinstance(held, dict) else {}
+    # Other layers have other weights: the first difference says it all.
+    differing = next(key for key in _MEANING if parts.get(key) != wanted[key])
+    return f"{state}: a calibration of {_MEANING[differing]}; name another file, or delete it"
 
 
 def _parts(sample: Any) -> Iterator[bytes]:
