@@ -227,9 +227,8 @@ def quantize(
     )
     if best != own:
         report(
-            f"all {best.upper()} is nearer to the original on held-out text "
-            f"({measured[best].harm:.5f} against {measured[own].harm:.5f}) and takes no more bits: "
-            "that is what you get"
+            f"all {best.upper()} does better on held-out text ({measured[best].harm:.5f} nats "
+            f"against {measured[own].harm:.5f}) at no more bits: that is what you get"
         )
     facts = dict(point.facts)
     if base:
