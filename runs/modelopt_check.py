@@ -106,7 +106,7 @@ def main() -> None:
         if not owners:
             continue
         found = dict(zip(map(str, group["formats"]), group["scores"], strict=True))
-                row: dict[str, Any] = {"linears": group["module_names"]}
+        row: dict[str, Any] = {"linears": group["module_names"]}
         for name, label in FORMATS.items():
             (own,) = (score for shown, score in found.items() if shown.startswith(label))
             row[name] = {"theirs": float(own), "ours": sum(scores[o][name] for o in owners)}
