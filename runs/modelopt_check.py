@@ -4,7 +4,7 @@
     python runs/modelopt_check.py MODEL --calib TEXT [--samples 64] [--seq-len 128] [--json]
 
 ``auto_quantize`` of the package NVIDIA Model Optimizer scores every group of layers in NVFP4 and
-FP8; our ``_layer_scores`` scores the sites of the same groups on the same sequences. Where there is
+FP8; our ``layer_scores`` scores the sites of the same groups on the same sequences. Where there is
 no GPU one piece of the package is replaced: its NVFP4 fake quantizer is a CUDA kernel, and NVFP4 in
 plain PyTorch takes its place, by the package's own scales. The rule, the hooks, the calibration,
 the FP8 quantizers and the solver are the package's. K must be a multiple of 16.
@@ -98,7 +98,7 @@ def main() -> None:
             Console(stderr=True),
         )
         parts = baselines.Parts(setting)
-        scores = baselines._layer_scores(parts, text.samples)
+        scores = baselines.layer_scores(parts, text.samples)
     owner_of = {n: owner for owner, names in parts.linears_of.items() for n in names}
     rows = []
     for group in state["candidate_stats"].values():

@@ -197,7 +197,7 @@ def test_recipe_files_and_options(run: Run, place: Place, tmp_path: Path) -> Non
     command = ("quantize", place.model, "--calib", place.text, "--seq-len", "32", "--json")
     facts = run(*command, "-o", tmp_path / "out", "--recipe", recipe, "--fp4", "0.6").json
     assert facts["fp4_fraction"]["weights"] == pytest.approx(0.6, abs=0.005)
-    assert facts["clip"] == {"used": False, "held_out_nll": {}}
+    assert facts["clip"] == {"used": False, "held_out_nll": {}, "held_out_kl": {}}
     assert "model.layers.0.self_attn.o_proj.weight" in facts["unquantized"]
     stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (stored["recipe"]["policy"], stored["recipe"]["fp4"]) == ("error", 0.6)
