@@ -342,10 +342,11 @@ def _select(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
 
 
 def _packed_bytes(recipe: Recipe) -> float:
-    """Bytes a parameter of the planes held at once: clip=auto makes two variants of them."""
+    """Bytes a parameter of the planes held at once: clip=auto makes two variants, and all NVFP4
+    is compared with them."""
     variants = 2 if recipe.clip == "auto" else 1
     fp8_share = 1.0 if recipe.budget else 1 - recipe.fp4
-    return variants * (FP4_BITS + E2M1.bits * fp8_share) / 8
+    return (FP4_BITS + variants * (FP4_BITS + E2M1.bits * fp8_share)) / 8
 
 
 def _report_unreached(statistics: dict[str, SiteStatistics], report: Callable[[str], None]) -> None:
