@@ -15,8 +15,10 @@ from torch import Tensor
 from fgmp.data import (
     calibration_text,
     choose_windows,
+    digest,
     evaluation_windows,
     overlap,
+    overlap_with,
     read_documents,
     tokenize,
     windows,
@@ -201,3 +203,51 @@ def test_overlap_finds_a_passage_wherever_it_lies() -> None:
     assert overlap(calibration, evaluation) == pytest.approx(1 / 6)
     assert overlap(calibration, calibration) == 1
     assert overlap(calibration[:, :20], calibration[:, :20]) == 0  # shorter than a piece
+
+
+class Characters:
+    """Tokens are runs of ``width`` characters: two widths tokenize one text differently."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.known: list[str] = []
+
+    def windows(self, text: str, length: int) -> Tensor:
+        pieces = [text[i : i + self.width] for i in range(0, len(text), self.width)]
+        self.known = sorted(set(pieces))
+        number = {piece: i for i, piece in enumerate(self.known)}
+        return windows(torch.tensor([number[p] for p in pieces]), length)
+
+    def batch_decode(self, ids: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        assert skip_special_tokens
+        return ["".join(self.known[i] for i in window) for window in ids]
+
+
+def words(count: int, seed: int) -> str:
+    letters = torch.randint(97, 123, (count, 5), generator=torch.Generator().manual_seed(seed))
+    return " ".join("".join(map(chr, word)) for word in letters.tolist())
+
+
+def test_text_is_known_again_however_it_is_tokenized_and_cut() -> None:
+    calibration, evaluation = words(400, 0), words(400, 1)
+    one, other = Characters(3), Characters(2)
+    known = digest(one.windows(calibration, 100), one)
+    assert overlap_with(known, other.windows(evaluation, 150), other) == 0
+    # 30 words in other case and spacing: 150 letters hold two pieces of 48.
+    passage = " ".join(calibration.split()[70:100]).upper().replace(" ", ",\n ")
+    mixed = f"{evaluation[:1000]} {passage} {evaluation[1000:]}"
+    found = other.windows(mixed, 150)
+    assert 0 < overlap_with(known, found, other) <= 2 / len(found)
+    assert overlap_with(known, other.windows(calibration, 150), other) == 1
+    assert overlap_with(known, other.windows("too short", 3), other) == 0
+
+
+def test_what_a_checkpoint_remembers_is_bounded() -> None:
+    long = words(15_000, 2)  # 1,100 pieces and more
+    one = Characters(4)
+    known = digest(one.windows(long, 500), one)
+    assert len(known) == 1024 * 6 * 4 / 3
+    # Nearly all pieces of a window are known.
+    assert overlap_with(known, one.windows(long, 500), one) > 0.99
+    assert overlap_with(known, one.windows(words(15_000, 3), 500), one) == 0
+    assert digest(one.windows("?" * 200, 50), one) == ""

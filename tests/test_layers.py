@@ -28,9 +28,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"formats", "pack", "model", "progress"},
     "report": {"evaluation"},
     "sequential": {"formats", "sensitivity", "pack", "model"},
+    "heldout": {"sensitivity", "model"},
+    "solve": {
+        *("errors", "recipe", "formats", "sensitivity"),
+        *("pack", "hardware", "assign", "model"),
+    },
     "pipeline": {
-        *("errors", "progress", "recipe"),
-        *("formats", "sensitivity", "assign", "pack", "model", "sequential"),
+        *("errors", "progress", "recipe", "formats", "sensitivity", "pack", "assign", "model"),
+        *("sequential", "heldout", "solve"),
     },
     "workflow": {
         *("errors", "progress", "recipe", "data", "demo.text"),

@@ -10,7 +10,7 @@ import yaml
 
 from fgmp.assign.policy import POLICIES
 from fgmp.errors import InputError
-from fgmp.recipe import CLIP_CHOICES, POLICY_NAMES, Recipe
+from fgmp.recipe import BUDGETS, CLIP_CHOICES, POLICY_NAMES, Recipe
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,41 @@ from fgmp.recipe import CLIP_CHOICES, POLICY_NAMES, Recipe
         ),
         ({"fisher": "kfac"}, "recipe: fisher must be exact or factored, got 'kfac'"),
         ({"fisher": None}, "recipe: fisher must be exact or factored, got None"),
+        ({"max_bytes": 0}, "recipe: max_bytes must be a number of bytes, got 0"),
+        ({"max_bytes": 1.5e6}, "recipe: max_bytes must be a number of bytes, got 1500000.0"),
+        ({"max_bytes": True}, "recipe: max_bytes must be a number of bytes, got True"),
+        ({"max_increase": -1}, "recipe: max_increase must be a percentage of 0 or more, got -1"),
+        (
+            {"max_increase": float("inf")},
+            "recipe: max_increase must be a percentage of 0 or more, got inf",
+        ),
+        ({"max_increase": "x"}, "recipe: max_increase must be a percentage of 0 or more, got 'x'"),
+        (
+            {"max_energy": 0},
+            "recipe: max_energy must be a percentage above 0 and at most 100, got 0",
+        ),
+        (
+            {"max_energy": 101},
+            "recipe: max_energy must be a percentage above 0 and at most 100, got 101",
+        ),
+        (
+            {"bits": 5, "max_energy": 80},
+            "recipe: give one of fp4, bits, max_bytes, max_increase, max_energy, "
+            "got bits and max_energy",
+        ),
+        (
+            {"fp4": 0.9, "max_bytes": 10},
+            "recipe: give one of fp4, bits, max_bytes, max_increase, max_energy, "
+            "got fp4 and max_bytes",
+        ),
+        (
+            {"fp4_activations": 0.7, "bits": 5},
+            "recipe: give one of fp4, bits, max_bytes, max_increase, max_energy, got fp4 and bits",
+        ),
+        (
+            {"max_bytes": 10, "policy": "error"},
+            "recipe: max_bytes needs scores of one unit, policy fisher, got 'error'",
+        ),
         ({"rule": "best"}, "recipe: rule must be benefit or difference, got 'best'"),
         ({"scales": 4}, "recipe: scales must be search or max, got 4"),
         ({"compensate": "on"}, "recipe: compensate must be true or false, got 'on'"),
@@ -116,7 +151,7 @@ def test_yaml_round_trip(recipe: Recipe, tmp_path: Path) -> None:
 def test_everything_differs_from_the_default() -> None:
     default = Recipe().to_dict()
     same = [key for key, value in EVERYTHING.to_dict().items() if value == default[key]]
-    assert same == ["bits"]  # which goes with the default policy alone
+    assert same == list(BUDGETS)  # which exclude shares, and go with the default policy alone
 
 
 def from_text(tmp_path: Path, text: str) -> Recipe:
@@ -157,3 +192,39 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         Recipe.from_yaml(tmp_path / "none.yaml")
     with pytest.raises(InputError, match=r"Is a directory$"):
         Recipe.from_yaml(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("700", 700), ("700k", 700_000), ("4.5M", 4_500_000), ("3G", 3 * 10**9), ("1.2MB", 1_200_000)],
+)
+def test_sizes_are_read(text: str, size: int, tmp_path: Path) -> None:
+    assert Recipe().with_options({"max_bytes": text}).max_bytes == size
+    assert from_text(tmp_path, f"max_bytes: {text}\n").max_bytes == size
+
+
+@pytest.mark.parametrize("text", ["1%", "1", "1.0 %"])
+def test_percentages_are_read(text: str, tmp_path: Path) -> None:
+    for name in ("max_increase", "max_energy"):
+        assert getattr(Recipe().with_options({name: text}), name) == 1.0
+        assert getattr(from_text(tmp_path, f"{name}: {text}\n"), name) == 1.0
+
+
+@pytest.mark.parametrize("text", ["4T", "M", "-3k", "1e6", "4 M", ""])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(InputError, match=f"max_bytes must be a number of bytes, .* got {text!r}"):
+        Recipe().with_options({"max_bytes": text})
+
+
+def test_an_option_replaces_the_file_s_amount() -> None:
+    file = Recipe(bits=5.4, seed=3)
+    assert file.with_options({"max_energy": "80%"}) == Recipe(max_energy=80.0, seed=3)
+    assert file.with_options({"fp4": 0.5}) == Recipe(fp4=0.5, seed=3)
+    assert file.with_options({"seed": 4}) == Recipe(bits=5.4, seed=4)
+    shares = Recipe(fp4=0.5, fp4_activations=0.4)
+    assert shares.with_options({"bits": 5.0}) == Recipe(bits=5.0)
+    assert shares.with_options({"fp4": 0.6}) == Recipe(fp4=0.6, fp4_activations=0.4)
+    with pytest.raises(InputError, match=r"give one of fp4, bits, .* got fp4 and max_bytes"):
+        Recipe().with_options({"fp4": 0.7, "max_bytes": "3M"})
+    with pytest.raises(InputError, match=r"give one of fp4, bits, .* got fp4 and bits"):
+        file.with_options({"fp4_activations": 0.5})

@@ -7,6 +7,7 @@ is interrupted with a real signal.
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model
-from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -147,6 +149,7 @@ def test_quantize(run: Run, place: Place, tmp_path: Path) -> None:
         *("quantize", place.model, "-o", out, "--calib", place.text, *SMALL),
         *("--fp4", "0.5", "--fp4-activations", "0.8", "--seed", "3", "--json"),
     ).json
+    own = "on" if facts["clip"]["used"] else "off"
     assert keys(facts) == {
         "output": None,
         "fp4_fraction": {"weights": None, "activations": None},
@@ -154,7 +157,18 @@ def test_quantize(run: Run, place: Place, tmp_path: Path) -> None:
         "unquantized": None,
         "bits_per_weight": None,
         "bytes": None,
-        "clip": {"used": None, "held_out_nll": {"on": None, "off": None}},
+        "tensor_bytes": None,
+        "budget": {},
+        "clip": {
+            "used": None,
+            "held_out_nll": {"on": None, "off": None},
+            "held_out_kl": {"on": None, "off": None},
+        },
+        "uniform": {
+            "used": None,
+            "held_out_nll": {own: None, "nvfp4": None},
+            "held_out_kl": {own: None, "nvfp4": None},
+        },
         "seconds": None,
         "peak_bytes": None,
     }
@@ -170,6 +184,7 @@ def test_quantize(run: Run, place: Place, tmp_path: Path) -> None:
         "predictions",
         "text",
         "fingerprint",
+        "digest",
         "seq_len",
     }
     assert config["calibration"]["sequences"] == 6 and config["calibration"]["seq_len"] == 32
@@ -182,7 +197,7 @@ def test_recipe_files_and_options(run: Run, place: Place, tmp_path: Path) -> Non
     command = ("quantize", place.model, "--calib", place.text, "--seq-len", "32", "--json")
     facts = run(*command, "-o", tmp_path / "out", "--recipe", recipe, "--fp4", "0.6").json
     assert facts["fp4_fraction"]["weights"] == pytest.approx(0.6, abs=0.005)
-    assert facts["clip"] == {"used": False, "held_out_nll": {}}
+    assert facts["clip"] == {"used": False, "held_out_nll": {}, "held_out_kl": {}}
     assert "model.layers.0.self_attn.o_proj.weight" in facts["unquantized"]
     stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (stored["recipe"]["policy"], stored["recipe"]["fp4"]) == ("error", 0.6)
@@ -193,7 +208,7 @@ def test_eval(run: Run, place: Place) -> None:
     packed = run("eval", place.checkpoint, "--data", place.text, "--seq-len", "32", "--json").json
     common = {"perplexity", "nll", "tokens", "fp4_activations"}
     assert plain.keys() == common and plain["fp4_activations"] is None
-    extra = {"saturated", "drift", "quantized_share", "unquantized"}
+    extra = {"saturated", "drift", "quantized_share", "unquantized", "calibration_overlap"}
     assert packed.keys() == common | extra
     assert plain["tokens"] == len(TEXT) // 64 * 63
     assert packed["tokens"] == len(TEXT) // 32 * 31
@@ -223,7 +238,7 @@ def test_a_packed_kv_cache(run: Run, place: Place) -> None:
 
 def test_compare(run: Run, place: Place) -> None:
     facts = run("compare", place.model, place.checkpoint, "--data", place.text, "--json").json
-    assert facts.keys() == {"rows", "quantized_share", "unquantized"}
+    assert facts.keys() == {"rows", "quantized_share", "unquantized", "calibration_overlap"}
     assert [row["name"] for row in facts["rows"]] == ["original", "fp8", "nvfp4", "fgmp"]
     assert set(facts["rows"][0]) == {
         *("name", "perplexity", "ci95", "kl", "bits_per_weight", "bits_per_activation"),
@@ -261,7 +276,12 @@ def test_generate(run: Run, place: Place) -> None:
     assert run(*warm, "--seed", 1).json["text"] in texts
 
 
-def test_a_calibration_serves_several_budgets(run: Run, place: Place, tmp_path: Path) -> None:
+def test_a_calibration_serves_several_budgets(
+    run: Run, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    begin = _Recorder.begin
+    monkeypatch.setattr(_Recorder, "begin", lambda self: (begun.append(1), begin(self))[1])
     kept = tmp_path / "kept.safetensors"
     arguments = ("quantize", place.model, "--calib", place.text, *SMALL, "--calibration", kept)
     for bits in (5.0, 6.0):
@@ -269,10 +289,97 @@ def test_a_calibration_serves_several_budgets(run: Run, place: Place, tmp_path: 
         shares = done.json["fp4_fraction"]
         mean = (shares["weights"] + shares["activations"]) / 2
         assert mean == pytest.approx((8 - bits) / 3.5, abs=0.02)
-    assert kept.exists()
-    refused = run(*arguments, "-o", tmp_path / "other", "--seed", 5)
-    assert refused.code == 1 and "a calibration of another model" in refused.err
-    assert run(*arguments, "-o", tmp_path / "other", "--bits", 4.4).code == 1
+        assert ("gradients are taken from" in done.err.replace("\n", " ")) == (bits == 6.0)
+    sizes = [stored_bytes(tmp_path / f"out{bits}") for bits in (5.0, 6.0)]
+    facts = run(*arguments, "-o", tmp_path / "bytes", "--max-bytes", sizes[1] - 1, "--json").json
+    assert sizes[0] < facts["tensor_bytes"] == stored_bytes(tmp_path / "bytes") < sizes[1]
+    facts = run(*arguments, "-o", tmp_path / "energy", "--max-energy", "80%", "--json").json
+    assert 78 < facts["budget"]["energy_percent"] <= 80
+    done = run(*arguments, "-o", tmp_path / "increase", "--max-increase", "50%")
+    assert done.code == 0 and "all-FP8's perplexity on held-out text" in done.out
+    assert len(begun) == 6  # sequences went backward once each
+
+
+def stored_bytes(checkpoint: Path) -> int:
+    return sum(t.nbytes for t in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_a_calibration_of_something_else_is_refused(run: Run, place: Place, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.safetensors"
+
+    def quantize(*more: object, model: object = place.model) -> list[object]:
+        start = ["quantize", model, "-o", tmp_path / "out", "--calib", place.text, *SMALL]
+        return [*start, "--calibration", kept, *more]
+
+    assert run(*quantize()).code == 0
+    shutil.rmtree(tmp_path / "out")
+    for folder, changed in (("weights", a_model()), ("layers", a_model(layers=2))):
+        if folder == "weights":
+            changed.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+        changed.save_pretrained(tmp_path / folder)
+        a_tokenizer().save_pretrained(tmp_path / folder)
+    shutil.copytree(place.model, tmp_path / "tokens")
+    tokenizer = a_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(tmp_path / "tokens")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text('exclude: ["*.o_proj"]\n')
+    lacking = tmp_path / "lacking.safetensors"
+    with safe_open(kept, framework="pt") as file:
+        missing, *others = list(file.keys())
+        tensors = {n: file.get_tensor(n) for n in others}
+        save_file(tensors, lacking, metadata=file.metadata())
+    cases: list[tuple[list[object], str]] = [
+        (quantize(model=tmp_path / "weights"), "a calibration of other weights;"),
+        (quantize(model=tmp_path / "layers"), "a calibration of other layers (another model"),
+        (quantize("--recipe", recipe), "a calibration of other layers (another model"),
+        (quantize(model=tmp_path / "tokens"), "a calibration of other token sequences (text, tok"),
+        (quantize("--seed", "5"), "a calibration of other token sequences (text, tok"),
+        (quantize("--calibration", lacking), "not a calibration state (File does not contain te"),
+        (quantize("--calibration", lacking), missing),
+        (quantize("--calibration", place.text), "not a calibration state ("),
+        (quantize("--bits", "4.4"), "bits must be from 4.5 (all FP4) to 8 (all FP8), got 4.4"),
+        (quantize("--bits", "5", "--fp4", "0.5"), "give one of fp4, bits, max_bytes,"),
+        (quantize("--max-bytes", "1k"), "max_bytes must be at least "),
+        (quantize("--max-bytes", "much"), "max_bytes must be a number of bytes, with k, M or G"),
+        (quantize("--max-energy", "20%"), "max_energy must be at least "),
+        (quantize("--max-energy", "120%"), "max_energy must be a percentage above 0 and at most"),
+        (quantize("--max-increase=-1%"), "max_increase must be a percentage of 0 or more"),
+        (quantize("--bits", "5", "--policy", "error"), "bits needs scores of one unit, policy fis"),
+    ]
+    for arguments, message in cases:
+        done = run(*arguments)
+        assert done.code == 1 and done.out == "" and "Traceback" not in done.err, (arguments, done)
+        assert message in done.err and done.err.count("delete it") <= 1, (message, done.err)
+        assert not (tmp_path / "out").exists()
+
+
+def test_evaluating_on_calibration_text_is_warned_of(
+    run: Run, place: Place, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(
+        "Pack my box with five dozen liquor jugs, said the wizard to the quail.\n" * 40
+    )
+    out = tmp_path / "out"
+    quantize = ("quantize", place.model, "-o", out, "--calib", place.text, "--samples", "6")
+    assert run(*quantize, "--seq-len", "64").code == 0
+    for text, repeats in ((place.text, True), (other, False)):
+        for command in (["eval"], ["compare", place.model]):
+            done = run(*command, out, "--data", text, "--json")
+            warned = "of the evaluation windows or more repeat text" in done.err
+            assert (done.json["calibration_overlap"] > 0) == warned == repeats
+    assert run("inspect", out, "--json").json["calibration"].keys() == {
+        *("sequences", "predictions", "text", "fingerprint", "seq_len")
+    }
+    # Checkpoints of before remember nothing, and nothing is said.
+    old = tmp_path / "old"
+    shutil.copytree(out, old)
+    config = json.loads((old / "config.json").read_text())
+    del config["quantization_config"]["calibration"]["digest"]
+    (old / "config.json").write_text(json.dumps(config))
+    done = run("eval", old, "--data", place.text, "--json")
+    assert done.json["calibration_overlap"] is None and "repeat text" not in done.err
 
 
 def test_tables_for_people(run: Run, place: Place, tmp_path: Path) -> None:

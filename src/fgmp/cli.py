@@ -2,7 +2,6 @@
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,6 +83,24 @@ def quantize(
             "value, 4.5 to 8."
         ),
     ] = None,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(help="A budget: bytes of the checkpoint's tensors, such as 3.5M or 4G."),
+    ] = None,
+    max_increase: Annotated[
+        str | None,
+        typer.Option(
+            help="A budget: perplexity on held-out text over all-FP8's, such as 1%. Packs and "
+            "measures about eight times."
+        ),
+    ] = None,
+    max_energy: Annotated[
+        str | None,
+        typer.Option(
+            help="A budget: energy of matrix products over all-FP8's on hardware as in "
+            "docs/energy.md, such as 75%."
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="YAML file with any recipe keys; options override it.")
     ] = None,
@@ -126,6 +143,9 @@ def quantize(
         "fp4": fp4,
         "fp4_activations": fp4_activations,
         "bits": bits,
+        "max_bytes": max_bytes,
+        "max_increase": max_increase,
+        "max_energy": max_energy,
         "samples": samples,
         "seq_len": seq_len,
         "seed": seed,
@@ -133,7 +153,7 @@ def quantize(
         "clip": clip,
     }
     chosen = Recipe.from_yaml(recipe) if recipe else Recipe()
-    chosen = replace(chosen, **{k: v for k, v in given.items() if v is not None})
+    chosen = chosen.with_options({k: v for k, v in given.items() if v is not None})
     from fgmp.workflow import quantize_to
 
     summary = quantize_to(model, output, chosen, calib, _reporter(), calibration)
@@ -345,6 +365,20 @@ def _coverage(facts: dict[str, Any]) -> str:
     return f"{facts['quantized_share']:.1%} of matmul parameters; not: {rest}"
 
 
+def _budget(facts: dict[str, float]) -> dict[str, str]:
+    shown = {}
+    if "bits" in facts:
+        shown["budget"] = f"{facts['bits']:.3f} bits, weights and activations together"
+    if "energy_percent" in facts:
+        shown["energy"] = f"{facts['energy_percent']:.1f}% of all-FP8's"
+    if "increase_percent" in facts:
+        shown["increase"] = (
+            f"{facts['increase_percent']:+.2f}% of all-FP8's perplexity on held-out text "
+            f"({facts['increase_low']:+.2f}% to {facts['increase_high']:+.2f}%)"
+        )
+    return shown
+
+
 def _print_summary(summary: dict[str, Any]) -> None:
     fractions = summary["fp4_fraction"]
     print_facts(
@@ -353,8 +387,9 @@ def _print_summary(summary: dict[str, Any]) -> None:
             "FP4 blocks": f"{fractions['weights']:.1%} of weights, "
             f"{fractions['activations']:.1%} of activations",
             "bits per weight": f"{summary['bits_per_weight']:.3f}",
-            "size": f"{summary['bytes']:,} bytes",
+            "size": f"{summary['bytes']:,} bytes, tensors {summary['tensor_bytes']:,}",
             "quantized": _coverage(summary),
+            **_budget(summary["budget"]),
             "clipping": "on" if summary["clip"]["used"] else "off",
             "time": f"{summary['seconds']:.1f} s",
             "peak memory": f"{summary['peak_bytes'] / 1e9:.2f} GB",

@@ -7,8 +7,10 @@ tokenized with the tokenizer's own special tokens, joined by its end-of-sequence
 has one, and cut into windows that do not overlap. There is no padding; the tail is dropped.
 """
 
+import base64
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,12 @@ HELD_OUT_SHARE = 8
 """The held-out slice of a calibration text is one window for this many calibration windows."""
 
 _SPAN = 32
+_PIECE = 48
+_PIECES = 1024
+_HASH_BYTES = 6
+"""Of text, for a checkpoint: characters in a piece, pieces kept, bytes of a hash."""
+
+_NOTHING = torch.zeros(0, dtype=torch.int64)
 
 
 def read_documents(source: str | Path) -> list[str]:
@@ -133,13 +141,67 @@ def overlap(calibration: Tensor, evaluation: Tensor) -> float:
             63 tokens in common is found.
         evaluation: int64 (B', L').
     """
-    if min(calibration.shape[1], evaluation.shape[1]) < _SPAN:
-        return 0.0
-    # A hash in wrapping 64-bit integers: the odds of a false hit are those of 2**-64 a pair.
-    factors = torch.randint(2**62, (_SPAN,), generator=torch.Generator().manual_seed(0)) * 2 + 1
-    known = (calibration.unfold(1, _SPAN, _SPAN) * factors).sum(-1).flatten()
-    found = torch.isin((evaluation.unfold(1, _SPAN, 1) * factors).sum(-1), known)
+    known = _hashes(calibration, _SPAN, _SPAN).flatten()
+    found = torch.isin(_hashes(evaluation, _SPAN, 1), known)
     return found.any(-1).double().mean().item()
+
+
+def digest(windows: Tensor, tokenizer: Any) -> str:
+    """What a checkpoint remembers of its calibration text: hashes of pieces of it, base64.
+
+    Hashed are pieces of 48 letters and digits, about ten words, case folded, one after the other
+    in each window. Of more than 1,024 pieces those with the smallest hashes stay, 8 KB in all.
+
+    Args:
+        windows: int64 (B, L).
+        tokenizer: what made them.
+    """
+    found = [_hashes(text, _PIECE, _PIECE) for text in _letters(windows, tokenizer)]
+    kept = sorted(set(torch.cat(found).tolist()))[:_PIECES]
+    return base64.b64encode(b"".join(h.to_bytes(_HASH_BYTES, "little") for h in kept)).decode()
+
+
+def overlap_with(calibrated: str, windows: Tensor, tokenizer: Any) -> float:
+    """Share of evaluation windows that hold a piece of the calibration text.
+
+    Of text, not of tokens: the two may be tokenized and cut differently. A lower bound where the
+    calibration text had more pieces than are kept.
+
+    Args:
+        calibrated: from :func:`digest`.
+        windows: int64 (B, L).
+        tokenizer: what made them.
+    """
+    raw = base64.b64decode(calibrated)
+    known = torch.tensor(
+        [
+            int.from_bytes(raw[i : i + _HASH_BYTES], "little")
+            for i in range(0, len(raw), _HASH_BYTES)
+        ],
+        dtype=torch.int64,
+    )
+    found = [
+        torch.isin(_hashes(text, _PIECE, 1), known).any().item()
+        for text in _letters(windows, tokenizer)
+    ]
+    return sum(found) / len(found)
+
+
+def _letters(windows: Tensor, tokenizer: Any) -> Iterator[Tensor]:
+    """Code points of each window's letters and digits, int64."""
+    for text in tokenizer.batch_decode(windows.tolist(), skip_special_tokens=True):
+        kept = "".join(filter(str.isalnum, text.casefold())).encode("utf-32-le")
+        yield torch.frombuffer(bytearray(kept), dtype=torch.int32).long() if kept else _NOTHING
+
+
+def _hashes(values: Tensor, length: int, step: int) -> Tensor:
+    """Hashes, 48 bits in int64 (..., M), of runs of ``length`` values at multiples of ``step``."""
+    if values.shape[-1] < length:
+        return values[..., :0]
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(2**62, (length,), generator=generator) * 2 + 1
+    wrapped = (values.unfold(-1, length, step) * factors).sum(-1)
+    return wrapped >> 16 & (1 << 8 * _HASH_BYTES) - 1
 
 
 def _text_of(line: str, path: Path, number: int) -> str:

@@ -4,7 +4,9 @@ A recipe is frozen, never edited after construction, and stored with its result.
 YAML with the same keys; a key that does not exist is an error, so is a value out of range.
 """
 
-from dataclasses import asdict, dataclass, fields
+import math
+import re
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ RULE_NAMES = ("benefit", "difference")
 SCALES_NAMES = ("search", "max")
 PAPER: dict[str, Any] = {"rule": "difference", "scales": "max", "compensate": False}
 """What makes a recipe the paper's method: ``Recipe(fp4=0.7, **PAPER)``."""
+BUDGETS = ("bits", "max_bytes", "max_increase", "max_energy")
+"""Instead of shares: fields that say what the result may cost, at most one of them at a time."""
 POLICY_NAMES = ("fisher", "fisher-per-layer", "error", "random", "fp8", "nvfp4")
 
 
@@ -31,7 +35,11 @@ class Recipe:
         fp4_activations: share of activation blocks kept in FP4, on the calibration tokens;
             None: the same as ``fp4``.
         bits: instead of the two shares, a budget: the mean of the bits of a weight and of an
-            activation value, 4.5 to 8, spent where it does least harm. Needs ``policy: fisher``.
+            activation value, 4.5 to 8, spent where it does least harm. This and the three budgets
+            that follow exclude each other and the shares, and need ``policy: fisher``.
+        max_bytes: the bytes that all tensors of the checkpoint may have.
+        max_increase: percent by which perplexity on held-out text may exceed all-FP8's.
+        max_energy: percent of the energy that an FP8 machine takes for the same matrix products.
         policy: which blocks get FP8; see ``fgmp.assign.policy``.
         fisher: what calibration keeps of a weight's squared gradients: ``exact``, four bytes a
             weight, or ``factored``, four a row and a column; see ``fgmp.sensitivity.squares``.
@@ -54,6 +62,9 @@ class Recipe:
     fp4: float = 0.7
     fp4_activations: float | None = None
     bits: float | None = None
+    max_bytes: int | None = None
+    max_increase: float | None = None
+    max_energy: float | None = None
     policy: str = "fisher"
     fisher: str = "exact"
     rule: str = "benefit"
@@ -80,16 +91,7 @@ class Recipe:
                 continue
             if not _is_number(value) or not 0 <= value <= 1:
                 raise InputError(f"recipe: {name} must be a fraction from 0 to 1, got {value!r}")
-        if self.bits is not None:
-            if not _is_number(self.bits) or not FP4_BITS <= self.bits <= FP8_BITS:
-                raise InputError(
-                    f"recipe: bits must be from {FP4_BITS:g} (all FP4) to {FP8_BITS:g} (all FP8), "
-                    f"got {self.bits!r}"
-                )
-            if self.policy != "fisher":
-                raise InputError(
-                    f"recipe: bits needs scores of one unit, policy fisher, got {self.policy!r}"
-                )
+        self._check_budgets()
         if self.policy not in POLICY_NAMES:
             raise InputError(
                 f"recipe: policy must be one of {', '.join(POLICY_NAMES)}, got {self.policy!r}"
@@ -112,6 +114,58 @@ class Recipe:
                 )
         if not _is_number(self.headroom) or not 1 <= self.headroom <= 1024:
             raise InputError(f"recipe: headroom must be from 1 to 1024, got {self.headroom!r}")
+
+    def _check_budgets(self) -> None:
+        bits, size = self.bits, self.max_bytes
+        increase, energy = self.max_increase, self.max_energy
+        if bits is not None and not (_is_number(bits) and FP4_BITS <= bits <= FP8_BITS):
+            raise InputError(
+                f"recipe: bits must be from {FP4_BITS:g} (all FP4) to {FP8_BITS:g} (all FP8), "
+                f"got {bits!r}"
+            )
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise InputError(f"recipe: max_bytes must be a number of bytes, got {size!r}")
+        if increase is not None and not (
+            _is_number(increase) and increase >= 0 and math.isfinite(increase)
+        ):
+            raise InputError(
+                f"recipe: max_increase must be a percentage of 0 or more, got {increase!r}"
+            )
+        if energy is not None and not (_is_number(energy) and 0 < energy <= 100):
+            raise InputError(
+                f"recipe: max_energy must be a percentage above 0 and at most 100, got {energy!r}"
+            )
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if self.fp4 != type(self).fp4 or self.fp4_activations is not None:
+            given.insert(0, "fp4")
+        if len(given) > 1:
+            raise _several(given)
+        if self.budget and self.policy != "fisher":
+            raise InputError(
+                f"recipe: {self.budget} needs scores of one unit, policy fisher, "
+                f"got {self.policy!r}"
+            )
+
+    @property
+    def budget(self) -> str | None:
+        """Which of :data:`BUDGETS` is given; None where shares are."""
+        return next((name for name in BUDGETS if getattr(self, name) is not None), None)
+
+    def with_options(self, given: dict[str, Any]) -> "Recipe":
+        """This recipe under options that override it, a size or percentage as text.
+
+        An option that says how much is kept in FP4 replaces the recipe's own words on that.
+        """
+        given = {key: _parsed(key, value) for key, value in given.items()}
+        amounts = [name for name in ("fp4", *BUDGETS) if name in given]
+        if len(amounts) > 1:
+            raise _several(amounts)
+        if amounts and amounts[0] != "fp4":
+            default = {"fp4": type(self).fp4, "fp4_activations": None}
+            given = {**default, **dict.fromkeys(BUDGETS), **given}
+        elif amounts:
+            given = {**dict.fromkeys(BUDGETS), **given}
+        return replace(self, **given)
 
     @property
     def activation_fraction(self) -> float:
@@ -146,8 +200,32 @@ class Recipe:
             raise InputError(f"recipe {path}: must be a mapping, got {type(values).__name__}")
         if isinstance(values.get("clip"), bool):  # YAML reads a bare on or off as a boolean
             values["clip"] = "on" if values["clip"] else "off"
+        values = {key: _parsed(key, value) for key, value in values.items()}
         return cls.from_dict(values, source=f"recipe {path}")
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _several(given: list[str]) -> InputError:
+    return InputError(f"recipe: give one of fp4, {', '.join(BUDGETS)}, got {' and '.join(given)}")
+
+
+_SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+
+
+def _parsed(key: str, value: Any) -> Any:
+    """A size such as 4.5M, or a percentage such as 1%, as a number; anything else as it is."""
+    if key == "max_bytes" and isinstance(value, str):
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kMG]?)B?", value)
+        if not found:
+            raise InputError(
+                f"recipe: max_bytes must be a number of bytes, with k, M or G for thousands, "
+                f"millions or billions, got {value!r}"
+            )
+        return round(float(found[1]) * _SUFFIXES[found[2]])
+    if key in ("max_increase", "max_energy") and isinstance(value, str):
+        found = re.fullmatch(r"(-?[0-9]+(?:\.[0-9]+)?) *%?", value)
+        return float(found[1]) if found else value
+    return value

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from fgmp.data import choose_windows, evaluation_windows, read_documents, tokenize
+from fgmp.data import (
+    choose_windows,
+    digest,
+    evaluation_windows,
+    overlap_with,
+    read_documents,
+    tokenize,
+)
 from fgmp.demo.text import docstrings, standard_library
 from fgmp.errors import InputError
 from fgmp.evaluation import compare as comparison
@@ -46,11 +53,13 @@ class Reporter:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows, the share of matmul parameters that is quantized, and the matrices that are not."""
+    """Rows, the share of matmul parameters that is quantized, the matrices that are not, and the
+    share of windows that repeat calibration text, where the checkpoint knows it."""
 
     rows: list[Row]
     quantized_share: float
     unquantized: list[str]
+    calibration_overlap: float | None = None
 
 
 def coverage(model: torch.nn.Module) -> dict[str, Any]:
@@ -113,6 +122,8 @@ def quantize_to(
         text=Path(calibration).name if calibration else "docstrings",
         fingerprint=text.fingerprint,
         seq_len=seq_len,
+        # The held-out slice decided too, so a figure on it would be flattered as well.
+        digest=digest(torch.cat([text.samples, text.held_out]), tokenizer),
     )
     save(model, output, tokenizer)
     if saved is None:
@@ -127,7 +138,10 @@ def quantize_to(
         **coverage(model),
         "bits_per_weight": result["bits_per_weight"],
         "bytes": sum(f.stat().st_size for f in checkpoint.tensor_files(output)),
+        "tensor_bytes": result["tensor_bytes"],
+        "budget": result["budget"],
         "clip": result["clip"],
+        "uniform": result["uniform"],
         "seconds": time.perf_counter() - started,
         "peak_bytes": result["peak_bytes"],
     }
@@ -169,6 +183,7 @@ def evaluate_model(
         _warn_of_drift(model, reporter)
         facts["saturated"] = comparison.saturated_elements(model)
         facts["drift"] = comparison.drift(model, _calibrated(model))
+        facts["calibration_overlap"] = _warn_of_overlap(model, windows, tokenizer, reporter)
         facts |= coverage(model)
     return facts
 
@@ -195,7 +210,8 @@ def compare_models(
     }
     rows = comparison.compare(original, models, windows, reporter.stages)
     _warn_of_drift(mixed, reporter)
-    return Comparison(rows, **coverage(mixed))
+    repeated = _warn_of_overlap(mixed, windows, tokenizer, reporter)
+    return Comparison(rows, **coverage(mixed), calibration_overlap=repeated)
 
 
 def generate_text(
@@ -295,3 +311,19 @@ def _warn_of_drift(model: torch.nn.Module, reporter: Reporter) -> None:
             f"warning: {len(moved)} sites run in FP4 for a share more than 3 points off their "
             f"calibrated one; the furthest is {worst}, {100 * moved[worst]:+.1f} points"
         )
+
+
+def _warn_of_overlap(
+    model: torch.nn.Module, windows: torch.Tensor, tokenizer: Any, reporter: Reporter
+) -> float | None:
+    """Say which share of the windows repeats text that the model was calibrated on."""
+    known = config_of(model).calibration.get("digest")
+    if not isinstance(known, str):
+        return None
+    share = overlap_with(known, windows, tokenizer)
+    if share:
+        reporter.line(
+            f"warning: {share:.1%} of the evaluation windows or more repeat text that the model "
+            "was calibrated on; their figures flatter it"
+        )
+    return share

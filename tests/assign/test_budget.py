@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fgmp.assign.budget import joint_fractions
+from fgmp.assign.budget import Frontier, furthest
 from fgmp.sensitivity.histogram import ScoreHistogram
 
 TOKENS = 50
@@ -29,7 +29,7 @@ def material(seed: int = 0) -> tuple[list[Tensor], list[ScoreHistogram], Tensor]
 def test_least_harm_first(bits: float, relief: float) -> None:
     weights, histograms, activations = material()
     w = torch.cat([s.flatten() for s in weights])
-    found = joint_fractions(weights, histograms, TOKENS, bits, relief=relief)
+    found = Frontier(weights, histograms, TOKENS, relief=relief).shares(bits)
     # Harm per bit of every block; a weight block is 1 / 2W of the budget, an activation's 1 / 2A.
     harm = torch.cat([relief * w * len(w), activations / TOKENS * len(activations)])
     cost = torch.cat([torch.full_like(w, 0.5 / len(w)), torch.full_like(activations, 0.5)])
@@ -48,12 +48,27 @@ def test_least_harm_first(bits: float, relief: float) -> None:
 
 def test_the_ends_are_uniform() -> None:
     weights, histograms, _ = material()
-    assert joint_fractions(weights, histograms, TOKENS, 8.0, relief=1.0) == (0.0, 0.0)
-    assert joint_fractions(weights, histograms, TOKENS, 4.5, relief=1.0) == (1.0, 1.0)
+    assert Frontier(weights, histograms, TOKENS, relief=1.0).shares(8.0) == (0.0, 0.0)
+    assert Frontier(weights, histograms, TOKENS, relief=1.0).shares(4.5) == (1.0, 1.0)
 
 
 def test_harmless_weights_take_more_of_the_fp4() -> None:
     weights, histograms, _ = material()
-    even = joint_fractions(weights, histograms, TOKENS, 5.4, relief=1.0)
-    relieved = joint_fractions(weights, histograms, TOKENS, 5.4, relief=0.1)
+    even = Frontier(weights, histograms, TOKENS, relief=1.0).shares(5.4)
+    relieved = Frontier(weights, histograms, TOKENS, relief=0.1).shares(5.4)
     assert relieved[0] > even[0] and relieved[1] < even[1]
+
+
+@pytest.mark.parametrize(("good", "bad"), [(4.5, 8.0), (8.0, 4.5)])
+def test_the_furthest_point_that_holds(good: float, bad: float) -> None:
+    tried = []
+
+    def holds(bits: float) -> bool:
+        tried.append(bits)
+        return abs(bits - good) <= 1.3
+
+    found = furthest(holds, good, bad, steps=12)
+    assert abs(found - good) == pytest.approx(1.3, abs=3.5 / 2**12) and holds(found)
+    assert len(tried) == 14 and good not in tried
+    assert furthest(lambda bits: True, good, bad, steps=3) == bad
+    assert furthest(lambda bits: False, good, bad, steps=3) == good

@@ -19,7 +19,15 @@ from fgmp.errors import CheckpointError
 from fgmp.formats.codec import to_blocks
 from fgmp.formats.weight import WeightCodes, quantize_weight, tensor_scale
 from fgmp.pack import planes
-from fgmp.pack.planes import MODES, PackedWeight, pack, unpack, unpack_units, validate
+from fgmp.pack.planes import (
+    MODES,
+    PackedWeight,
+    pack,
+    packed_bytes,
+    unpack,
+    unpack_units,
+    validate,
+)
 
 FORMAT_MD = Path(__file__).parents[2] / "docs" / "format.md"
 
@@ -63,6 +71,16 @@ def repacked(packed: PackedWeight) -> PackedWeight:
         k=packed.k,
     )
     return pack(codes, held.is_fp8)
+
+
+@pytest.mark.parametrize(("n", "k"), [(5, 172), (1, 16), (3, 64)])
+def test_bytes_are_known_before_packing(n: int, k: int) -> None:
+    codes, _ = a_weight("mixed", n, k)
+    blocks = codes.scale.numel()
+    for fp8 in range(blocks + 1):
+        mask = (torch.arange(blocks) < fp8).view(codes.scale.shape)
+        assert packed_bytes(n, k, fp8) == pack(codes, mask).nbytes
+    assert packed_bytes(n, k) == packed_bytes(n, k, blocks)
 
 
 @pytest.mark.parametrize("k", [16, 32, 172, 160])

@@ -615,7 +615,7 @@ def test_a_kept_calibration_is_used_again_or_refused(tokens: Tensor, tmp_path: P
     whole = calibrate(model, linears, tokens[:3], state=state, reuse=True)
     seen = state.read_bytes()
     assert same(calibrate(model, linears, tokens[:3], state=state, reuse=True), whole)
-    message = "state: a calibration of another model, of other token sequences or with other sites"
+    message = "state: a calibration of other "
     with pytest.raises(InputError, match=message):
         calibrate(model, linears, tokens[3:6], state=state, reuse=True)
     linears["model.layers.1.mlp.down_proj"].weight.data[0, 0] += 1

@@ -9,10 +9,13 @@ bit a value for each, whatever their numbers. Per bit so saved, with scores in n
 
 and what spends a budget with the least harm is one limit on both, found by bisection. ``relief`` is
 what compensation leaves of the harm of weights: it acts on them and hardly on activations.
+
+Every other kind of budget, a size, an energy, a perplexity, is a condition on a point of this one
+frontier, and :func:`furthest` finds the point where it just holds.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -26,41 +29,60 @@ RELIEF = 0.4
 _OCTAVES = 400.0
 
 
-def joint_fractions(
-    scores: Collection[Tensor],
-    histograms: Collection[ScoreHistogram],
-    tokens: int,
-    bits: float,
-    *,
-    relief: float,
-) -> tuple[float, float]:
-    """Shares of FP4 blocks, of weights and of activations, that meet a budget with least harm.
+class Frontier:
+    """The shares of FP4 blocks that meet any budget with least harm.
 
     Args:
         scores: of the weight blocks, in nats a token.
         histograms: of the activation blocks that ``tokens`` calibration tokens sent by.
         tokens: see above.
-        bits: mean of the bits of a weight and of an activation value, 4.5 to 8.
         relief: factor on the scores of weights.
     """
-    wanted = (FP8_BITS - bits) / (FP8_BITS - FP4_BITS)
-    if wanted <= 0 or wanted >= 1:
-        return (0.0, 0.0) if wanted <= 0 else (1.0, 1.0)
-    ranked = torch.cat([s.flatten() for s in scores]).sort().values
-    total = sum(h.total for h in histograms)
-    weight_factor, activation_factor = relief * len(ranked), total / tokens
 
-    def shares(limit: float) -> tuple[float, float]:
-        below = torch.searchsorted(ranked, limit / weight_factor, right=True).item()
+    def __init__(
+        self,
+        scores: Collection[Tensor],
+        histograms: Collection[ScoreHistogram],
+        tokens: int,
+        *,
+        relief: float,
+    ) -> None:
+        self._ranked = torch.cat([s.flatten() for s in scores]).sort().values
+        self._histograms = histograms
+        self._total = sum(h.total for h in histograms)
+        self._factors = relief * len(self._ranked), self._total / tokens
+
+    def shares(self, bits: float) -> tuple[float, float]:
+        """Shares of weights and of activations in FP4 at a mean of ``bits``, 4.5 to 8."""
+        wanted = (FP8_BITS - bits) / (FP8_BITS - FP4_BITS)
+        if wanted <= 0 or wanted >= 1:
+            return (0.0, 0.0) if wanted <= 0 else (1.0, 1.0)
+        low, high = -_OCTAVES, _OCTAVES
+        for _ in range(80):
+            middle = (low + high) / 2
+            reached = sum(self._under(math.exp2(middle))) / 2
+            low, high = (middle, high) if reached < wanted else (low, middle)
+        return self._under(math.exp2(high))
+
+    def _under(self, limit: float) -> tuple[float, float]:
+        """Shares of the blocks whose harm per bit is within ``limit``."""
+        weight_factor, activation_factor = self._factors
+        below = torch.searchsorted(self._ranked, limit / weight_factor, right=True).item()
         reached = sum(
             h.count_up_to(limit / activation_factor / h.unit) if h.unit else h.total
-            for h in histograms
+            for h in self._histograms
         )
-        return below / len(ranked), reached / total
+        return below / len(self._ranked), reached / self._total
 
-    low, high = -_OCTAVES, _OCTAVES
-    for _ in range(80):
-        middle = (low + high) / 2
-        reached = sum(shares(math.exp2(middle))) / 2
-        low, high = (middle, high) if reached < wanted else (low, middle)
-    return shares(math.exp2(high))
+
+def furthest(holds: Callable[[float], bool], good: float, bad: float, steps: int) -> float:
+    """The bits nearest to ``bad`` at which something holds, by bisection from ``good``.
+
+    It is taken to hold at ``good``; what is returned is that or bits at which it was seen to.
+    """
+    if holds(bad):
+        return bad
+    for _ in range(steps):
+        middle = (good + bad) / 2
+        good, bad = (middle, bad) if holds(middle) else (good, middle)
+    return good

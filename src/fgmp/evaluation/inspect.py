@@ -85,7 +85,7 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
         "unquantized": config.result.get("unquantized", []),
         "quantized_share": config.result.get("quantized_share"),
         "recipe": config.recipe,
-        "calibration": config.calibration,
+        "calibration": {k: v for k, v in config.calibration.items() if k != "digest"},
         "clip": config.result.get("clip"),
     }
 

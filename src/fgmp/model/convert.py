@@ -13,28 +13,45 @@ from fgmp.pack.checkpoint import CheckpointConfig, Reader
 from fgmp.pack.planes import PackedWeight
 
 
-def install(
+def packed_linears(
     model: nn.Module,
     weights: Mapping[str, PackedWeight],
     records: Mapping[str, Site],
     linears_of: Mapping[str, list[str]],
-) -> None:
-    """Replace linears of a linearized model by packed ones, in place.
+) -> dict[str, MixedLinear]:
+    """Packed linears by name, ready to replace those of a linearized model.
 
     Args:
-        model: its linears may be empty (meta) or hold weights, which are dropped.
+        model: its linears may be empty (meta) or hold weights; they stay where they are.
         weights: by linear.
         records: by site.
         linears_of: names of the linears that read a site; the first one owns it.
     """
+    made = {}
     for site_name, names in linears_of.items():
         site = ActivationSite(records[site_name])
         for position, name in enumerate(names):
             old = model.get_submodule(name)
             assert isinstance(old, nn.Linear | MixedLinear)
             new = MixedLinear(weights[name], old.bias, site, owns_site=position == 0)
-            new.train(old.training)
-            replace_module(model, name, new)
+            made[name] = new.train(old.training)
+    return made
+
+
+def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules where their names say, in place."""
+    for name, module in modules.items():
+        replace_module(model, name, module)
+
+
+def install(
+    model: nn.Module,
+    weights: Mapping[str, PackedWeight],
+    records: Mapping[str, Site],
+    linears_of: Mapping[str, list[str]],
+) -> None:
+    """Replace linears of a linearized model by packed ones, in place; see above."""
+    put(model, packed_linears(model, weights, records, linears_of))
 
 
 def install_from(model: nn.Module, config: CheckpointConfig, reader: Reader) -> None:

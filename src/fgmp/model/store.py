@@ -60,7 +60,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
-    checkpoint.write(Path(directory), _tensors_to_save(model), config, write_extra, max_shard_size)
+    checkpoint.write(Path(directory), tensors_to_save(model), config, write_extra, max_shard_size)
 
 
 def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -82,7 +82,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     reader = Reader(checkpoint.tensor_files(directory))
     install_from(model, config, reader)
     tensors = {name: reader.tensor(name) for name in reader.names}
-    missing = set(_tensors_to_save(model)) - set(tensors)
+    missing = set(tensors_to_save(model)) - set(tensors)
     unexpected = set(tensors) - set(model.state_dict())
     if missing or unexpected:
         raise CheckpointError(
@@ -112,7 +112,7 @@ def _load_transformers(directory: Path, raw: dict[str, Any]) -> nn.Module:
     return loaded
 
 
-def _tensors_to_save(model: nn.Module) -> dict[str, Tensor]:
+def tensors_to_save(model: nn.Module) -> dict[str, Tensor]:
     """The state, without the copies that tied parameters would make."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = {name: t for name, t in model.state_dict().items() if name not in tied}

@@ -93,6 +93,20 @@ class PackedWeight:
         return torch.ones(self.n, groups, dtype=torch.bool, device=self.fp8.device)
 
 
+def packed_bytes(n: int, k: int, fp8_blocks: int | None = None) -> int:
+    """Bytes of all tensors that :func:`pack` makes of N x K; None: every block is FP8."""
+    groups = -(-k // BLOCK)
+    blocks = n * groups
+    fixed = torch.int64.itemsize * 2 + torch.float32.itemsize
+    if fp8_blocks is None or fp8_blocks == blocks:
+        return fixed + blocks * BLOCK
+    nibbles = BLOCK // 2
+    plain = fixed + blocks * (nibbles + 1)
+    if fp8_blocks == 0:
+        return plain
+    return plain + fp8_blocks * nibbles + (n + 1) * torch.int32.itemsize
+
+
 @dataclass(frozen=True)
 class BlockCodes:
     """What a packed weight holds, a block at a time.

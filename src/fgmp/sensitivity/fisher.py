@@ -76,11 +76,17 @@ class Calibration:
         return next(name for name, site in self.sites.items() if linear in site.linears)
 
 
+def next_token_logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits, fp32 (T - 1, V), for the tokens after the first of one sequence, int64 (T,)."""
+    tokens = tokens.to(next(model.parameters()).device)
+    logits: Tensor = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0, :-1]
+    return logits.float()
+
+
 def causal_lm_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
     """Summed next-token loss of one sequence, int64 (T,), in nats; T - 1 predictions."""
-    tokens = tokens.to(next(model.parameters()).device)
-    logits = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0, :-1]
-    loss = nn.functional.cross_entropy(logits.float(), tokens[1:], reduction="sum")
+    logits = next_token_logits(model, tokens)
+    loss = nn.functional.cross_entropy(logits, tokens[1:].to(logits.device), reduction="sum")
     return loss, len(tokens) - 1
 
 
@@ -117,7 +123,7 @@ def calibrate(
             ``fisher``.
     """
     recorder = _Recorder(linears, fisher, groups or {})
-    fingerprint = _fingerprint(linears, samples, groups or {}) if state else ""
+    fingerprint = _fingerprint(linears, samples, groups or {}) if state else {}
     start = recorder.restore(state, fingerprint, reuse) if state else 0
     for _ in range(start):
         advance()
@@ -303,7 +309,7 @@ class _Recorder:
 
     # An interrupted run's sums, as one safetensors file.
 
-    def store(self, state: Path, fingerprint: str, done: int) -> None:
+    def store(self, state: Path, fingerprint: dict[str, str], done: int) -> None:
         tensors = self.squares.tensors()
         tensors |= {f"site.{name}": site.g2 for name, site in self.sums.sites.items()}
         facts = {
@@ -327,7 +333,7 @@ class _Recorder:
                 stacklevel=3,
             )
 
-    def restore(self, state: Path, fingerprint: str, reuse: bool) -> int:
+    def restore(self, state: Path, fingerprint: dict[str, str], reuse: bool) -> int:
         """Load an interrupted run's sums if they are of this very run; samples already done."""
         if not state.exists():
             return 0
@@ -336,10 +342,7 @@ class _Recorder:
                 facts = json.loads(file.metadata()["state"])
                 if facts["fingerprint"] != fingerprint:
                     if reuse:
-                        raise InputError(
-                            f"{state}: a calibration of another model, of other token sequences "
-                            "or with other sites; name another file, or delete it"
-                        )
+                        raise InputError(_mismatch(state, facts["fingerprint"], fingerprint))
                     return 0
                 held = facts.get("fisher", "exact")
                 if held != self.fisher:
@@ -356,6 +359,8 @@ class _Recorder:
                         linears, file.get_tensor(f"site.{name}").to(sums.device), amax, tokens
                     )
                     self.site_by_linear |= dict.fromkeys(linears, name)
+        except InputError:
+            raise
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{state}: not a calibration state ({error}); delete it") from error
         self.sums.predictions = facts["predictions"]
@@ -371,15 +376,35 @@ def _fingerprint(
     linears: dict[str, nn.Linear],
     samples: Sequence[Any] | Tensor,
     groups: dict[str, list[str]],
-) -> str:
-    digest = hashlib.sha256(json.dumps(groups).encode())
-    for name, linear in linears.items():
-        digest.update(name.encode())
-        digest.update(_bytes(linear.weight))
+) -> dict[str, str]:
+    """What a calibration is of, each part by itself."""
+    model, sequences = hashlib.sha256(), hashlib.sha256()
+    for linear in linears.values():
+        model.update(_bytes(linear.weight))
     for sample in samples:
         for part in _parts(sample):
-            digest.update(part)
-    return digest.hexdigest()
+            sequences.update(part)
+    named = {"linears": list(linears), "sites": groups}
+    return {
+        **{key: hashlib.sha256(json.dumps(v).encode()).hexdigest() for key, v in named.items()},
+        "weights": model.hexdigest(),
+        "sequences": sequences.hexdigest(),
+    }
+
+
+_MEANING = {
+    "linears": "other layers (another model, or another include or exclude)",
+    "sites": "other sites",
+    "weights": "other weights",
+    "sequences": "other token sequences (text, tokenizer, samples, seq_len or seed)",
+}
+
+
+def _mismatch(state: Path, held: object, wanted: dict[str, str]) -> str:
+    parts = held if isinstance(held, dict) else {}
+    # Other layers have other weights: the first difference says it all.
+    differing = next(key for key in _MEANING if parts.get(key) != wanted[key])
+    return f"{state}: a calibration of {_MEANING[differing]}; name another file, or delete it"
 
 
 def _parts(sample: Any) -> Iterator[bytes]:

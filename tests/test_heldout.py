@@ -1,0 +1,57 @@
+"""Which result is nearer: by KL outright, by loss only beyond its noise, sequences in pairs."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fgmp.heldout import Trial, trials
+from fgmp.sensitivity.fisher import causal_lm_loss
+
+COUNTS = torch.full((50,), 10.0, dtype=torch.float64)
+
+
+def trial(losses: torch.Tensor, kl: float | None = None) -> Trial:
+    return Trial(losses.double(), COUNTS[: len(losses)], kl)
+
+
+def test_a_loss_counts_beyond_two_standard_errors() -> None:
+    g = torch.Generator().manual_seed(0)
+    base = torch.rand(50, generator=g) * 40
+    noise = torch.randn(50, generator=g)
+    noise = (noise - noise.mean()) / noise.std()
+    error = 1 / math.sqrt(50)  # of the mean of a sequence's summed loss
+    for shift, clear in ((-2.1, True), (-1.9, False), (1.0, False)):
+        other = trial(base + noise + shift * error)
+        assert other.clearly_better(trial(base)) == clear
+    assert not trial(base[:1] - 5).clearly_better(trial(base[:1]))  # one sequence says nothing
+
+
+def test_a_kl_counts_outright() -> None:
+    base = torch.ones(50)
+    assert trial(base + 9, kl=0.1).clearly_better(trial(base, kl=0.2))
+    assert not trial(base - 9, kl=0.2).clearly_better(trial(base, kl=0.2))
+
+
+def test_increase_is_of_perplexity() -> None:
+    base = torch.full((50,), 20.0)
+    shift = torch.tensor([0.1, 0.3]).repeat(25)
+    worse = trial(base + shift)
+    assert worse.increase_percent(trial(base)) == pytest.approx(100 * math.expm1(0.02))
+    low, high = worse.increase_interval(trial(base))
+    error = shift.double().std().item() / math.sqrt(50) / 10
+    assert (low, high) == pytest.approx(
+        [100 * math.expm1(0.02 + sign * 2 * error) for sign in (-1, 1)], rel=1e-5
+    )
+
+
+def test_the_original_is_back_after_an_error(tokens: torch.Tensor) -> None:
+    from conftest import make_model
+
+    model = make_model("llama")
+    name = "model.layers.0.mlp.up_proj"
+    old = model.get_submodule(name)
+    with pytest.raises(RuntimeError):
+        trials(model, {name: old}, {"bad": {name: nn.Linear(7, 7)}}, tokens, causal_lm_loss)
+    assert model.get_submodule(name) is old
