@@ -200,6 +200,7 @@ class Setting:
             model,
             self.text.samples,
             recipe,
+            held_out=self.text.held_out,
             state=state,
             progress=bars(self.console),
         )
