@@ -171,13 +171,19 @@ def quantize(
             }
             _observe(model, linears, count, samples, loss, advance)
     tensors = {name: linear.weight.detach() for name, linear in linears.items()}
-    material = (tensors, calibration.weights, linears_of.values(), policy)
     scored = []
     for clipped in {"on": (True,), "off": (False,), "auto": (False, True)}[recipe.clip]:
         with progress("scoring weights", len(linears)) as advance:
             scored.append(
                 score_weights(
-                    *material, rule=recipe.rule, clipped=clipped, seed=recipe.seed, advance=advance
+                    tensors,
+                    calibration.weights,
+                    linears_of.values(),
+                    policy,
+                    rule=recipe.rule,
+                    clipped=clipped,
+                    seed=recipe.seed,
+                    advance=advance,
                 )
             )
 
@@ -187,7 +193,14 @@ def quantize(
         made = {}
         for variant in variants:
             masks, _ = weight_masks(policy, variant.scores, shares[0])
-            make = partial(pack_weights, *material[:2], policy=policy, scored=variant, masks=masks)
+            make = partial(
+                pack_weights,
+                tensors,
+                calibration.weights,
+                policy=policy,
+                scored=variant,
+                masks=masks,
+            )
             if recipe.compensate:
                 steps = len(stages(model, list(records))) * len(samples)
                 with progress("compensating", steps) as advance:
@@ -225,7 +238,6 @@ def quantize(
             f"weight blocks and {point.shares[1]:.1%} of activation blocks in FP4"
         )
     candidates = build(point.shares, scored)
-    del material
     calibration.weights = {}
     ours = list(candidates)[::-1]  # searched scales first: they stay unless the others are better
     if policy.sensitivity == "fisher":
