@@ -18,6 +18,7 @@ from fgmp.demo.text import docstrings, standard_library
 from fgmp.errors import InputError
 from fgmp.formats import activation
 from fgmp.hardware import cells, inference, liberty, silicon, stimulus, yosys
+from fgmp.hardware.array import RULES
 from fgmp.hardware.cells import Library
 from fgmp.hardware.datapath import Datapath
 from fgmp.hardware.inference import Machine, Work
@@ -168,12 +169,14 @@ def energy(
         "mix": inference.unit_shares(found.mix),
         "lanes": {lane.name: lane.facts(unit) for lane in measured.lanes},
         "quantizer": {
+            "rule": measured.quantizer.name.split(", ")[0],
+            "scales": measured.quantizer.name.split(", ")[1],
             **measured.quantizer.implementation.summary(),
             "fj_per_block": measured.quantizer.energies.inertial.total / unit,
         },
         "overhead": overhead(measured, library),
         "inference": served,
-        "assumptions": assumptions(library, data, tokens, scenario),
+        "assumptions": assumptions(library, data, tokens, scenario, measured.quantizer.name),
     }
 
 
@@ -279,16 +282,33 @@ def measure_lane(
 
 
 def measure_quantizer(sites: list[SiteInput], library: Library, reporter: Reporter) -> Measured:
-    """The same for the quantizer, on a model's activations."""
-    from fgmp.hardware.rtl.ppu import LATENCY, Quantizer
+    """The same for the quantizer of the sites' rule and scales, on a model's activations.
 
-    with reporter.stages("quantizer", 2) as advance:
-        implementation = silicon.implement(Quantizer(), library)
+    Raises:
+        InputError: the sites do not agree, or there is no quantizer for their rule.
+    """
+    from fgmp.hardware.rtl.ppu import Quantizer, latency
+
+    rule, scales = _one_quantizer(sites)
+    with reporter.stages(f"quantizer, {rule} and {scales}", 2) as advance:
+        implementation = silicon.implement(Quantizer(rule, scales), library)
         advance()
         ports = stimulus.stimulate_quantizer(sites, _CYCLES)
-        energies = silicon.measure(implementation, ports, 2 * LATENCY)
+        energies = silicon.measure(implementation, ports, 2 * latency(rule, scales))
         advance()
-    return Measured("quantizer", implementation, energies, MIXED, {})
+    return Measured(f"{rule}, {scales}", implementation, energies, MIXED, {})
+
+
+def _one_quantizer(sites: list[SiteInput]) -> tuple[str, str]:
+    """What all sites decide by."""
+    found = {(s.site.rule, s.site.scales) for s in sites}
+    if len(found) > 1:
+        listed = " and ".join(f"{rule}, {scales}" for rule, scales in sorted(found))
+        raise InputError(f"sites must share one rule and choice of scales, got {listed}")
+    (rule, scales) = next(iter(found))
+    if rule not in RULES:
+        raise InputError(f"there is a quantizer for the rules {' and '.join(RULES)}, not {rule!r}")
+    return rule, scales
 
 
 def serve(work: list[Work], measured: Silicon, library: Library) -> dict[str, Any]:
@@ -344,6 +364,7 @@ def assumptions(
     data: str | None,
     tokens: torch.Tensor,
     scenario: dict[tuple[bool, bool], float],
+    quantizer: str,
 ) -> list[str]:
     """What the figures rest on, in sentences."""
     table = inference.energies()
@@ -361,7 +382,7 @@ def assumptions(
         f"in decode too the lanes' figures are those of a weight held for {MIXED.reuse} tokens",
         "activations stay on the chip; attention, norms, embeddings, output head and KV cache are "
         "not counted",
-        "the quantizer is the paper's (rule difference, scales max), whatever the checkpoint says",
+        f"the quantizer is the checkpoint's, by the rule and scales {quantizer}",
         "FP8-only and FP4-only machines are charged no quantizer",
         "Llama-2-7B: its shapes, every linear with independent shares of FP4 blocks, "
         + ", ".join(

@@ -40,7 +40,7 @@ def play(
 ) -> list[Quantized]:
     """Blocks (n, 16) one a cycle; block i meets the sensitivities of row i and threshold i."""
     top, words, found = Quantizer(*profile), activation_words(x)[:, 0], []
-    assert top.latency == LATENCY + (profile != PAPER)
+    assert top.latency == LATENCY + 3 * (profile == ("difference", "search"))
 
     async def bench(ctx: Any) -> None:
         ctx.set(top.output.ready, 1)

@@ -75,7 +75,8 @@ class Measurement:
 
 
 def components() -> dict[str, Callable[[], Any]]:
-    """Every unit by name, as a function that creates it: lanes, what they hold, the quantizer."""
+    """Every unit by name, as a function that creates it: lanes and what they hold, the quantizers
+    of the default recipe and of the paper."""
     from fgmp.hardware.rtl.dot import DotUnit
     from fgmp.hardware.rtl.ppu import Quantizer
     from fgmp.hardware.rtl.registers import Totals
@@ -87,7 +88,8 @@ def components() -> dict[str, Callable[[], Any]]:
     for unit in MIXED.units:
         made[unit.name] = partial(DotUnit, unit, MIXED.cuts, MIXED.addition)
     made["totals"] = partial(Totals, MIXED)
-    made["quantizer"] = Quantizer
+    made["quantizer"] = partial(Quantizer, "benefit", "search")
+    made["quantizer_difference_max"] = partial(Quantizer, "difference", "max")
     return made
 
 

@@ -2,20 +2,20 @@
 
     |u| = significand * 2**(exponent - 19)       significand: 20 bits, its first bit set, or zero
 
-E4M3 takes the first four bits, fewer below 2**-6, and rounds on the rest. E2M1 compares
-``6 |u|`` with ``midpoint * s`` for the seven midpoints: in units of a quarter of the last bit of s,
-the right sides are integers of at most nine bits, so that the left side needs nine bits and one
-that says whether anything lies below.
+E4M3 takes the first four bits, fewer below 2**-6, and rounds on the rest. For E2M1, 6 |u| becomes
+a fixed-point number whose last bit says whether anything lies below. It is compared with ``midpoint
+* s`` for the seven midpoints: in units of a quarter of the last bit of s, the right sides are
+integers of at most nine bits, and so the left side needs nine bits and its last.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from amaranth.hdl import Cat, Const, Module, Mux, Value
 
 from fgmp.formats.activation import MULTIPLIER_BITS
 from fgmp.formats.codec import E2M1_MIDPOINTS
-from fgmp.formats.spec import E2M1, E4M3, FP8_FACTOR
-from fgmp.hardware.rtl.decode import Decoded, named, tree
+from fgmp.formats.spec import E4M3, FP8_FACTOR, UNIT_BITS, UNIT_MAX
+from fgmp.hardware.rtl.decode import Decoded, named
 from fgmp.hardware.rtl.floats import Code, rounded
 
 BF16_BITS, BF16_MANTISSA, BF16_BIAS = 16, 7, 127
@@ -25,7 +25,6 @@ EXPONENT_BITS = 9
 
 _SIGNIFICAND_BITS = 1 + BF16_MANTISSA + MULTIPLIER_BITS
 _TOP = _SIGNIFICAND_BITS - 1
-_EXPONENT_MIN = 1 - E4M3.bias
 _E4M3 = Code(
     exponent_bits=E4M3.exponent_bits,
     mantissa_bits=E4M3.mantissa_bits,
@@ -33,12 +32,18 @@ _E4M3 = Code(
     limit=E4M3.max_code,
 )
 _QUARTERS = [int(4 * mid) for mid in E2M1_MIDPOINTS]
-_BELOW = _TOP - E4M3.mantissa_bits - 2
-"""Bits of 6 |u| below a quarter of the last bit of s, where u and s have the same exponent."""
+
+FIXED_BITS = UNIT_BITS + 1
+"""Bits behind the point of 6 |u|: of a quarter of the smallest scale, hence half of a unit."""
+
+QUARTERS_BITS = 9
+"""Of 6 |u| in quarters of the last bit of the lowest scale tried. The largest |u| is at most 17 of
+those bits: the scale is that of its code or one code below. And 4 * 6 * 17 < 2**9."""
+
+_FIXED_MAX = int(UNIT_MAX) << FIXED_BITS
 
 
-@dataclass(frozen=True)
-class Product:
+class Product(NamedTuple):
     """|u| as in the module's text, the sign of x, and whether x was finite."""
 
     significand: Value
@@ -74,27 +79,60 @@ def encode_e4m3(m: Module, significand: Value, exponent: Value) -> Value:
     return rounded(m, _E4M3, significand, exponent)
 
 
-def midpoints(m: Module, scale: Decoded) -> list[Value]:
-    """The seven right sides of a block, in quarters of the last bit of its scale."""
-    return [named(m, "midpoint", scale.significand * quarters) for quarters in _QUARTERS]
+def fixed_point(m: Module, significand: Value, exponent: Value) -> Value:
+    """6 |u| in units of half of 2**-10, and below it a bit that says whether anything was lost.
+
+    What saturates is the largest value that has codes, 2688.
+    """
+    wide = named(m, "six_u", significand * FP8_FACTOR)
+    down = named(m, "down", len(significand) - 1 - FIXED_BITS - exponent)
+    most = len(wide)
+    too_large = (down < 0) & significand.any()
+    far = named(m, "far", Mux(down < 0, 0, Mux(down > most, most, down))[: most.bit_length()])
+    moved = lowered(m, Cat(Const(0, 1), wide), far)
+    largest = Const(_FIXED_MAX << 1)
+    return named(m, "fixed", Mux(too_large | (moved > largest), largest, moved)[: len(largest)])
 
 
-def encode_e2m1(
-    m: Module, significand: Value, exponent: Value, bounds: list[Value], scale_shift: Value
-) -> Value:
-    """The code of 6 |u| / s, three bits, by seven compares."""
-    wide = named(m, "wide", significand * FP8_FACTOR)
-    # How far u's exponent lies below that of s; above it only where u saturates.
-    down = named(m, "down", scale_shift + _EXPONENT_MIN - exponent)
-    over = named(m, "over", (down < 0) & significand.any())
-    most = len(wide) - _BELOW
-    amount = named(m, "amount", Mux(down < most, down, most)[: most.bit_length()])
-    moved = named(m, "moved", Cat(Const(0, most), wide[_BELOW:]) >> amount)
-    whole = moved[most:]
-    rest = named(m, "rest", moved[:most].any() | wide[:_BELOW].any())
+def lowered(m: Module, value: Value, amount: Value) -> Value:
+    """``value >> amount``, its last bit set if any bit was lost."""
+    for bit in range(len(amount)):
+        step = 1 << bit
+        lost = value[: step + 1].any() if step < len(value) else value.any()
+        moved = named(m, f"lowered_{step}", Mux(amount[bit], Cat(lost, value[step + 1 :]), value))
+        value = moved[: len(value)]
+    return value
+
+
+def midpoints(m: Module, scale: Decoded, below: Value | None = None) -> list[Value]:
+    """The seven right sides of a block, in quarters of the last bit of its scale.
+
+    With ``below``, that bit is set: the scale's shift is one more than that of the unit.
+    """
+    bounds = [named(m, "midpoint", scale.significand * quarters) for quarters in _QUARTERS]
+    if below is None:
+        return bounds
+    return [named(m, "bound", Mux(below, bound << 1, bound)) for bound in bounds]
+
+
+def in_quarters(m: Module, fixed: Value, shift: Value) -> Value:
+    """:func:`fixed_point` in quarters of the last bit of a scale of that shift."""
+    return named(m, "quarters", lowered(m, fixed, shift)[: 1 + QUARTERS_BITS])
+
+
+def encode_e2m1(m: Module, quarters: Value, *bounds: Value) -> Value:
+    """The code of 6 |u| / s, three bits, by seven compares.
+
+    Args:
+        m: module.
+        quarters: from :func:`in_quarters`.
+        bounds: from :func:`midpoints`.
+    """
     # Ties go to the even code: from an odd one upwards, from an even one not.
-    reached = [
-        over | (whole >= bound if below % 2 else (whole > bound) | ((whole == bound) & rest))
+    passed = [
+        named(m, "passed", quarters >= Cat(Const(below % 2 == 0, 1), bound))
         for below, bound in enumerate(bounds)
     ]
-    return named(m, "fp4", tree(m, reached)[: E2M1.bits - 1])
+    one, two, three, four, five, six, seven = passed
+    upper, lower = Cat(Mux(six, seven, five), six), Cat(Mux(two, three, one), two)
+    return named(m, "fp4", Mux(four, Cat(upper, 1), lower))

@@ -24,21 +24,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from amaranth.hdl import Cat, Const, Module, Mux, Value
+from amaranth.hdl import Cat, Module, Mux, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from fgmp.formats.activation import MULTIPLIER_BITS, SCALES
 from fgmp.formats.spec import BLOCK, E4M3, SCALE_MIN_CODE
-from fgmp.hardware.datapath import Datapath
+from fgmp.hardware.datapath import FP8_GAIN, Datapath
 from fgmp.hardware.rtl import search
-from fgmp.hardware.rtl.decode import decode_magnitude, named, tree
+from fgmp.hardware.rtl.decode import decode_magnitude, named, shifted, tree
 from fgmp.hardware.rtl.encode import (
     BF16_BITS,
     CODE_BITS,
     EXPONENT_BITS,
     encode_e2m1,
     encode_e4m3,
+    fixed_point,
+    in_quarters,
     midpoints,
     multiply,
 )
@@ -47,8 +49,10 @@ from fgmp.hardware.rtl.pipeline import Carried, Pipeline
 from fgmp.hardware.rtl.score import difference, placed, weighted
 
 LATENCY = 8
-"""Cycles from a block to its codes by the paper's rule and scale, where nothing stalls; other rules
-and scales take one more."""
+"""Cycles from a block to its codes, where nothing stalls; see :func:`latency`."""
+
+_SQUARES = 3
+"""More of them, where a searched scale is settled before the paper's rule can begin."""
 
 SCORE_BITS = 60
 THRESHOLD_BITS = 64
@@ -64,7 +68,7 @@ SITE = data.StructLayout(
 
 def latency(rule: str, scales: str) -> int:
     """Cycles from a block to its codes, where nothing stalls."""
-    return LATENCY + ((rule, scales) != ("difference", "max"))
+    return LATENCY + (_SQUARES if (rule, scales) == ("difference", "search") else 0)
 
 
 class Quantizer(wiring.Component):
@@ -87,6 +91,7 @@ class Quantizer(wiring.Component):
     def __init__(self, rule: str = "difference", scales: str = "max") -> None:
         self.rule, self.scales = rule, scales
         self.latency = latency(rule, scales)
+        self._paper = (rule, scales) == ("difference", "max")
         super().__init__(
             {
                 "input": In(stream.Signature(INPUT)),
@@ -105,36 +110,32 @@ class Quantizer(wiring.Component):
         carry = pipeline.carry
 
         payload = self.input.payload
-        products = [
-            multiply(m, payload.x[i], self.site.significand, self.site.exponent)
-            for i in range(BLOCK)
-        ]
-        front = _Front(
-            significand=carry([u.significand for u in products], "significand"),
-            exponent=carry([u.exponent for u in products], "exponent"),
-            sensitivity=carry([payload.sensitivity[i] for i in range(BLOCK)], "sensitivity"),
-        )
-        negative = carry([u.negative for u in products], "negative")
-        finite = carry([u.finite for u in products], "finite")
+        x = [named(m, "x", payload.x[i]) for i in range(BLOCK)]
+        r = [self.site.significand] * BLOCK, [self.site.exponent] * BLOCK
+        product = _columns(_each(m, "product", multiply, x, *r))
+        significand, exponent = carry(product[0], "significand"), carry(product[1], "exponent")
+        sensitivity = carry([payload.sensitivity[i] for i in range(BLOCK)], "sensitivity")
+        negative, finite = carry(product[2], "negative"), carry(product[3], "finite")
         pipeline.next()
-        fp8 = carry(_each(encode_e4m3, m, front.significand, front.exponent), "fp8")
+        u = significand.now, exponent.now
+        fp8 = carry(_each(m, "fp8", encode_e4m3, *u), "fp8")
+        fixed = carry(_each(m, "fixed", fixed_point, *u), "fixed")
         pipeline.next()
-        nearest = carry([_largest(m, [Const(SCALE_MIN_CODE), *fp8.now])], "nearest")
-        pipeline.next()
-        paper = (self.rule, self.scales) == ("difference", "max")
-        judge = self._difference if paper else self._errors
-        score, fp4, scale = judge(m, pipeline, front, fp8, nearest)
+        nearest = carry([_largest(_unit(m, "maximum"), fp8.now)], "nearest")
+        judge = self._difference if self._paper else self._errors
+        score, fp4, scale = judge(m, pipeline, _Front(fixed, fp8, nearest, sensitivity))
         whole = carry([named(m, "whole", Cat(finite.now).all())], "whole")
         threshold = self.site.threshold.as_signed()
         # A score is not negative: where it was left so, a threshold of -1 is for all FP8 still.
-        exceeds = (score.now[0] > threshold) | (threshold < 0) | ~whole.now[0]
+        exceeds = (score > threshold) | (threshold < 0) | ~whole.now[0]
         is_fp8 = carry([named(m, "exceeds", exceeds)], "is_fp8")
         pipeline.next()
         assert pipeline.step == self.latency
 
         wide = is_fp8.now[0]
         block = self.output.payload.block
-        for i, (a, b, n, f) in enumerate(_each(_parts, m, fp4, fp8, negative, finite)):
+        parts = zip(fp4.now, fp8.now, negative.now, finite.now, strict=True)
+        for i, (a, b, n, f) in enumerate(parts):
             narrow_code, wide_code = Cat(a, n), Mux(f, Cat(b, n), E4M3.nan_code)
             m.d.comb += block.codes[i].eq(Mux(wide, wide_code, narrow_code))
         m.d.comb += [
@@ -150,118 +151,160 @@ class Quantizer(wiring.Component):
         return m
 
     def _difference(
-        self, m: Module, pipeline: Pipeline, front: "_Front", fp8: Carried, nearest: Carried
-    ) -> tuple[Carried, Carried, Carried]:
-        """Score, FP4 codes and scale by the paper's rule."""
-        carry = pipeline.carry
-        fp4 = carry(_fp4_codes(m, front, nearest.now[0]), "fp4")
+        self, m: Module, pipeline: Pipeline, front: "_Front"
+    ) -> tuple[Value, Carried, Carried]:
+        """Score, FP4 codes and scale by the paper's rule and scale."""
         pipeline.next()
-        judge = partial(difference, scale=nearest.now[0])
-        d, unit = _carry_pairs(pipeline, _each(judge, m, fp4, fp8))
+        scale = front.nearest.now[0]
+        codes, _ = _fp4_codes(m, front, [scale])
+        fp4 = pipeline.carry(codes[0], "fp4")
         pipeline.next()
-        weigh = _each(weighted, m, d, unit, front.sensitivity)
-        value, shift = _carry_pairs(pipeline, weigh)
+        return self._squares(m, pipeline, front, fp4, front.nearest), fp4, front.nearest
+
+    def _squares(
+        self, m: Module, pipeline: Pipeline, front: "_Front", fp4: Carried, scale: Carried
+    ) -> Value:
+        """S by the rule ``difference``, of codes under a scale that is settled."""
+        judge = partial(difference, offsets=SCALES[self.scales])
+        away = _each(m, "difference", judge, fp4.now, front.fp8.now, scale.now * BLOCK)
+        d, unit = (pipeline.carry(v, n) for v, n in zip(_columns(away), ("d", "unit"), strict=True))
         pipeline.next()
-        score = carry([tree(m, _each(placed, m, value, shift))[:SCORE_BITS]], "score")
+        weigh = _each(m, "weighted", weighted, d.now, unit.now, front.sensitivity.now)
+        value, place = (
+            pipeline.carry(v, n) for v, n in zip(_columns(weigh), ("value", "place"), strict=True)
+        )
         pipeline.next()
-        return score, fp4, nearest
+        terms = _each(m, "placed", placed, value.now, place.now)
+        score = pipeline.carry([tree(_unit(m, "sum"), terms)[:SCORE_BITS]], "score")
+        pipeline.next()
+        return score.now[0]
 
     def _errors(
-        self, m: Module, pipeline: Pipeline, front: "_Front", fp8: Carried, nearest: Carried
-    ) -> tuple[Carried, Carried, Carried]:
-        """The same by the errors of several scales; the score may be negative."""
-        carry = pipeline.carry
-        tried = [search.candidate(m, nearest.now[0], o) for o in SCALES[self.scales]]
+        self, m: Module, pipeline: Pipeline, front: "_Front"
+    ) -> tuple[Value, Carried, Carried]:
+        """The same by the errors of the scales that are tried; the score may be negative."""
+        carry, benefit = pipeline.carry, self.rule == "benefit"
+        sensitivity, fp8 = front.sensitivity, front.fp8
+        target = carry(
+            _each(m, "target", search.weighted_target, front.fixed.now, sensitivity.now), "target"
+        )
+        pipeline.next()
+        unit = _unit(m, "candidates")
+        tried = [search.candidate(unit, front.nearest.now[0], o) for o in SCALES[self.scales]]
         scales = [carry([scale], "scale") for scale in tried]
-        codes = [carry(_fp4_codes(m, front, scale), "fp4") for scale in tried]
-        v = carry(_each(search.target, m, front.significand, front.exponent), "v")
+        found, shift = _fp4_codes(m, front, tried)
+        codes = [carry(code, "fp4") for code in found]
+        lowest = carry([shift], "lowest")
+        shifted_g = _columns(_each(m, "multiples", search.multiples, target.now, sensitivity.now))
+        multiples = [carry(v, n) for v, n in zip(shifted_g, ("g", "once", "thrice"), strict=True)]
+        if benefit:
+            beyond = carry(
+                _each(m, "beyond", search.fp8_target, target.now, sensitivity.now, fp8.now),
+                "beyond",
+            )
         pipeline.next()
-        q4 = []
-        for scale, fp4 in zip(scales, codes, strict=True):
-            decoded = decode_magnitude(m, E4M3, scale.now[0])
-            q4.append([search.fp4_value(m, code, decoded) for code in fp4.now])
-        q8 = _each(search.fp8_value, m, fp8)
-        pairs = [(q, v.now) for q in q4]
-        pairs += [(q8, v.now)] if self.rule == "benefit" else [(q, q8) for q in q4]
-        away = [
-            carry([search.distance(m, a, b) for a, b in zip(*pair, strict=True)], "d")
-            for pair in pairs
+        sums = []
+        for i, code in enumerate(codes):
+            each = _each(m, f"chosen_{i}", search.chosen, code.now, *(v.now for v in multiples))
+            added = [
+                named(m, n, tree(_unit(m, f"{n}_{i}"), v))
+                for v, n in zip(_columns(each), ("squares", "linear"), strict=True)
+            ]
+            sums.append([carry([v], n) for v, n in zip(added, ("squares", "linear"), strict=True)])
+        if benefit:
+            narrow = carry(
+                _each(m, "fp8_product", search.fp8_product, beyond.now, fp8.now), "narrow"
+            )
+        pipeline.next()
+        decoded = [decode_magnitude(m, E4M3, scale.now[0]) for scale in scales]
+        inner = [
+            carry([search.inner(_unit(m, f"inner_{i}"), a.now[0], b.now[0], s)], "inner")
+            for i, ((a, b), s) in enumerate(zip(sums, decoded, strict=True))
         ]
+        if benefit:
+            terms = _each(m, "fp8_term", search.fp8_term, narrow.now, fp8.now, sensitivity.now)
+            total = carry([tree(_unit(m, "fp8_sum"), terms)[: search.PRODUCT_BITS]], "total")
         pipeline.next()
-        squares = [carry(_each(search.weighed, m, d, front.sensitivity), "square") for d in away]
+        unit = _unit(m, "choice")
+        errors = []
+        for product_of, tried_scale in zip(inner, scales, strict=True):
+            s = decode_magnitude(unit, E4M3, tried_scale.now[0])
+            above = named(unit, "above", s.shift != lowest.now[0])
+            errors.append(search.outer(unit, product_of.now[0], s, above))
+        least, best = errors[0], [*codes[0].now, scales[0].now[0]]
+        for error, code, other in zip(errors[1:], codes[1:], scales[1:], strict=True):
+            better = named(unit, "better", error < least)
+            least = named(unit, "least", Mux(better, error, least))
+            rivals = zip([*code.now, other.now[0]], best, strict=True)
+            best = [named(unit, "best", Mux(better, new, old)) for new, old in rivals]
+        nothing = named(unit, "nothing", ~Cat(best[:BLOCK]).any())
+        fp4 = carry(best[:BLOCK], "fp4")
+        scale = carry([named(unit, "scale", Mux(nothing, SCALE_MIN_CODE, best[-1]))], "scale")
+        error = carry([least], "least")
         pipeline.next()
-        sums = [tree(m, _each(search.put, m, s, front.sensitivity))[:SCORE_BITS] for s in squares]
-        totals = carry([named(m, "sum", total) for total in sums], "sum")
-        pipeline.next()
-        return self._least(m, pipeline, totals, codes, scales)
-
-    def _least(
-        self,
-        m: Module,
-        pipeline: Pipeline,
-        totals: Carried,
-        codes: list[Carried],
-        scales: list[Carried],
-    ) -> tuple[Carried, Carried, Carried]:
-        """The try of least error, the first of equals, and its score."""
-        errors, rest = totals.now[: len(codes)], totals.now[len(codes) :]
-        benefit = self.rule == "benefit"
-        scores = [e - rest[0] for e in errors] if benefit else list(rest)
-        least, score = errors[0], scores[0]
-        fp4, scale = list(codes[0].now), scales[0].now[0]
-        for error, other, code, s in zip(
-            errors[1:], scores[1:], codes[1:], scales[1:], strict=True
-        ):
-            better = named(m, "better", error < least)
-            least = named(m, "least", Mux(better, error, least))
-            score = named(m, "score", Mux(better, other, score))
-            fp4 = [named(m, "code", Mux(better, c, f)) for c, f in zip(code.now, fp4, strict=True)]
-            scale = named(m, "scale", Mux(better, s.now[0], scale))
-        nothing = named(m, "nothing", ~Cat(fp4).any())
-        chosen = [named(m, "chosen", Mux(nothing, SCALE_MIN_CODE, scale)[:CODE_BITS])]
-        carried = [
-            pipeline.carry([named(m, "score", score)], "score"),
-            pipeline.carry(fp4, "fp4"),
-            pipeline.carry(chosen, "scale"),
-        ]
-        pipeline.next()
-        return carried[0], carried[1], carried[2]
+        if not benefit:
+            return self._squares(m, pipeline, front, fp4, scale), fp4, scale
+        unit = _unit(m, "benefit")
+        raised = shifted(unit, error.now[0], lowest.now[0], search.SHIFT_MAX)
+        twos = search.SCORE_BITS - search.PRODUCT_BITS
+        taken = named(unit, "taken", total.now[0] * (FP8_GAIN >> twos))
+        score = named(unit, "score", (raised + (taken << twos))[: search.SCORE_BITS])
+        return score.as_signed(), fp4, scale
 
 
 @dataclass(frozen=True)
 class _Front:
-    """What every rule reads: |u|, as ``encode.multiply`` gives it, and the sensitivities."""
+    """What every rule reads: 6 |u|, the FP8 codes and the largest of them, the sensitivities."""
 
-    significand: Carried
-    exponent: Carried
+    fixed: Carried
+    fp8: Carried
+    nearest: Carried
     sensitivity: Carried
 
 
-def _fp4_codes(m: Module, front: _Front, scale: Value) -> list[Value]:
-    """The 16 codes under a scale."""
-    decoded = decode_magnitude(m, E4M3, scale)
-    encode = partial(encode_e2m1, bounds=midpoints(m, decoded), scale_shift=decoded.shift)
-    return _each(encode, m, front.significand, front.exponent)
+def _fp4_codes(m: Module, front: _Front, scales: list[Value]) -> tuple[list[list[Value]], Value]:
+    """The 16 codes under each scale, and the shift of the last scale, the lowest."""
+    unit = _unit(m, "bounds")
+    decoded = [decode_magnitude(unit, E4M3, scale) for scale in scales]
+    lowest = decoded[-1].shift
+    bounds = [
+        midpoints(unit, s, s.shift != lowest if s is not decoded[-1] else None) for s in decoded
+    ]
+    quarters = _each(m, "quarters", in_quarters, front.fixed.now, [lowest] * BLOCK)
+    codes = [
+        _each(m, f"fp4_{i}", encode_e2m1, quarters, *([bound] * BLOCK for bound in each))
+        for i, each in enumerate(bounds)
+    ]
+    return codes, lowest
 
 
-def _each(step: Callable[..., Any], m: Module, *carried: Carried) -> list[Any]:
-    """A step of the calculation for each of the 16 elements."""
-    return [step(m, *values) for values in zip(*(c.now for c in carried), strict=True)]
+def _unit(m: Module, name: str) -> Module:
+    """A module for a part of the calculation: synthesis maps each by itself."""
+    m.submodules[name] = unit = Module()
+    return unit
 
 
-def _parts(m: Module, *values: Value) -> tuple[Value, ...]:
-    return values
+def _each(m: Module, name: str, step: Callable[..., Any], *values: Sequence[Value]) -> list[Any]:
+    """A step of the calculation for each of the 16 elements, in modules of one content."""
+    unit, found, label = _unit(m, name), [], name.rstrip("_0123456789") + "_of"
+    for i, operands in enumerate(zip(*values, strict=True)):
+        element = Module()
+        unit.submodules[f"element_{i}"] = element
+        result = step(element, *operands)
+        whole = isinstance(result, Value)
+        held = [named(element, label, v) for v in ([result] if whole else result)]
+        found.append(held[0] if whole else tuple(held))
+    return found
 
 
-def _carry_pairs(pipeline: Pipeline, pairs: list[tuple[Value, Value]]) -> tuple[Carried, Carried]:
-    """Values and shifts, carried."""
-    values, shifts = zip(*pairs, strict=True)
-    return pipeline.carry(values, "value"), pipeline.carry(shifts, "shift")
+def _columns(rows: list[tuple[Value, ...]]) -> list[list[Value]]:
+    """Results of a step that has several, by result."""
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 def _largest(m: Module, codes: Sequence[Value]) -> Value:
-    """The largest code: codes without a sign are in the order of their values."""
+    """The largest code, at least 0x01: codes without a sign are in the order of their values."""
     while len(codes) > 1:
-        larger = [Mux(a > b, a, b) for a, b in zip(codes[::2], codes[1::2], strict=False)]
-        codes = [named(m, "larger", v) for v in larger] + list(codes[len(larger) * 2 :])
-    return codes[0]
+        larger = [Mux(a > b, a, b) for a, b in zip(codes[::2], codes[1::2], strict=True)]
+        codes = [named(m, "larger", v) for v in larger]
+    return named(m, "largest", Mux(codes[0].any(), codes[0], SCALE_MIN_CODE)[:CODE_BITS])

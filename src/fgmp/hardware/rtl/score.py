@@ -17,6 +17,7 @@ from functools import cache
 
 from amaranth.hdl import Module, Mux, Value
 
+from fgmp.formats.activation import SCALES
 from fgmp.formats.codec import E2M1_MIDPOINTS
 from fgmp.formats.spec import E2M1, E4M3, FP8_FACTOR, SCALE_MIN_CODE
 from fgmp.hardware.datapath import FP8_GAIN, integer, integer_max
@@ -48,12 +49,16 @@ class DifferenceBounds:
 
 
 @cache
-def difference_bounds() -> DifferenceBounds:
-    """Walk every scale, every FP8 code up to it and every FP4 code that such a value can have."""
+def difference_bounds(offsets: tuple[int, ...] = SCALES["max"]) -> DifferenceBounds:
+    """Walk every scale, every FP8 code in its block and every FP4 code that such a value can have.
+
+    Args:
+        offsets: how far the code of a scale may lie above that of the block's largest magnitude.
+    """
     magnitude = largest = alignment = 0
     for scale in range(SCALE_MIN_CODE, E4M3.max_code + 1):
         base = max(_shift(scale) - _ALIGNED, 0)
-        for code in range(scale + 1):
+        for code in range(min(scale - min(offsets), E4M3.max_code) + 1):
             fp8 = integer(E4M3, code) * FP8_GAIN
             for fp4 in _fp4_codes(code, scale):
                 if fp4:
@@ -85,9 +90,11 @@ def _fp4_codes(code: int, scale: int) -> range:
     return range(passed[0], sum(high >= mid for mid in E2M1_MIDPOINTS) + 1)
 
 
-def difference(m: Module, fp4: Value, fp8: Value, scale: Value) -> tuple[Value, Value]:
+def difference(
+    m: Module, fp4: Value, fp8: Value, scale: Value, offsets: tuple[int, ...]
+) -> tuple[Value, Value]:
     """``d`` and ``unit`` from the codes without their signs, which are the same."""
-    bounds = difference_bounds()
+    bounds = difference_bounds(offsets)
     s = decode_magnitude(m, E4M3, scale)
     near, high = decode_magnitude(m, E2M1, fp4), decode_magnitude(m, E4M3, fp8)
     below = named(m, "below", Mux(s.shift < _ALIGNED, s.shift, _ALIGNED))
@@ -109,8 +116,7 @@ def weighted(m: Module, d: Value, unit: Value, sensitivity: Value) -> tuple[Valu
     """``g_int * difference**2`` as a value and how far it is to be shifted."""
     g = decode_magnitude(m, E4M3, sensitivity)
     square = named(m, "square", d * d)
-    bits = (difference_bounds().magnitude ** 2).bit_length()
-    value = named(m, "weighted", square[:bits] * g.significand)
+    value = named(m, "weighted", square * g.significand)
     return value, named(m, "place", (unit << 1) + g.shift)
 
 

@@ -1,27 +1,36 @@
-"""Searched scales and the rule ``benefit``: errors against the value itself, in full width.
+"""Searched scales and the rule ``benefit``: errors against the value itself, without a square.
 
-In units of 2**-10, with v = 6 u rounded to an integer (docs/numerics.md, section 5),
+In units of 2**-10, with v = 6 u rounded to an integer (docs/numerics.md, section 5), the errors are
+``E4(s) = sum g (q4 - v)**2`` under each scale that is tried, and ``E8 = sum g (q8 - v)**2``. All of
+them contain ``sum g v**2``. Without it, q4 being an integer e of four bits times the scale,
 
-    E4(s) = sum g_int (q4 - v)**2        for each scale that is tried
-    E8    = sum g_int (q8 - v)**2
+    E4(s) - sum g v**2 = sum g q4 (q4 - 2 v) = s * (s * sum g e**2 - 2 * sum e g v)
+    sum g v**2 - E8    = sum g q8 (2 v - q8)
 
-q4, q8 and v have 22 bits and their differences 19; unlike q4 - q8 they use all of them, for v has
-as many as x and r together. Each try costs sixteen squares of 20 bits, which is why the paper's
-rule has a quantizer of its own (``rtl.score``).
+The first orders the scales, and both together are S. Of the products, ``g v`` is made once for all
+scales, ``e g v`` chooses among multiples of it, and s is common to a block. Beside these there
+are ``g q8``, of two significands, and its product with ``2 v - q8``. The sum of the squares itself
+needs 65 bits, but only differences are wanted.
 """
 
-from amaranth.hdl import Cat, Const, Module, Mux, Value
+from amaranth.hdl import Module, Mux, Value
 
-from fgmp.formats.spec import E2M1, E4M3, FP8_FACTOR, SCALE_MIN_CODE, UNIT_BITS, UNIT_MAX
+from fgmp.formats.spec import E2M1, E4M3, SCALE_MIN_CODE
 from fgmp.hardware.datapath import FP8_GAIN
 from fgmp.hardware.rtl.decode import Decoded, decode_magnitude, named, shifted
-from fgmp.hardware.rtl.score import TERM_BITS
 
-VALUE_BITS = (int(UNIT_MAX) << UNIT_BITS).bit_length()
-DIFFERENCE_BITS = 20
-"""|q4 - q8| reaches 2**19, the others stay below."""
+SHIFT_MAX = (1 << E4M3.exponent_bits) - 2
+"""Of an E4M3 code: ``rtl.decode``."""
 
-_LARGEST = int(UNIT_MAX) << UNIT_BITS
+_UNSIGNED_SCORE = 60
+"""S is below 2**60 in magnitude."""
+
+SCORE_BITS = _UNSIGNED_SCORE + 1
+"""S in two's complement; whatever is added up to it may wrap around."""
+
+PRODUCT_BITS = SCORE_BITS - (FP8_GAIN & -FP8_GAIN).bit_length() + 1
+"""Terms of ``sum g q8 (2 v - q8)`` over :data:`~fgmp.hardware.datapath.FP8_GAIN`: its twos follow
+the sum."""
 
 
 def candidate(m: Module, nearest: Value, offset: int) -> Value:
@@ -33,47 +42,60 @@ def candidate(m: Module, nearest: Value, offset: int) -> Value:
     return named(m, "tried", Mux(nearest > high, E4M3.max_code, nearest + offset)[:7])
 
 
-def target(m: Module, significand: Value, exponent: Value) -> Value:
-    """|v|: 6 |u| to nearest even in units of 2**-10, at most what FP8 can hold."""
-    wide = named(m, "six_u", significand * FP8_FACTOR)
-    down = named(m, "down", len(significand) - 1 - UNIT_BITS - exponent)
-    most = len(wide) + 1
-    too_large = (down <= 0) & significand.any()
-    far = named(m, "far", Mux(down < 0, 0, Mux(down > most, most, down))[: most.bit_length()])
-    moved = named(m, "moved", Cat(Const(0, most), wide) >> far)
-    half, rest = moved[most - 1], moved[: most - 1].any()
-    near = named(m, "near", moved[most:] + (half & (rest | moved[most])))
-    return named(m, "v", Mux(too_large | (near > _LARGEST), _LARGEST, near)[:VALUE_BITS])
-
-
-def fp4_value(m: Module, code: Value, scale: Decoded) -> Value:
-    """|q4| of a code without its sign."""
-    e = decode_magnitude(m, E2M1, code)
-    element = shifted(m, e.significand, e.shift, e.shift_max)
-    product = named(m, "q4", element * scale.significand)
-    return shifted(m, product, scale.shift, scale.shift_max)[:VALUE_BITS]
-
-
-def fp8_value(m: Module, code: Value) -> Value:
-    """|q8| of a code without its sign."""
-    e = decode_magnitude(m, E4M3, code)
-    product = named(m, "q8", e.significand * FP8_GAIN)
-    return shifted(m, product, e.shift, e.shift_max)[:VALUE_BITS]
-
-
-def distance(m: Module, a: Value, b: Value) -> Value:
-    """|a - b|."""
-    difference = named(m, "difference", a - b)
-    return named(m, "distance", abs(difference)[:DIFFERENCE_BITS])
-
-
-def weighed(m: Module, d: Value, sensitivity: Value) -> Value:
-    """The square times the significand of the sensitivity."""
+def weighted_target(m: Module, fixed: Value, sensitivity: Value) -> Value:
+    """``v`` times the significand of g; v is ``encode.fixed_point`` to nearest even."""
+    lost, half, whole = fixed[0], fixed[1], fixed[2:]
+    v = named(m, "v", (whole + (half & (lost | whole[0])))[: len(whole)])
     g = decode_magnitude(m, E4M3, sensitivity)
-    return named(m, "weighed", d * d * g.significand)
+    return named(m, "target", g.significand * v)
 
 
-def put(m: Module, value: Value, sensitivity: Value) -> Value:
-    """:func:`weighed`, shifted to its place."""
+def multiples(m: Module, target: Value, sensitivity: Value) -> tuple[Value, Value, Value]:
+    """g, g v and 3 g v."""
     g = decode_magnitude(m, E4M3, sensitivity)
-    return shifted(m, value, g.shift, g.shift_max)[:TERM_BITS]
+    once = shifted(m, target, g.shift, g.shift_max)
+    return shifted(m, g.significand, g.shift, g.shift_max), once, once + (once << 1)
+
+
+def chosen(m: Module, fp4: Value, g: Value, once: Value, thrice: Value) -> tuple[Value, Value]:
+    """``g e**2`` and ``e g v`` for e = 0, 1, 2, 3, 4, 6, 8 or 12."""
+    e = decode_magnitude(m, E2M1, fp4)
+    one, two = e.significand[0], e.significand[1]
+    nine = named(m, "nine", g + (g << 3))
+    square = named(m, "square", Mux(two, Mux(one, nine, g << 2), Mux(one, g, 0)))
+    linear = named(m, "linear", Mux(two, Mux(one, thrice, once << 1), Mux(one, once, 0)))
+    twice = Value.cast(e.shift << 1)
+    return shifted(m, square, twice, 2 * e.shift_max), shifted(m, linear, e.shift, e.shift_max)
+
+
+def inner(m: Module, squares: Value, linear: Value, scale: Decoded) -> Value:
+    """``s * sum g e**2 - 2 * sum e g v``."""
+    product = named(m, "product", scale.significand * squares)
+    return named(m, "inner", shifted(m, product, scale.shift, scale.shift_max) - (linear << 1))
+
+
+def outer(m: Module, inner: Value, scale: Decoded, above: Value) -> Value:
+    """``s`` times that, in units of the lowest scale's last bit; ``above`` is the shift of s beyond
+    it, 0 or 1."""
+    product = named(m, "product", inner * scale.significand)
+    return named(m, "outer", Mux(above, product << 1, product))
+
+
+def fp8_target(m: Module, target: Value, sensitivity: Value, fp8: Value) -> Value:
+    """``2 v - q8`` times the significand of g; not negative, q8 being v to nearest."""
+    g, e = decode_magnitude(m, E4M3, sensitivity), decode_magnitude(m, E4M3, fp8)
+    product = named(m, "product", g.significand * e.significand)
+    q8 = shifted(m, named(m, "q8", product * FP8_GAIN), e.shift, e.shift_max)
+    return named(m, "beyond", ((target << 1) - q8)[: len(target) + 1])
+
+
+def fp8_product(m: Module, beyond: Value, fp8: Value) -> Value:
+    """That times the significand of q8."""
+    return named(m, "product", decode_magnitude(m, E4M3, fp8).significand * beyond)
+
+
+def fp8_term(m: Module, product: Value, fp8: Value, sensitivity: Value) -> Value:
+    """``g q8 (2 v - q8)`` over FP8_GAIN."""
+    e, g = decode_magnitude(m, E4M3, fp8), decode_magnitude(m, E4M3, sensitivity)
+    place = named(m, "place", e.shift + g.shift)
+    return shifted(m, product, place, e.shift_max + g.shift_max)[:PRODUCT_BITS]

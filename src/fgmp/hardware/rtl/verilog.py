@@ -4,7 +4,9 @@ Amaranth writes RTLIL and Yosys turns that into Verilog. Amaranth would look for
 path; this uses the one that pip installed.
 """
 
+import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from amaranth.back import rtlil
@@ -25,7 +27,28 @@ def verilog(component: wiring.Component, name: str) -> str:
 def rtlil_text(component: wiring.Component, name: str) -> str:
     """The same as RTLIL, which Yosys reads without a detour."""
     text: str = rtlil.convert(component, name=name, emit_src=False)
-    return text
+    return _shared(text)
+
+
+def _shared(text: str) -> str:
+    """The same design with one module for all of one content, so that it is mapped once."""
+    modules = {_OPENING.search(m)[1]: m for m in text.split("\n" + _MARK)}  # type: ignore[index]
+    while True:
+        first: dict[str, str] = {}
+        kept = {n: first.setdefault(_OPENING.sub("", m), n) for n, m in modules.items()}
+        modules = {n: _CELL.sub(partial(_renamed, kept), modules[n]) for n in first.values()}
+        if len(modules) == len(kept):
+            return ("\n" + _MARK).join(modules.values())
+
+
+def _renamed(names: dict[str, str], cell: re.Match[str]) -> str:
+    return cell[1] + names.get(cell[2], cell[2])
+
+
+_OPENING = re.compile(r"^module (\S+)$", re.MULTILINE)
+_CELL = re.compile(r"^(  cell )(\S+)(?= )", re.MULTILINE)
+_MARK = 'attribute \\generator "Amaranth"\n'
+"""What Amaranth begins each module with."""
 
 
 @dataclass(frozen=True)
