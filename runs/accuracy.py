@@ -119,6 +119,8 @@ ABLATIONS: dict[str, Row] = {
     "ours 70%, rule difference": recipe(fp4=0.7, rule="difference"),
     "ours 70%, scales max": recipe(fp4=0.7, scales="max"),
     "ours 90%, scales max": recipe(fp4=0.9, scales="max"),
+    "ours 70%, power-of-two sensitivities": recipe(fp4=0.7, sensitivities="powers"),
+    "ours 70%, truncated squares": recipe(fp4=0.7, rule="truncated"),
     "ours 70%, no clipping": recipe(fp4=0.7, clip="off"),
     "ours 100% weights, FP8 activations": recipe(fp4=1.0, fp4_activations=0.0),
     "ours FP8 weights, 100% activations": recipe(fp4=0.0, fp4_activations=1.0),

@@ -17,6 +17,7 @@ from fgmp.data import evaluation_windows, tokenize, windows
 from fgmp.demo.text import docstrings, standard_library
 from fgmp.errors import InputError
 from fgmp.formats import activation
+from fgmp.formats.activation import power_codes
 from fgmp.hardware import cells, inference, liberty, silicon, stimulus, yosys
 from fgmp.hardware.array import RULES
 from fgmp.hardware.cells import Library
@@ -39,6 +40,9 @@ TOKENS = 256
 
 LANES = 16
 """Lanes that share an activation block."""
+
+QUANTIZER = ("rule", "scales", "sensitivities")
+"""What a quantizer is built for, the parameters of ``rtl.ppu.Quantizer``."""
 
 PHASES = {"prefill": (2048, 1), "decode": (1, 256)}
 """Tokens that go through together, and how often."""
@@ -169,8 +173,7 @@ def energy(
         "mix": inference.unit_shares(found.mix),
         "lanes": {lane.name: lane.facts(unit) for lane in measured.lanes},
         "quantizer": {
-            "rule": measured.quantizer.name.split(", ")[0],
-            "scales": measured.quantizer.name.split(", ")[1],
+            **dict(zip(QUANTIZER, measured.quantizer.name.split(", "), strict=True)),
             **measured.quantizer.implementation.summary(),
             "fj_per_block": measured.quantizer.energies.inertial.total / unit,
         },
@@ -289,26 +292,27 @@ def measure_quantizer(sites: list[SiteInput], library: Library, reporter: Report
     """
     from fgmp.hardware.rtl.ppu import Quantizer, latency
 
-    rule, scales = _one_quantizer(sites)
-    with reporter.stages(f"quantizer, {rule} and {scales}", 2) as advance:
-        implementation = silicon.implement(Quantizer(rule, scales), library)
+    profile = _one_quantizer(sites)
+    with reporter.stages(f"quantizer, {', '.join(profile)}", 2) as advance:
+        implementation = silicon.implement(Quantizer(*profile), library)
         advance()
         ports = stimulus.stimulate_quantizer(sites, _CYCLES)
-        energies = silicon.measure(implementation, ports, 2 * latency(rule, scales))
+        energies = silicon.measure(implementation, ports, 2 * latency(*profile[:2]))
         advance()
-    return Measured(f"{rule}, {scales}", implementation, energies, MIXED, {})
+    return Measured(", ".join(profile), implementation, energies, MIXED, {})
 
 
-def _one_quantizer(sites: list[SiteInput]) -> tuple[str, str]:
-    """What all sites decide by."""
+def _one_quantizer(sites: list[SiteInput]) -> tuple[str, str, str]:
+    """Rule, scales and sensitivities of all sites."""
     found = {(s.site.rule, s.site.scales) for s in sites}
     if len(found) > 1:
         listed = " and ".join(f"{rule}, {scales}" for rule, scales in sorted(found))
         raise InputError(f"sites must share one rule and choice of scales, got {listed}")
-    (rule, scales) = next(iter(found))
+    rule, scales = next(iter(found))
     if rule not in RULES:
-        raise InputError(f"there is a quantizer for the rules {' and '.join(RULES)}, not {rule!r}")
-    return rule, scales
+        raise InputError(f"there is a quantizer for the rules {', '.join(RULES)}, not {rule!r}")
+    powers = all(torch.equal(s.site.sensitivity, power_codes(s.site.sensitivity)) for s in sites)
+    return rule, scales, "powers" if powers else "e4m3"
 
 
 def serve(work: list[Work], measured: Silicon, library: Library) -> dict[str, Any]:

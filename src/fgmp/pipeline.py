@@ -159,7 +159,15 @@ def quantize(
     _report_unreached(statistics, report)
 
     records = {
-        owner: site_record(policy, recipe.rule, recipe.scales, site.g2, site.amax, recipe.headroom)
+        owner: site_record(
+            policy,
+            recipe.rule,
+            recipe.scales,
+            site.g2,
+            site.amax,
+            recipe.headroom,
+            powers=recipe.sensitivities == "powers",
+        )
         for owner, site in statistics.items()
     }
     histograms = {owner: new_histogram(record) for owner, record in records.items()}

@@ -17,8 +17,9 @@ from fgmp.formats.spec import FP4_BITS, FP8_BITS
 
 CLIP_CHOICES = ("auto", "on", "off")
 FISHER_CHOICES = ("exact", "factored")
-RULE_NAMES = ("benefit", "difference")
+RULE_NAMES = ("benefit", "difference", "truncated")
 SCALES_NAMES = ("search", "max")
+SENSITIVITY_NAMES = ("e4m3", "powers")
 PAPER: dict[str, Any] = {"rule": "difference", "scales": "max", "compensate": False}
 """What makes a recipe the paper's method: ``Recipe(fp4=0.7, **PAPER)``."""
 BUDGETS = ("bits", "max_bytes", "max_increase", "max_energy")
@@ -44,8 +45,11 @@ class Recipe:
         fisher: what calibration keeps of a weight's squared gradients: ``exact``, four bytes a
             weight, or ``factored``, four a row and a column; see ``fgmp.sensitivity.squares``.
         rule: what makes a block FP8: ``benefit``, how much error that takes away, or
-            ``difference``, how far apart the formats are, which is the paper's.
+            ``difference``, how far apart the formats are, which is the paper's. ``truncated`` is
+            ``benefit`` for narrow hardware: activations are judged with fewer bits.
         scales: block scales of FP4 activations: ``search`` tries four, ``max`` is the paper's.
+        sensitivities: of activation channels: ``e4m3``, or ``powers`` of two, for which narrow
+            hardware needs no multiplier.
         clip: search the block scale of FP4 weight blocks: ``on``, ``off``, or ``auto``, kept only
             if it lowers perplexity on a held-out slice of the calibration text.
         compensate: let weights not yet rounded make up for the errors of those that are, and of
@@ -69,6 +73,7 @@ class Recipe:
     fisher: str = "exact"
     rule: str = "benefit"
     scales: str = "search"
+    sensitivities: str = "e4m3"
     clip: str = "auto"
     compensate: bool = True
     samples: int = 512
@@ -98,12 +103,21 @@ class Recipe:
             )
         if self.clip not in CLIP_CHOICES:
             raise InputError(f"recipe: clip must be auto, on or off, got {self.clip!r}")
-        pairs = {"fisher": FISHER_CHOICES, "rule": RULE_NAMES, "scales": SCALES_NAMES}
+        pairs = {
+            "fisher": FISHER_CHOICES,
+            "rule": RULE_NAMES,
+            "scales": SCALES_NAMES,
+            "sensitivities": SENSITIVITY_NAMES,
+        }
         for name, known in pairs.items():
             if getattr(self, name) not in known:
                 raise InputError(
-                    f"recipe: {name} must be {' or '.join(known)}, got {getattr(self, name)!r}"
+                    f"recipe: {name} must be {_listed(known)}, got {getattr(self, name)!r}"
                 )
+        if self.sensitivities == "powers" and not self.policy.startswith("fisher"):
+            raise InputError(
+                f"recipe: sensitivities powers needs a policy that has some, got {self.policy!r}"
+            )
         if not isinstance(self.compensate, bool):
             raise InputError(f"recipe: compensate must be true or false, got {self.compensate!r}")
         for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0)):
@@ -202,6 +216,10 @@ class Recipe:
             values["clip"] = "on" if values["clip"] else "off"
         values = {key: _parsed(key, value) for key, value in values.items()}
         return cls.from_dict(values, source=f"recipe {path}")
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _is_number(value: object) -> bool:

@@ -9,7 +9,7 @@ import torch
 from benches import a_site, an_input, draw
 from torch import Tensor
 
-from fgmp.formats.activation import Site, multiplier, quantize
+from fgmp.formats.activation import Site, multiplier, power_codes, quantize
 from fgmp.formats.spec import BLOCK, E2M1, E4M3, FP8_FACTOR, THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
 from fgmp.hardware.image import activation_words, normalised
 from fgmp.hardware.rtl.ppu import LATENCY, SITE, Quantizer
@@ -29,6 +29,7 @@ def constants(r: float, threshold: int) -> dict[str, int]:
 
 
 PAPER = ("difference", "max")
+POWERS = ("benefit", "search", "powers")
 
 
 def play(
@@ -36,11 +37,12 @@ def play(
     sensitivity: Tensor,
     r: float,
     thresholds: list[int],
-    profile: tuple[str, str] = PAPER,
+    profile: tuple[str, ...] = PAPER,
 ) -> list[Quantized]:
     """Blocks (n, 16) one a cycle; block i meets the sensitivities of row i and threshold i."""
     top, words, found = Quantizer(*profile), activation_words(x)[:, 0], []
-    assert top.latency == LATENCY + 3 * (profile == ("difference", "search"))
+    more = 3 * (profile[:2] == ("difference", "search")) + (profile[0] == "truncated")
+    assert top.latency == LATENCY + more
 
     async def bench(ctx: Any) -> None:
         ctx.set(top.output.ready, 1)
@@ -71,11 +73,11 @@ def reference(
     sensitivity: Tensor,
     r: float,
     thresholds: list[int],
-    profile: tuple[str, str] = PAPER,
+    profile: tuple[str, ...] = PAPER,
 ) -> list[Quantized]:
     found = []
     for i, threshold in enumerate(thresholds):
-        q = quantize(x[i], Site(r, sensitivity[i], 1.0, threshold, *profile))
+        q = quantize(x[i], Site(r, sensitivity[i], 1.0, threshold, *profile[:2]))
         wide = bool(q.is_fp8[0])
         codes = (q.fp8 if wide else q.fp4)[0].tolist()
         finite = int(x[i].to(torch.bfloat16).isfinite().all())
@@ -95,14 +97,16 @@ def blocks_of_all_kinds(n: int, r: float, seed: int) -> Tensor:
     return x.float()
 
 
-def check(n: int, r: float, profile: tuple[str, str]) -> None:
+def check(n: int, r: float, profile: tuple[str, ...]) -> None:
     """Thresholds at every score and one below it decide by the last bit of S."""
     x = blocks_of_all_kinds(n, r, seed=int(r) % 7)
     sensitivity = torch.randint(1, 127, (n, BLOCK), generator=draw(9)).to(torch.uint8)
+    if profile[2:] == ("powers",):
+        sensitivity = power_codes(sensitivity)
     ends = [THRESHOLD_ALL_FP8, THRESHOLD_ALL_FP4]
     thresholds = []
     for i in range(n):
-        score = int(quantize(x[i], Site(r, sensitivity[i], 1.0, 0, *profile)).score[0])
+        score = int(quantize(x[i], Site(r, sensitivity[i], 1.0, 0, *profile[:2])).score[0])
         thresholds.append([score, max(score - 1, -1), *ends][i % 4])
     found = play(x, sensitivity, r, thresholds, profile)
     assert found == reference(x, sensitivity, r, thresholds, profile)
@@ -113,13 +117,27 @@ def test_codes_and_decisions(r: float) -> None:
     check(48, r, PAPER)
 
 
-@pytest.mark.parametrize("profile", [("benefit", "search"), ("difference", "search")])
-def test_searched_scales(profile: tuple[str, str]) -> None:
-    check(48, multiplier(3.7), profile)
+@pytest.mark.parametrize(
+    "profile",
+    [
+        ("benefit", "search"),
+        ("difference", "search"),
+        ("truncated", "search"),
+        POWERS,
+        ("truncated", "search", "powers"),
+    ],
+)
+def test_searched_scales(profile: tuple[str, ...]) -> None:
+    check(32, multiplier(3.7), profile)
 
 
-def test_benefit_under_the_largest_scale() -> None:
-    check(32, 1.0, ("benefit", "max"))
+@pytest.mark.parametrize("rule", ["benefit", "truncated"])
+def test_rules_under_the_largest_scale(rule: str) -> None:
+    check(32, 1.0, (rule, "max"))
+
+
+def test_the_papers_rule_with_powers_of_two() -> None:
+    check(32, 1.0, (*PAPER, "powers"))
 
 
 def test_every_e4m3_midpoint_and_its_neighbours() -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fgmp.assign.impact import weight_benefit, weight_impact
-from fgmp.formats.activation import Site, fl32, multiplier, sensitivity_codes
+from fgmp.formats.activation import Site, fl32, multiplier, power_codes, sensitivity_codes
 from fgmp.formats.spec import E4M3, SCALE_MAX_CODE, SCORE_BITS
 from fgmp.formats.weight import WeightCodes
 
@@ -53,14 +53,17 @@ def weight_scores(
     fisher: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """Scores of a weight's blocks, float64 (N, G), by ``difference`` or ``benefit``."""
+    """Scores of a weight's blocks, float64 (N, G), by ``difference`` or ``benefit``.
+
+    ``truncated`` is for hardware, which scores no weights: they get ``benefit``.
+    """
     if policy.sensitivity == "random":
         drawn = torch.rand(codes.scale.shape, generator=generator, dtype=torch.float64)
         return drawn.to(codes.scale.device)
     counts = fisher if policy.sensitivity == "fisher" else torch.ones_like(fisher)
-    if rule == "benefit":
-        return weight_benefit(codes, weight, counts)
-    return weight_impact(codes, counts)
+    if rule == "difference":
+        return weight_impact(codes, counts)
+    return weight_benefit(codes, weight, counts)
 
 
 def weight_masks(
@@ -99,7 +102,13 @@ def quantile(scores: list[Tensor], fp4_fraction: float) -> float:
 
 
 def site_record(
-    policy: Policy, rule: str, scales: str, g2: Tensor, amax: float, headroom: float
+    policy: Policy,
+    rule: str,
+    scales: str,
+    g2: Tensor,
+    amax: float,
+    headroom: float,
+    powers: bool = False,
 ) -> Site:
     """A site's constants before its threshold is known.
 
@@ -110,10 +119,12 @@ def site_record(
         g2: F_x, (K,).
         amax: largest calibrated magnitude.
         headroom: factor on ``amax``.
+        powers: make sensitivities powers of two.
     """
     r = multiplier(amax * headroom)
     if policy.sensitivity == "fisher":
         codes, gamma = sensitivity_codes(g2)
+        codes = power_codes(codes) if powers else codes
         return Site(r, codes, gamma, 0, rule, scales)
     codes = torch.full(g2.shape, SCALE_MAX_CODE, dtype=torch.uint8, device=g2.device)
     if policy.sensitivity == "none":

@@ -139,6 +139,16 @@ def sensitivity_codes(g2: Tensor) -> tuple[Tensor, float]:
     return codes.clamp(SCALE_MIN_CODE, SCALE_MAX_CODE), gamma
 
 
+def power_codes(codes: Tensor) -> Tensor:
+    """Sensitivity codes, uint8, to the nearest power of two from 2**-6 to 2**8, the larger of two.
+
+    Their three low bits are zero: hardware shifts where it would multiply.
+    """
+    one = 1 << E4M3.mantissa_bits
+    largest = SCALE_MAX_CODE & -one
+    return ((codes.int() + one // 2) & -one).clamp(one, largest).to(torch.uint8)
+
+
 def site_threshold(threshold: float, r: float, gamma: float) -> int:
     """T_site: the global threshold in the site's integer unit, by exact rationals.
 
@@ -199,9 +209,13 @@ def _quantize_blocks(x: Tensor, sensitivity: Tensor, site: Site) -> ActivationCo
     finite = x.isfinite()
     u = torch.where(finite, x, 0.0) * site.r
     fp8 = encode_e4m3(u, x)
+    nearest = encode_e4m3(u.abs().amax(-1)).clamp(SCALE_MIN_CODE, SCALE_MAX_CODE)
     v, g = _target_units(u).mul(2**UNIT_BITS).long(), sensitivity.long()
-    fp4, scale, q4 = _best_fp4(u, x, v, g, SCALES[site.scales])
     q8 = (decode_e4m3(fp8) * FP8_FACTOR * 2**UNIT_BITS).long()
+    if site.rule == TRUNCATED:
+        shift = _lowest_shift(nearest, SCALES[site.scales])
+        v, q8 = _in_units(_halves(u), shift), _in_units(2 * q8, shift)
+    fp4, scale, q4 = _best_fp4(u, x, v, g, nearest, SCALES[site.scales])
     score = RULES[site.rule](Integers(q4, q8, v, g, fp8))
     broken = ~finite.all(-1)
     return ActivationCodes(
@@ -214,10 +228,9 @@ def _quantize_blocks(x: Tensor, sensitivity: Tensor, site: Site) -> ActivationCo
 
 
 def _best_fp4(
-    u: Tensor, x: Tensor, v: Tensor, g: Tensor, offsets: tuple[int, ...]
+    u: Tensor, x: Tensor, v: Tensor, g: Tensor, nearest: Tensor, offsets: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """FP4 codes, their scale's code and q4 under the scale of least error, the larger of equals."""
-    nearest = encode_e4m3(u.abs().amax(-1)).clamp(SCALE_MIN_CODE, SCALE_MAX_CODE)
     tried = []
     for offset in offsets:
         scale = (nearest.int() + offset).clamp(SCALE_MIN_CODE, SCALE_MAX_CODE).to(torch.uint8)
@@ -382,6 +395,24 @@ def _target_units(u: Tensor) -> Tensor:
     return (u * (FP8_FACTOR * unit)).clamp_(-UNIT_MAX * unit, UNIT_MAX * unit).round_().div_(unit)
 
 
+def _lowest_shift(nearest: Tensor, offsets: tuple[int, ...]) -> Tensor:
+    """How many twos the least scale that is tried has over 2**-9, int64 (..., 1)."""
+    lowest = (nearest.long() + min(offsets)).clamp(min=SCALE_MIN_CODE)
+    return ((lowest >> E4M3.mantissa_bits).clamp(min=1) - 1).unsqueeze(-1)
+
+
+def _halves(u: Tensor) -> Tensor:
+    """6 u in halves of 2**-10 * t, towards zero and clamped to what has codes; int64."""
+    half = float(2 ** (UNIT_BITS + 1))
+    return (u * (FP8_FACTOR * half)).clamp_(-UNIT_MAX * half, UNIT_MAX * half).long()
+
+
+def _in_units(halves: Tensor, shift: Tensor) -> Tensor:
+    """Halves to nearest in steps of ``2**shift`` whole units, away from zero in the middle."""
+    nearest = halves.abs() + (1 << shift) >> shift + 1
+    return halves.sign() * (nearest << shift)
+
+
 @dataclass(frozen=True)
 class Integers:
     """Blocks in units of 2**-10 * t: what rules compute S from.
@@ -423,14 +454,18 @@ def _arbitrary(x: Integers) -> Tensor:
 # Odd 63-bit constants: fractional parts of the golden ratio's multiples.
 _HASH_MULTIPLIERS = [(i * 0x9E3779B97F4A7C15 | 1) & (2**63 - 1) for i in range(1, BLOCK + 1)]
 
+TRUNCATED = "truncated"
+
 RULES: dict[str, Callable[[Integers], Tensor]] = {
     "difference": _difference,
     "benefit": _benefit,
+    TRUNCATED: _benefit,
     "random": _arbitrary,
 }
 """Scores by name: blocks to S, int64 (...), 0 to 2**60 - 1.
 
 ``difference`` is the paper's. ``benefit`` is how much FP8 lowers the weighted error, 0 where it
-does not; ``random`` exists to compare with."""
+does not; ``truncated`` is the same for narrow hardware, of values in steps of the last bit of the
+least scale tried; ``random`` exists to compare with."""
 
 _SQUARED_RULES = ("difference", "benefit")

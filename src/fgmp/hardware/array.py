@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fgmp.hardware.rtl.accelerator import Accelerator
 
 
-RULES: Final = ("difference", "benefit")
+RULES: Final = ("difference", "benefit", "truncated")
 """Rules of ``formats.activation.RULES`` that there is a quantizer for."""
 
 

@@ -233,10 +233,14 @@ def _cuda() -> dict[str, Callable[..., Any]]:
     from fgmp.kernels.triton import quantize, unpack
 
     def quantize_activation(x: Tensor, *site: Any) -> tuple[Tensor, Tensor]:
+        if site[3] not in quantize.RULES:
+            return quantize_activation_definition(x, *site)
         check.activation("quantize_activation", x, *site)
         return quantize.quantize_activation(x, *site)
 
     def fake_quantize_activation(x: Tensor, *site: Any) -> tuple[Tensor, Tensor]:
+        if site[3] not in quantize.RULES:
+            return fake_quantize_activation_definition(x, *site)
         check.activation("fake_quantize_activation", x, *site)
         return quantize.fake_quantize_activation(x, *site)
 

@@ -20,15 +20,15 @@ raises a flag that stays until it is cleared.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from amaranth.hdl import Cat, Module, Mux, Value
+from amaranth.hdl import Cat, Const, Module, Mux, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from fgmp.formats.activation import MULTIPLIER_BITS, SCALES
+from fgmp.formats.activation import MULTIPLIER_BITS, SCALES, TRUNCATED
 from fgmp.formats.spec import BLOCK, E4M3, SCALE_MIN_CODE
 from fgmp.hardware.datapath import FP8_GAIN, Datapath
 from fgmp.hardware.rtl import search
@@ -68,15 +68,18 @@ SITE = data.StructLayout(
 
 def latency(rule: str, scales: str) -> int:
     """Cycles from a block to its codes, where nothing stalls."""
-    return LATENCY + (_SQUARES if (rule, scales) == ("difference", "search") else 0)
+    if (rule, scales) == ("difference", "search"):
+        return LATENCY + _SQUARES
+    return LATENCY + (rule == TRUNCATED)
 
 
 class Quantizer(wiring.Component):
     """The PPU; a block a cycle, ``latency`` cycles.
 
     Args:
-        rule: what decides, ``difference`` or ``benefit``.
+        rule: what decides, ``difference``, ``benefit`` or ``truncated``.
         scales: what FP4 block scales are chosen from, a key of ``formats.activation.SCALES``.
+        sensitivities: ``e4m3``, or ``powers`` where all are powers of two from 2**-6 on.
 
     Ports:
         input: stream of 16 bf16 values and the 7-bit codes of their channels' sensitivities, zero
@@ -88,10 +91,13 @@ class Quantizer(wiring.Component):
         nonfinite: a value was not finite since the last ``clear``.
     """
 
-    def __init__(self, rule: str = "difference", scales: str = "max") -> None:
-        self.rule, self.scales = rule, scales
+    def __init__(
+        self, rule: str = "difference", scales: str = "max", sensitivities: str = "e4m3"
+    ) -> None:
+        self.rule, self.scales, self.sensitivities = rule, scales, sensitivities
         self.latency = latency(rule, scales)
         self._paper = (rule, scales) == ("difference", "max")
+        self._short, self._powers = rule == TRUNCATED, sensitivities == "powers"
         super().__init__(
             {
                 "input": In(stream.Signature(INPUT)),
@@ -114,7 +120,8 @@ class Quantizer(wiring.Component):
         r = [self.site.significand] * BLOCK, [self.site.exponent] * BLOCK
         product = _columns(_each(m, "product", multiply, x, *r))
         significand, exponent = carry(product[0], "significand"), carry(product[1], "exponent")
-        sensitivity = carry([payload.sensitivity[i] for i in range(BLOCK)], "sensitivity")
+        low = E4M3.mantissa_bits if self._powers else 0
+        sensitivity = carry([payload.sensitivity[i][low:] for i in range(BLOCK)], "sensitivity")
         negative, finite = carry(product[2], "negative"), carry(product[3], "finite")
         pipeline.next()
         u = significand.now, exponent.now
@@ -125,7 +132,8 @@ class Quantizer(wiring.Component):
         judge = self._difference if self._paper else self._errors
         score, fp4, scale = judge(m, pipeline, _Front(fixed, fp8, nearest, sensitivity))
         whole = carry([named(m, "whole", Cat(finite.now).all())], "whole")
-        threshold = self.site.threshold.as_signed()
+        # Powers of two are taken over 8, and so is S: 8 S > T says the same as S > floor(T / 8).
+        threshold = self.site.threshold[low:].as_signed()
         # A score is not negative: where it was left so, a threshold of -1 is for all FP8 still.
         exceeds = (score > threshold) | (threshold < 0) | ~whole.now[0]
         is_fp8 = carry([named(m, "exceeds", exceeds)], "is_fp8")
@@ -156,7 +164,7 @@ class Quantizer(wiring.Component):
         """Score, FP4 codes and scale by the paper's rule and scale."""
         pipeline.next()
         scale = front.nearest.now[0]
-        codes, _ = _fp4_codes(m, front, [scale])
+        _, codes, _ = _fp4_codes(m, front, [scale])
         fp4 = pipeline.carry(codes[0], "fp4")
         pipeline.next()
         return self._squares(m, pipeline, front, fp4, front.nearest), fp4, front.nearest
@@ -183,25 +191,30 @@ class Quantizer(wiring.Component):
         self, m: Module, pipeline: Pipeline, front: "_Front"
     ) -> tuple[Value, Carried, Carried]:
         """The same by the errors of the scales that are tried; the score may be negative."""
-        carry, benefit = pipeline.carry, self.rule == "benefit"
+        carry, benefit = pipeline.carry, self.rule != "difference"
         sensitivity, fp8 = front.sensitivity, front.fp8
-        target = carry(
-            _each(m, "target", search.weighted_target, front.fixed.now, sensitivity.now), "target"
-        )
+        if not self._short:
+            each = _each(m, "target", search.weighted_target, front.fixed.now, sensitivity.now)
+            target = carry(each, "target")
         pipeline.next()
         unit = _unit(m, "candidates")
         tried = [search.candidate(unit, front.nearest.now[0], o) for o in SCALES[self.scales]]
         scales = [carry([scale], "scale") for scale in tried]
-        found, shift = _fp4_codes(m, front, tried)
+        quarters, found, shift = _fp4_codes(m, front, tried)
         codes = [carry(code, "fp4") for code in found]
         lowest = carry([shift], "lowest")
-        shifted_g = _columns(_each(m, "multiples", search.multiples, target.now, sensitivity.now))
-        multiples = [carry(v, n) for v, n in zip(shifted_g, ("g", "once", "thrice"), strict=True)]
-        if benefit:
-            beyond = carry(
-                _each(m, "beyond", search.fp8_target, target.now, sensitivity.now, fp8.now),
-                "beyond",
-            )
+        if self._short:
+            target = carry(_each(m, "target", search.short_target, quarters), "target")
+            q8 = carry(_each(m, "q8", search.short_fp8, fp8.now, [shift] * BLOCK), "q8")
+            pipeline.next()
+            each = _each(m, "beyond", search.short_beyond, target.now, q8.now, sensitivity.now)
+            beyond = carry(each, "beyond")
+        elif benefit:
+            each = _each(m, "beyond", search.fp8_target, target.now, sensitivity.now, fp8.now)
+            beyond = carry(each, "beyond")
+        of = search.short_multiples if self._short else search.multiples
+        each = _columns(_each(m, "multiples", of, target.now, sensitivity.now))
+        multiples = [carry(v, n) for v, n in zip(each, ("g", "once", "thrice"), strict=True)]
         pipeline.next()
         sums = []
         for i, code in enumerate(codes):
@@ -211,17 +224,22 @@ class Quantizer(wiring.Component):
                 for v, n in zip(_columns(each), ("squares", "linear"), strict=True)
             ]
             sums.append([carry([v], n) for v, n in zip(added, ("squares", "linear"), strict=True)])
-        if benefit:
-            narrow = carry(
-                _each(m, "fp8_product", search.fp8_product, beyond.now, fp8.now), "narrow"
-            )
+        if self._short:
+            terms = _each(m, "fp8_term", search.short_term, beyond.now, q8.now, sensitivity.now)
+            total = carry([tree(_unit(m, "fp8_sum"), terms)], "total")
+        elif benefit:
+            each = _each(m, "fp8_product", search.fp8_product, beyond.now, fp8.now)
+            narrow = carry(each, "narrow")
         pipeline.next()
-        decoded = [decode_magnitude(m, E4M3, scale.now[0]) for scale in scales]
-        inner = [
-            carry([search.inner(_unit(m, f"inner_{i}"), a.now[0], b.now[0], s)], "inner")
-            for i, ((a, b), s) in enumerate(zip(sums, decoded, strict=True))
-        ]
-        if benefit:
+        inner = []
+        for i, ((a, b), scale) in enumerate(zip(sums, scales, strict=True)):
+            unit = _unit(m, f"inner_{i}")
+            s = decode_magnitude(unit, E4M3, scale.now[0])
+            if self._short:
+                above = named(unit, "above", s.shift != lowest.now[0])
+                s = replace(s, shift=above, shift_max=1)
+            inner.append(carry([search.inner(unit, a.now[0], b.now[0], s)], "inner"))
+        if benefit and not self._short:
             terms = _each(m, "fp8_term", search.fp8_term, narrow.now, fp8.now, sensitivity.now)
             total = carry([tree(_unit(m, "fp8_sum"), terms)[: search.PRODUCT_BITS]], "total")
         pipeline.next()
@@ -245,6 +263,10 @@ class Quantizer(wiring.Component):
         if not benefit:
             return self._squares(m, pipeline, front, fp4, scale), fp4, scale
         unit = _unit(m, "benefit")
+        if self._short:
+            taken = named(unit, "taken", error.now[0] + total.now[0])
+            raised = shifted(unit, taken, Cat(Const(0, 1), lowest.now[0]), 2 * search.SHIFT_MAX)
+            return raised[: search.SCORE_BITS].as_signed(), fp4, scale
         raised = shifted(unit, error.now[0], lowest.now[0], search.SHIFT_MAX)
         twos = search.SCORE_BITS - search.PRODUCT_BITS
         taken = named(unit, "taken", total.now[0] * (FP8_GAIN >> twos))
@@ -262,8 +284,10 @@ class _Front:
     sensitivity: Carried
 
 
-def _fp4_codes(m: Module, front: _Front, scales: list[Value]) -> tuple[list[list[Value]], Value]:
-    """The 16 codes under each scale, and the shift of the last scale, the lowest."""
+def _fp4_codes(
+    m: Module, front: _Front, scales: list[Value]
+) -> tuple[list[Value], list[list[Value]], Value]:
+    """6 |u| in quarters, its 16 codes under each scale, the shift of the last scale, the lowest."""
     unit = _unit(m, "bounds")
     decoded = [decode_magnitude(unit, E4M3, scale) for scale in scales]
     lowest = decoded[-1].shift
@@ -275,7 +299,7 @@ def _fp4_codes(m: Module, front: _Front, scales: list[Value]) -> tuple[list[list
         _each(m, f"fp4_{i}", encode_e2m1, quarters, *([bound] * BLOCK for bound in each))
         for i, each in enumerate(bounds)
     ]
-    return codes, lowest
+    return quarters, codes, lowest
 
 
 def _unit(m: Module, name: str) -> Module:

@@ -22,6 +22,7 @@ from fgmp.formats.codec import E2M1_MIDPOINTS
 from fgmp.formats.spec import E2M1, E4M3, FP8_FACTOR, SCALE_MIN_CODE
 from fgmp.hardware.datapath import FP8_GAIN, integer, integer_max
 from fgmp.hardware.rtl.decode import decode_magnitude, named, shifted
+from fgmp.hardware.rtl.search import weight
 
 _ALIGNED = 3
 """How far below the last bit of the scale's significand a difference can reach."""
@@ -114,7 +115,7 @@ def difference(
 
 def weighted(m: Module, d: Value, unit: Value, sensitivity: Value) -> tuple[Value, Value]:
     """``g_int * difference**2`` as a value and how far it is to be shifted."""
-    g = decode_magnitude(m, E4M3, sensitivity)
+    g = weight(m, sensitivity)
     square = named(m, "square", d * d)
     value = named(m, "weighted", square * g.significand)
     return value, named(m, "place", (unit << 1) + g.shift)

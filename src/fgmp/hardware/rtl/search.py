@@ -11,13 +11,17 @@ The first orders the scales, and both together are S. Of the products, ``g v`` i
 scales, ``e g v`` chooses among multiples of it, and s is common to a block. Beside these there
 are ``g q8``, of two significands, and its product with ``2 v - q8``. The sum of the squares itself
 needs 65 bits, but only differences are wanted.
+
+By the rule ``truncated`` v and q8 are integers of 8 bits, in units of the last bit of the lowest
+scale tried, and the sums are the same in that unit. So is its square the unit of what is left.
 """
 
-from amaranth.hdl import Module, Mux, Value
+from amaranth.hdl import Const, Module, Mux, Value
 
 from fgmp.formats.spec import E2M1, E4M3, SCALE_MIN_CODE
 from fgmp.hardware.datapath import FP8_GAIN
 from fgmp.hardware.rtl.decode import Decoded, decode_magnitude, named, shifted
+from fgmp.hardware.rtl.encode import QUARTERS_BITS
 
 SHIFT_MAX = (1 << E4M3.exponent_bits) - 2
 """Of an E4M3 code: ``rtl.decode``."""
@@ -42,17 +46,26 @@ def candidate(m: Module, nearest: Value, offset: int) -> Value:
     return named(m, "tried", Mux(nearest > high, E4M3.max_code, nearest + offset)[:7])
 
 
+def weight(m: Module, sensitivity: Value) -> Decoded:
+    """Parts of g: of a code of 7 bits, or of the exponent of a power of two, then as g over 8."""
+    if len(sensitivity) == E4M3.bits - 1:
+        return decode_magnitude(m, E4M3, sensitivity)
+    one = named(m, "one", sensitivity.any())
+    shift = named(m, "shift", (sensitivity - one)[: E4M3.exponent_bits])
+    return Decoded(sign=Const(0, 1), significand=one, shift=shift, shift_max=SHIFT_MAX)
+
+
 def weighted_target(m: Module, fixed: Value, sensitivity: Value) -> Value:
     """``v`` times the significand of g; v is ``encode.fixed_point`` to nearest even."""
     lost, half, whole = fixed[0], fixed[1], fixed[2:]
     v = named(m, "v", (whole + (half & (lost | whole[0])))[: len(whole)])
-    g = decode_magnitude(m, E4M3, sensitivity)
+    g = weight(m, sensitivity)
     return named(m, "target", g.significand * v)
 
 
 def multiples(m: Module, target: Value, sensitivity: Value) -> tuple[Value, Value, Value]:
     """g, g v and 3 g v."""
-    g = decode_magnitude(m, E4M3, sensitivity)
+    g = weight(m, sensitivity)
     once = shifted(m, target, g.shift, g.shift_max)
     return shifted(m, g.significand, g.shift, g.shift_max), once, once + (once << 1)
 
@@ -83,7 +96,7 @@ def outer(m: Module, inner: Value, scale: Decoded, above: Value) -> Value:
 
 def fp8_target(m: Module, target: Value, sensitivity: Value, fp8: Value) -> Value:
     """``2 v - q8`` times the significand of g; not negative, q8 being v to nearest."""
-    g, e = decode_magnitude(m, E4M3, sensitivity), decode_magnitude(m, E4M3, fp8)
+    g, e = weight(m, sensitivity), decode_magnitude(m, E4M3, fp8)
     product = named(m, "product", g.significand * e.significand)
     q8 = shifted(m, named(m, "q8", product * FP8_GAIN), e.shift, e.shift_max)
     return named(m, "beyond", ((target << 1) - q8)[: len(target) + 1])
@@ -96,6 +109,39 @@ def fp8_product(m: Module, beyond: Value, fp8: Value) -> Value:
 
 def fp8_term(m: Module, product: Value, fp8: Value, sensitivity: Value) -> Value:
     """``g q8 (2 v - q8)`` over FP8_GAIN."""
-    e, g = decode_magnitude(m, E4M3, fp8), decode_magnitude(m, E4M3, sensitivity)
+    e, g = decode_magnitude(m, E4M3, fp8), weight(m, sensitivity)
     place = named(m, "place", e.shift + g.shift)
     return shifted(m, product, place, e.shift_max + g.shift_max)[:PRODUCT_BITS]
+
+
+def short_target(m: Module, quarters: Value) -> Value:
+    """v to nearest by the rule ``truncated``, from ``encode.in_quarters``."""
+    halves = quarters[1:]
+    return named(m, "v", (halves + 1)[1:])
+
+
+def short_fp8(m: Module, fp8: Value, lowest: Value) -> Value:
+    """q8 to nearest in the unit of ``2**lowest``, halves away from zero."""
+    e = decode_magnitude(m, E4M3, fp8)
+    down = named(m, "down", (lowest + 1 - e.shift)[: E4M3.exponent_bits])
+    # In halves of half the unit: what has a shift above the lowest is the block's largest.
+    halves = named(m, "halves", (e.significand * (4 * FP8_GAIN)) >> down)
+    return named(m, "q8", (halves + 1)[1 : 1 + QUARTERS_BITS])
+
+
+def short_multiples(m: Module, v: Value, sensitivity: Value) -> tuple[Value, Value, Value]:
+    """:func:`multiples` of an unweighted v."""
+    target = named(m, "target", weight(m, sensitivity).significand * v)
+    return multiples(m, target, sensitivity)
+
+
+def short_beyond(m: Module, v: Value, q8: Value, sensitivity: Value) -> Value:
+    """``2 v - q8`` times the significand of g."""
+    beyond = named(m, "beyond", ((v << 1) - q8)[: len(v) + 1])
+    return named(m, "weighted", beyond * weight(m, sensitivity).significand)
+
+
+def short_term(m: Module, beyond: Value, q8: Value, sensitivity: Value) -> Value:
+    """``g q8 (2 v - q8)``."""
+    g = weight(m, sensitivity)
+    return shifted(m, named(m, "product", beyond * q8), g.shift, g.shift_max)

@@ -27,8 +27,12 @@ from fgmp.formats.spec import (
     UNIT_BITS,
     UNIT_MAX,
 )
+from fgmp.kernels.check import require
 from fgmp.kernels.triton import bits
 from fgmp.kernels.triton.launch import launch
+
+RULES = ("difference", "benefit", "random")
+"""What these kernels know of ``formats.activation.RULES``."""
 
 _GROUPS = 64
 """Blocks of a row that a program takes: 2 KB of bf16, 8 elements a thread."""
@@ -230,7 +234,7 @@ def quantize_activation(
         r: multiplier, fp32 ().
         sensitivity: E4M3 codes, uint8 (K,).
         threshold: T_site, int64 ().
-        rule: what the score is, a key of ``formats.activation.RULES``.
+        rule: what the score is, one of :data:`RULES`.
         scales: what FP4 scales are chosen from, a key of ``formats.activation.SCALES``.
 
     Returns:
@@ -272,6 +276,7 @@ def _launch(
     scales: str,
     outputs: dict[str, Tensor],
 ) -> None:
+    require(rule in RULES, "quantize", "rule", f"be one of {', '.join(RULES)}", rule)
     if x.numel() == 0:
         return
     k = x.shape[-1]
