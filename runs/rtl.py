@@ -1,13 +1,15 @@
 """The hardware against the definition in bulk, by Verilator: the figures of docs/hardware.md.
 
     python runs/rtl.py units [--vectors N] [--json FILE]           minutes a unit
+    python runs/rtl.py stalls [--json FILE]                        minutes
     python runs/rtl.py model DIR --data TEXT [--json FILE]         minutes
 
 ``units`` plays all directed and N random vectors through each dot-product unit of the lane, the two
-baseline lanes, the quantizer and the epilogue. ``model`` runs a whole quantized model whose linears
-are computed by the simulated array, layer after layer, on real text: every output of every linear
-is compared with ``exact_linear`` on the same input, and then handed on as bf16, so that each layer
-gets what the hardware made of the one before.
+baseline lanes, the quantizers and the epilogue. ``stalls`` runs linears with as many outputs as
+the quantizer needs to keep up, and with half and twice as many. ``model`` runs a whole quantized
+model whose linears are computed by the simulated array, layer after layer, on real text: every
+output of every linear is compared with ``exact_linear`` on the same input, and then handed on as
+bf16, so that each layer gets what the hardware made of the one before.
 
 Needs Verilator: apt-get install verilator.
 """
@@ -30,8 +32,10 @@ import torch
 from torch import Tensor
 
 from fgmp import evaluation_windows
-from fgmp.formats.activation import Site, multiplier, quantize
-from fgmp.formats.spec import BLOCK, E4M3, FP8_BLOCK
+from fgmp.formats.activation import Site, multiplier, power_codes, quantize
+from fgmp.formats.codec import E2M1_MIDPOINTS
+from fgmp.formats.spec import BLOCK, E4M3, FP8_BLOCK, FP8_FACTOR
+from fgmp.formats.weight import quantize_weight, tensor_scale
 from fgmp.hardware.array import Array
 from fgmp.hardware.datapath import Datapath
 from fgmp.hardware.image import normalised
@@ -42,7 +46,7 @@ from fgmp.hardware.verilator import Model
 from fgmp.model.linear import MixedLinear, mixed_linears, sites
 from fgmp.model.source import load_model, load_tokenizer
 from fgmp.model.store import config_of
-from fgmp.pack.planes import BlockCodes
+from fgmp.pack.planes import BlockCodes, pack
 
 CHUNK = 1 << 17
 QUIET = 0x7FC0_0000
@@ -197,11 +201,46 @@ def quantizer_values(n: int, r: float, draw: Drawer) -> Tensor:
     return words.view(torch.bfloat16)
 
 
-def check_quantizer(model: Model, profile: tuple[str, str], n: int, r: float, draw: Drawer) -> int:
-    x = quantizer_values(n, r, draw)
+def directed_values() -> Iterator[Tensor]:
+    """bf16 blocks that the quantizers are asked for under a multiplier of 1.
+
+    Every tie of E4M3 and both its bf16 neighbours, of either sign; under every scale, every tie of
+    E2M1 and its neighbours; zeros, subnormals, the largest values, values that are not finite.
+    """
+    grid = torch.tensor([*E4M3.magnitudes, 480.0], dtype=torch.float64)
+    yield in_blocks(neighbours((grid[:-1] + grid[1:]) / 2))
+    middles = torch.tensor(E2M1_MIDPOINTS, dtype=torch.float64) / FP8_FACTOR
+    for scale in E4M3.magnitudes[1:]:
+        near = neighbours(middles * scale).view(-1, 14).repeat_interleave(2, 0)
+        near[::2] = near[::2].flip(1)
+        top = torch.full((len(near), 2), scale, dtype=torch.bfloat16)
+        yield torch.cat([near, top], 1)
+    edges = torch.tensor([0.0, -0.0, 2.0**-133, 2.0**-126, 2.0**-10, 464.0, 3.3e38, torch.inf])
+    edges = torch.cat([edges, -edges, torch.tensor([torch.nan])]).to(torch.bfloat16)
+    pairs = torch.cartesian_prod(edges.view(torch.int16), edges.view(torch.int16))
+    yield pairs.repeat(1, BLOCK // 2).view(torch.bfloat16)
+
+
+def neighbours(values: Tensor) -> Tensor:
+    """Values as bf16, what is beside them, and the negatives."""
+    bits = values.to(torch.bfloat16).view(torch.int16)
+    near = torch.stack([bits - 1, bits, bits + 1], -1).flatten()
+    return torch.cat([near, near | -0x8000]).view(torch.bfloat16)
+
+
+def in_blocks(values: Tensor) -> Tensor:
+    return torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+
+
+def check_quantizer(
+    model: Model, profile: tuple[str, ...], x: Tensor, r: float, draw: Drawer
+) -> int:
+    n = len(x)
     sensitivity = torch.from_numpy(draw.integers(1, 127, size=(n, BLOCK)).astype(np.uint8))
-    q = quantize(x.reshape(1, -1), Site(r, sensitivity.flatten(), 1.0, -1, *profile))
-    latency = ppu.latency(*profile)
+    if profile[2:] == ("powers",):
+        sensitivity = power_codes(sensitivity)
+    q = quantize(x.reshape(1, -1), Site(r, sensitivity.flatten(), 1.0, -1, *profile[:2]))
+    latency = ppu.latency(*profile[:2])
     finite = x.isfinite().all(-1)
     score, kind = q.score[0], torch.from_numpy(draw.integers(5, size=n))
     ends = torch.tensor([-1, 2**63 - 1])
@@ -234,30 +273,63 @@ def check_quantizer(model: Model, profile: tuple[str, str], n: int, r: float, dr
     return int((~(same_codes & same_rest & (payload[:, 17] & 1 == finite.numpy()))).sum())
 
 
-PROFILES = {"the paper's": ("difference", "max"), "default": ("benefit", "search")}
+PROFILES = {
+    "the paper's": ("difference", "max"),
+    "default": ("benefit", "search"),
+    "default, powers of two": ("benefit", "search", "powers"),
+    "truncated": ("truncated", "search"),
+    "truncated, powers of two": ("truncated", "search", "powers"),
+}
 
 
-def run_quantizer(profile: tuple[str, str], vectors: int, folder: Path) -> dict[str, Any]:
-    """Random thresholds are the scores themselves, one more and one less, and the two ends."""
+def run_quantizer(profile: tuple[str, ...], vectors: int, folder: Path) -> dict[str, Any]:
+    """Thresholds are the scores themselves, one more and one less, and the two ends, at random."""
     model, draw = Model(ppu.Quantizer(*profile), folder), np.random.default_rng(2)
     multipliers = [1.0, multiplier(3.7), multiplier(5e-4), multiplier(9e20), 2.0**100, 2.0**-100]
     wrong = drawn = 0
+    directed_blocks = torch.cat(list(directed_values()))
+    for _ in range(8):  # each block meets several thresholds
+        wrong += check_quantizer(model, profile, directed_blocks, 1.0, draw)
     while drawn < vectors:
         n = min(CHUNK // 2, vectors - drawn)
-        wrong += check_quantizer(model, profile, n, multipliers[drawn // (CHUNK // 2) % 6], draw)
+        r = multipliers[drawn // (CHUNK // 2) % 6]
+        wrong += check_quantizer(model, profile, quantizer_values(n, r, draw), r, draw)
         drawn += n
-    return {"quantizer": {"directed": 0, "random": drawn, "mismatches": wrong}}
+    count = 8 * len(directed_blocks)
+    return {"quantizer": {"directed": count, "random": drawn, "mismatches": wrong}}
 
 
-def check_epilogue(model: Model, datapath: Datapath, n: int, draw: Drawer) -> int:
-    """Totals on and beside the ties of every length; biases that cancel all or nearly all."""
+def directed_totals() -> np.ndarray:
+    """Ties of the first rounding at every length with both neighbours, and the extremes."""
+    ties = [
+        (2 * significand + 1 << shift) + beside
+        for shift in range(33)
+        for significand in (2**23, 2**23 + 1, 2**24 - 1)
+        for beside in (-1, 0, 1)
+    ]
+    ends = [0, 1, 2**24, 2**53, Datapath().total_max]
+    return np.array([sign * t for t in ties + ends for sign in (1, -1)], dtype=np.int64)
+
+
+def random_totals(n: int, draw: Drawer) -> np.ndarray:
+    """Totals of all lengths, many on and beside ties."""
     magnitude = draw.integers(2**57, size=n) >> draw.integers(57, size=n)
     ties = (2 * draw.integers(2**23, 2**24, size=n) + 1 << draw.integers(33, size=n)) + (
         draw.integers(-1, 2, size=n)
     )
     magnitude = np.where(draw.random(n) < 0.4, ties, magnitude)
-    total = np.where(draw.random(n) < 0.5, -magnitude, magnitude)
-    power = draw.choice([0, -20, -140, -148, -125, 100, 127, -60])
+    return np.where(draw.random(n) < 0.5, -magnitude, magnitude)
+
+
+POWERS = (0, -20, -140, -148, -125, 100, 127, -60)
+"""Of the epilogue's scales: subnormal ones, large ones, and between."""
+
+
+def check_epilogue(
+    model: Model, datapath: Datapath, total: np.ndarray, power: int, draw: Drawer
+) -> int:
+    """Biases that cancel all or nearly all, or are anything."""
+    n = len(total)
     scale = np.float32(np.ldexp(draw.random() + 0.5, power))
     # A cast of int64 to float32 rounds once, and so does each float32 operation.
     with np.errstate(all="ignore"):
@@ -293,11 +365,15 @@ def run_epilogue(vectors: int, folder: Path) -> dict[str, Any]:
     datapath, draw = Datapath(), np.random.default_rng(3)
     model = Model(epilogue.Epilogue(datapath), folder)
     wrong = drawn = 0
+    for power in POWERS * 4:  # four draws of biases each
+        wrong += check_epilogue(model, datapath, directed_totals(), power, draw)
     while drawn < vectors:
         n = min(CHUNK, vectors - drawn)
-        wrong += check_epilogue(model, datapath, n, draw)
+        power = int(draw.choice(POWERS))
+        wrong += check_epilogue(model, datapath, random_totals(n, draw), power, draw)
         drawn += n
-    return {"epilogue": {"directed": 0, "random": drawn, "mismatches": wrong}}
+    count = 4 * len(POWERS) * len(directed_totals())
+    return {"epilogue": {"directed": count, "random": drawn, "mismatches": wrong}}
 
 
 def run_units(vectors: int, only: str) -> dict[str, Any]:
@@ -315,6 +391,50 @@ def run_units(vectors: int, only: str) -> dict[str, Any]:
                 found["units"] |= {f"{unit}, {name}": row for unit, row in rows.items()}
                 print(name, rows, file=sys.stderr, flush=True)
     return found
+
+
+STALLED = Array(
+    datapath=Datapath(k_max=256, shared=True),
+    lanes=2,
+    rows=16,
+    outputs_max=64,
+    rule="benefit",
+    scales="search",
+)
+
+
+def run_stalls(tokens: int) -> dict[str, Any]:
+    """Linears of half, just and twice the N = rows * lanes that the quantizer needs to keep up.
+
+    ``stalls_percent`` are cycles in which the lanes waited for quantized blocks, the first tile's
+    included.
+    """
+    array, k, g = STALLED, STALLED.datapath.k_max, torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, k, generator=g)
+    sensitivity = torch.randint(1, 127, (k,), generator=g).to(torch.uint8)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = Model(array.create(), Path(folder))
+        for n in (array.rows * array.lanes * i // 2 for i in (1, 2, 4)):
+            w = torch.randn(n, k, generator=g)
+            codes = quantize_weight(w, tensor_scale(float(w.abs().max())))
+            weight = pack(codes, torch.rand(codes.scale.shape, generator=g) < 0.3)
+            r = multiplier(float(x.abs().max()))
+            site = Site(r, sensitivity, 1.0, 2**40, array.rule, array.scales)
+            layer = Layer("random", site, {"random": (weight, None)})
+            outcome = in_verilator(model, array, layer.image, x)
+            waited = outcome.counters["first"] + outcome.counters["activations"]
+            found.append(
+                {
+                    "n": n,
+                    "mismatches": mismatches(outcome, layer.reference(x), x),
+                    **outcome.counters,
+                    "stalls_percent": 100 * waited / outcome.counters["cycles"],
+                }
+            )
+            print(found[-1], file=sys.stderr, flush=True)
+    facts = {"lanes": array.lanes, "rows": array.rows, "reuse": array.datapath.reuse}
+    return {"tokens": tokens, "k": k, "array": facts, "linears": found}
 
 
 class Simulated:
@@ -425,16 +545,20 @@ def main() -> None:
     units = commands.add_parser("units")
     units.add_argument("--vectors", type=int, default=10_000_000)
     units.add_argument("--only", default="", help="units whose name contains this")
+    stalls = commands.add_parser("stalls")
+    stalls.add_argument("--tokens", type=int, default=4096)
     model = commands.add_parser("model")
     model.add_argument("checkpoint", type=Path)
     model.add_argument("--data", required=True)
     model.add_argument("--tokens", type=int, default=256)
-    for each in (units, model):
+    for each in (units, stalls, model):
         each.add_argument("--json", type=Path)
     args = parser.parse_args()
     begin = time.perf_counter()
     if args.command == "units":
         found = run_units(args.vectors, args.only)
+    elif args.command == "stalls":
+        found = run_stalls(args.tokens)
     else:
         found = run_model(args.checkpoint, args.data, args.tokens)
     found["seconds"] = round(time.perf_counter() - begin)

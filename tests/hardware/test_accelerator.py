@@ -86,6 +86,16 @@ def test_who_waits_for_whom() -> None:
     assert counted[2]["epilogue"] > 0
 
 
+def test_lanes_follow_the_quantizer_through_one_token() -> None:
+    """A row of 16 blocks: the lanes begin long before its last is quantized."""
+    array = Array(datapath=Datapath(k_max=256), lanes=2, outputs_max=4)
+    x = an_input(1, 256, seed=13)
+    layer = a_layer([2], 256, x, weights=0.3, activations=0.3, seed=13)
+    (counters,) = run(array, (layer, x))
+    weights = 2 * 16
+    assert counters["cycles"] < weights + counters["working"] + 25
+
+
 def test_image_is_the_packed_weight() -> None:
     """Rows of the linears of a site follow each other; padding and alignment are zero."""
     x = an_input(3, 40, seed=8)
@@ -192,7 +202,7 @@ def test_refusals() -> None:
     ):
         with refuses(rule):
             SMALL.require_rules("x", type(site)(**{**vars(site), **change}))
-    with refuses("array: rule must be one of ('difference', 'benefit'), got 'random'"):
+    with refuses("array: rule must be one of ('difference', 'benefit', 'truncated'), got 'random'"):
         Array(rule="random")
     with refuses("x: the accelerator needs finite biases"):
         LinearImage.of("x", site, [(weight, torch.tensor([1.0, torch.inf]))])

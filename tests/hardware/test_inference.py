@@ -53,10 +53,18 @@ def test_a_site_is_quantized_once_for_all_its_linears() -> None:
 
 
 def test_cycles_and_stalls() -> None:
-    """Two tiles of 2 tokens; 2 rounds of 4 outputs, 2 blocks, 2 cycles each; the first waits."""
-    assert inference.cycles([LINEAR], MACHINE, tokens=4) == (2 * 2 * 2 * 2, 4)
+    """Two tiles of 2 tokens; 2 rounds of 4 outputs, 2 blocks, 2 cycles each; the lanes wait for
+    the first token, and for the first block of the second through the quantizer."""
+    assert inference.cycles([LINEAR], MACHINE, tokens=4) == (2 * 2 * 2 * 2, 2 + 9)
     narrow = Work("n", "s", n=2, k=32, mix=LINEAR.mix)
-    assert inference.cycles([narrow], MACHINE, tokens=4) == (2 * 2 * 2, 4)
+    assert inference.cycles([narrow], MACHINE, tokens=4) == (2 * 2 * 2, 2 + 9)
+
+
+def test_the_quantizers_latency() -> None:
+    pytest.importorskip("amaranth")
+    from fgmp.hardware.rtl import ppu
+
+    assert ppu.latency("benefit", "search") == inference.QUANTIZER_LATENCY
 
 
 def test_llama_2_7b_has_its_weights() -> None:

@@ -41,8 +41,8 @@ def play(
 ) -> list[Quantized]:
     """Blocks (n, 16) one a cycle; block i meets the sensitivities of row i and threshold i."""
     top, words, found = Quantizer(*profile), activation_words(x)[:, 0], []
-    more = 3 * (profile[:2] == ("difference", "search")) + (profile[0] == "truncated")
-    assert top.latency == LATENCY + more
+    more = {"difference": 4, "benefit": 1, "truncated": 2}[profile[0]]
+    assert top.latency == LATENCY + (0 if profile[:2] == PAPER else more)
 
     async def bench(ctx: Any) -> None:
         ctx.set(top.output.ready, 1)

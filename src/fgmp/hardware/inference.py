@@ -21,6 +21,9 @@ from pathlib import Path
 from fgmp.formats.spec import BLOCK, FLAG_BITS, FP4_BITS, FP8_BITS
 from fgmp.hardware.silicon import OPERATIONS
 
+QUANTIZER_LATENCY = 9
+"""Cycles from a block to its codes, ``rtl.ppu.latency`` of the default; that needs Amaranth."""
+
 OUTPUT_BITS = 16
 """A linear hands over bf16."""
 
@@ -158,8 +161,9 @@ def cycles(work: Iterable[Work], machine: Machine, tokens: int, passes: int = 1)
     """Cycles of the lanes, and cycles that they wait for the quantizer.
 
     The quantizer makes a block a cycle. It fills one activation tile while the lanes compute the
-    one before, so that they wait for a site's first tile, and for later ones where the site's
-    linears have fewer than ``rows * lanes`` outputs.
+    one before, so that they wait for a site's first tile, through whose last row they follow it
+    block by block, and for later ones where the site's linears have fewer than ``rows * lanes``
+    outputs.
     """
     busy = waiting = 0
     consumers: dict[str, list[Work]] = {}
@@ -172,7 +176,8 @@ def cycles(work: Iterable[Work], machine: Machine, tokens: int, passes: int = 1)
         lanes = sum(-(-w.n // machine.lanes) for w in linears) * groups * -(-tile // machine.rows)
         quantizer = tile * groups
         busy += tiles * lanes
-        waiting += quantizer + (tiles - 1) * max(0, quantizer - lanes)
+        first = quantizer - groups + QUANTIZER_LATENCY
+        waiting += first + (tiles - 1) * max(0, quantizer - lanes)
     return passes * busy, passes * waiting
 
 

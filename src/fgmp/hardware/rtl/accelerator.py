@@ -179,11 +179,17 @@ class Accelerator(wiring.Component):
             width=(array.lanes * width + 1) * array.rows, depth=depth + 2
         )
         room = Signal(range(depth + 1), init=depth)
+        # The lanes follow the quantizer through the last row of a tile: one token need not wait.
+        self._quantized = named(
+            m,
+            "activations_there",
+            self._activations.ready | (issue.group < self._activation_tiles.open_groups),
+        )
         step = named(
             m,
             "step",
             self.busy
-            & self._activations.ready
+            & self._quantized
             & self._weights.ready
             & ~issue.done
             & (~issue.last | (room != 0)),
@@ -306,7 +312,7 @@ class Accelerator(wiring.Component):
             with m.Elif(~begun):
                 m.d.sync += counters.first.eq(counters.first + 1)
             with m.Elif(~issue.done):
-                with m.If(~self._activations.ready):
+                with m.If(~self._quantized):
                     m.d.sync += counters.activations.eq(counters.activations + 1)
                 with m.Elif(~self._weights.ready):
                     m.d.sync += counters.weights.eq(counters.weights + 1)

@@ -1,7 +1,7 @@
 """The online quantizer: a block of 16 bf16 activations to codes, scale and flag, a block a cycle.
 
 It computes what ``formats.activation.quantize`` defines (docs/numerics.md, sections 3 and 5),
-exactly and in eight steps with a register after each:
+exactly and in eight steps with a register after each; by the paper's rule:
 
     product     u = x * r
     fp8         E4M3(u)
@@ -13,7 +13,15 @@ exactly and in eight steps with a register after each:
     flag        S > T
 
 By the rule ``benefit``, or with searched scales, errors against u itself take the place of q4 - q8
-(``rtl.search``), and one more step chooses the scale of least error.
+(``rtl.search``):
+
+    target      v, weighted             beside ``scale``
+    fp4         under each scale        beside the multiples of g v
+    sums        sum g e**2, sum e g v   under each scale; 2 v - q8 by its significand
+    inner       s * the first - 2 * the second; sum g q8 (2 v - q8)
+    outer       that times s
+    choice      of the least
+    flag        S > T
 
 A value that is not finite makes its block FP8 and its own code NaN, is zero to its neighbours, and
 raises a flag that stays until it is cleared.
@@ -68,9 +76,8 @@ SITE = data.StructLayout(
 
 def latency(rule: str, scales: str) -> int:
     """Cycles from a block to its codes, where nothing stalls."""
-    if (rule, scales) == ("difference", "search"):
-        return LATENCY + _SQUARES
-    return LATENCY + (rule == TRUNCATED)
+    paper = (rule, scales) == ("difference", "max")
+    return LATENCY + (0 if paper else 1 + (rule == TRUNCATED) + _SQUARES * (rule == "difference"))
 
 
 class Quantizer(wiring.Component):
@@ -243,18 +250,21 @@ class Quantizer(wiring.Component):
             terms = _each(m, "fp8_term", search.fp8_term, narrow.now, fp8.now, sensitivity.now)
             total = carry([tree(_unit(m, "fp8_sum"), terms)[: search.PRODUCT_BITS]], "total")
         pipeline.next()
-        unit = _unit(m, "choice")
         errors = []
-        for product_of, tried_scale in zip(inner, scales, strict=True):
+        for i, (product_of, tried_scale) in enumerate(zip(inner, scales, strict=True)):
+            unit = _unit(m, f"outer_{i}")
             s = decode_magnitude(unit, E4M3, tried_scale.now[0])
             above = named(unit, "above", s.shift != lowest.now[0])
-            errors.append(search.outer(unit, product_of.now[0], s, above))
-        least, best = errors[0], [*codes[0].now, scales[0].now[0]]
-        for error, code, other in zip(errors[1:], codes[1:], scales[1:], strict=True):
-            better = named(unit, "better", error < least)
-            least = named(unit, "least", Mux(better, error, least))
-            rivals = zip([*code.now, other.now[0]], best, strict=True)
-            best = [named(unit, "best", Mux(better, new, old)) for new, old in rivals]
+            errors.append(carry([search.outer(unit, product_of.now[0], s, above)], "error"))
+        pipeline.next()
+        unit = _unit(m, "choice")
+        rivals = [
+            [error.now[0], *code.now, scale.now[0]]
+            for error, code, scale in zip(errors, codes, scales, strict=True)
+        ]
+        while len(rivals) > 1:  # of equals the first, which is the larger scale
+            rivals = [_better(unit, *pair) for pair in zip(rivals[::2], rivals[1::2], strict=True)]
+        least, *best = rivals[0]
         nothing = named(unit, "nothing", ~Cat(best[:BLOCK]).any())
         fp4 = carry(best[:BLOCK], "fp4")
         scale = carry([named(unit, "scale", Mux(nothing, SCALE_MIN_CODE, best[-1]))], "scale")
@@ -300,6 +310,12 @@ def _fp4_codes(
         for i, each in enumerate(bounds)
     ]
     return quarters, codes, lowest
+
+
+def _better(m: Module, one: list[Value], other: list[Value]) -> list[Value]:
+    """The one of two tries, error first, that has the smaller error."""
+    better = named(m, "better", other[0] < one[0])
+    return [named(m, "best", Mux(better, b, a)) for a, b in zip(one, other, strict=True)]
 
 
 def _unit(m: Module, name: str) -> Module:

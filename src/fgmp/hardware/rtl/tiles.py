@@ -7,7 +7,7 @@ further block is taken.
 
 from typing import Any
 
-from amaranth.hdl import Cat, Module, Signal
+from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -40,7 +40,8 @@ class Banks(wiring.Component):
         filled: and completes that tile.
         full: both tiles are; nothing may be written.
         ready: a tile is there to be read.
-        read: the blocks of ``group`` and ``slot`` appear in the next cycle and stay.
+        read: the blocks of ``group`` and ``slot`` appear in the next cycle and stay. Without a
+            complete tile they are those of the one that is being filled.
         release: this cycle's read was the tile's last.
         clear: no tile is there.
     """
@@ -156,6 +157,7 @@ class ActivationTiles(wiring.Component):
         finite: its values were.
         place: where it goes.
         filled: it completes a tile.
+        open_groups: of the tile that is being filled, so many blocks of every row are there.
         row_finite: whether the rows of ``slot`` of the tile that is read were finite.
         slot, release: as they go to the banks.
         shape: of the linear.
@@ -172,6 +174,7 @@ class ActivationTiles(wiring.Component):
                 "finite": In(1),
                 "place": Out(place),
                 "filled": Out(1),
+                "open_groups": Out(SIZE_BITS),
                 "row_finite": Out(array.rows),
                 "slot": In(place["slot"].shape),
                 "release": In(1),
@@ -188,15 +191,15 @@ class ActivationTiles(wiring.Component):
         first = named(m, "first", group == 0)
         row_ends = named(m, "row_ends", self.taken & (group == self.shape.groups - 1))
         slot_ends = named(m, "slot_ends", row_ends & (bank == self.array.rows - 1))
-        last = (slot_ends & (slot == self.array.datapath.reuse - 1)) | (
-            row_ends & (row == self.shape.tokens - 1)
-        )
-        tile_ends = named(m, "tile_ends", last)
+        last_slot = (bank == self.array.rows - 1) & (slot == self.array.datapath.reuse - 1)
+        last_row = named(m, "last_row", last_slot | (row == self.shape.tokens - 1))
+        tile_ends = named(m, "tile_ends", row_ends & last_row)
         m.d.comb += [
             self.place.group.eq(group),
             self.place.bank.eq(bank),
             self.place.slot.eq(slot),
             self.filled.eq(tile_ends),
+            self.open_groups.eq(Mux(last_row, group, 0)),
         ]
         with m.If(self.taken):
             m.d.sync += group.eq(group + 1)
