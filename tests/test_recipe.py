@@ -75,8 +75,16 @@ from fgmp.recipe import BUDGETS, CLIP_CHOICES, POLICY_NAMES, Recipe
             {"max_bytes": 10, "policy": "error"},
             "recipe: max_bytes needs scores of one unit, policy fisher, got 'error'",
         ),
-        ({"rule": "best"}, "recipe: rule must be benefit or difference, got 'best'"),
+        ({"rule": "best"}, "recipe: rule must be benefit, difference or truncated, got 'best'"),
         ({"scales": 4}, "recipe: scales must be search or max, got 4"),
+        (
+            {"sensitivities": "e5m2"},
+            "recipe: sensitivities must be e4m3 or powers, got 'e5m2'",
+        ),
+        (
+            {"sensitivities": "powers", "policy": "error"},
+            "recipe: sensitivities powers needs a policy that has some, got 'error'",
+        ),
         ({"compensate": "on"}, "recipe: compensate must be true or false, got 'on'"),
         ({"clip": "maybe"}, "recipe: clip must be auto, on or off, got 'maybe'"),
         ({"clip": True}, "recipe: clip must be auto, on or off, got True"),

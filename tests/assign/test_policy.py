@@ -130,6 +130,11 @@ def test_a_fisher_site_keeps_the_gradients_of_its_channels() -> None:
     assert (site.rule, site.scales) == ("benefit", "search")
     assert site.gamma == 1.0
     assert site.sensitivity[:4].tolist() == [0x7E, 0x38, 0x01, 0x40]
+    powers = site_record(
+        POLICIES["fisher"], "benefit", "search", g2, amax=10.0, headroom=2.0, powers=True
+    )
+    assert powers.sensitivity[:4].tolist() == [0x78, 0x38, 0x08, 0x40]
+    assert powers.gamma == 1.0
 
 
 def test_a_site_without_sensitivities_scores_the_squared_error() -> None:

@@ -16,6 +16,7 @@ from fgmp.formats.activation import (
     fl32,
     is_multiplier,
     multiplier,
+    power_codes,
     quantize,
     saturated,
     score_unit,
@@ -67,6 +68,58 @@ def check_against_model(x, site):
             score = model.score(s, fp4, fp8, sensitivity)
         assert codes.score[b].item() == score
         assert codes.is_fp8[b].item() == (score > site.threshold)
+
+
+@pytest.mark.parametrize("scales", SCALES)
+def test_truncated_in_rationals(scales):
+    """Codes, scale and S by the text of docs/numerics.md, at amplitudes of all scales; and the
+    fast twin and calibration's scores agree."""
+    generator = torch.Generator().manual_seed(5)
+    x = heavy_tailed(120, 16) * torch.exp2(torch.randint(-14, 4, (120, 1), generator=generator))
+    site = a_site(16, rule="truncated", scales=scales)
+    codes, sensitivity = quantize(x, site), [int(model.E4M3[c] * 512) for c in site.sensitivity]
+    for b, block in enumerate(x.bfloat16().tolist()):
+        u = [Fraction(v) * Fraction(site.r) for v in block]
+        fp8 = codes.fp8[b, 0].tolist()
+        largest = max(1, *(code & 127 for code in fp8))
+        tried = sorted({min(max(largest + o, 1), 126) for o in SCALES[scales]}, reverse=True)
+        step = 2 ** (max(tried[-1] >> 3, 1) - 1)
+        most = 2688 * 2**11
+        v = [in_steps(min(int(12 * abs(w) * 2**10), most), step, w < 0) for w in u]
+        q8 = [in_steps(int(12 * model.E4M3[c & 127] * 2**10), step, c > 127) for c in fp8]
+
+        def error(codes, scale, v=v):
+            q4 = [model.E2M1[c & 7] * (-1 if c & 8 else 1) * model.E4M3[scale] for c in codes]
+            d = [q * 2**10 - w for q, w in zip(q4, v, strict=True)]
+            return sum(g * e**2 for g, e in zip(sensitivity, d, strict=True))
+
+        fp4 = {s: model.fp4_under(s, u) for s in tried}
+        best = min(tried, key=lambda s: error(fp4[s], s))  # of equals the first, the larger
+        worst = sum(g * (a - c) ** 2 for g, a, c in zip(sensitivity, q8, v, strict=True))
+        assert codes.score[b].item() == max(0, error(fp4[best], best) - worst)
+        assert codes.fp4[b, 0].tolist() == fp4[best]
+        assert codes.scale[b].item() == (best if any(c & 7 for c in fp4[best]) else 1)
+    median = replace(site, threshold=int(codes.score.median()))
+    units, is_fp8 = fake_quantize(x, median)
+    assert torch.equal(is_fp8, quantize(x, median).is_fp8) and 0 < is_fp8.sum() < is_fp8.numel()
+    assert torch.equal(units, quantize(x, median).units(16))
+    assert torch.equal(scores(x, site), codes.score.double())
+
+
+def in_steps(halves, step, negative):
+    """Halves to the nearest multiple of ``step`` whole ones, away from zero in the middle."""
+    nearest = (Fraction(halves, 2 * step) + Fraction(1, 2)).__floor__() * step
+    return -nearest if negative else nearest
+
+
+def test_power_codes_are_the_nearest_powers():
+    codes = torch.arange(1, 127, dtype=torch.uint8)
+    powers = [Fraction(2) ** e for e in range(-6, 9)]
+    for code, found in zip(codes.tolist(), power_codes(codes).tolist(), strict=True):
+        value = model.E4M3[code]
+        assert model.E4M3[found] == min(powers, key=lambda p: (abs(p - value), -p))
+        assert found & 7 == 0
+    assert torch.equal(power_codes(power_codes(codes)), power_codes(codes))
 
 
 # fl32, the multiplier and the tensor scale

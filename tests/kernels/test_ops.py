@@ -56,6 +56,18 @@ def test_kernels_equal_the_definitions(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(result, expected) and result.dtype == expected.dtype
 
 
+def test_a_rule_that_no_kernel_knows_is_left_to_the_definition() -> None:
+    record = replace(site(K), rule="truncated", scales="search", threshold=2**30)
+    x = tokens(6, K)
+    wanted = quantize(x, record)
+    codes, scale = ops.quantize_activation(x, *arguments(record))
+    assert torch.equal(scale == FP8_BLOCK, wanted.is_fp8) and wanted.is_fp8.any()
+    assert torch.equal(codes[wanted.is_fp8], wanted.fp8[wanted.is_fp8])
+    units, flags = ops.fake_quantize_activation(x, *arguments(record))
+    assert torch.equal(flags, wanted.is_fp8) and torch.equal(units.float(), wanted.units(K))
+    assert torch.equal(ops.score_activation(x, *arguments(record)), wanted.score)
+
+
 def test_a_strange_stride_of_x_is_fine() -> None:
     x, *rest = calls()["fake_quantize_activation"]
     turned = x.transpose(0, 1).contiguous().transpose(0, 1)

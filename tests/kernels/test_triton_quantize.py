@@ -17,11 +17,17 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgmp.formats.activation import RULES, SCALES, Site, multiplier, quantize
+from fgmp.errors import InputError
+from fgmp.formats.activation import SCALES, Site, multiplier, quantize
 from fgmp.formats.codec import decode_e4m3, to_blocks
 from fgmp.formats.spec import FP8_BLOCK, THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
 from fgmp.kernels.triton import bits
-from fgmp.kernels.triton.quantize import _encode, fake_quantize_activation, quantize_activation
+from fgmp.kernels.triton.quantize import (
+    RULES,
+    _encode,
+    fake_quantize_activation,
+    quantize_activation,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # NumPy, in which the interpreter computes, remarks on what IEEE defines and the edges are about.
@@ -174,6 +180,13 @@ def test_every_input_type(dtype):
 )
 def test_shapes(shape):
     check(heavy_tailed(*shape), a_site(shape[-1]))
+
+
+def test_a_rule_that_the_kernels_do_not_know_is_refused():
+    site = a_site(16, rule="truncated")
+    r, threshold = torch.tensor(site.r), torch.tensor(site.threshold)
+    with pytest.raises(InputError, match="rule must be one of difference, benefit, random"):
+        quantize_activation(heavy_tailed(1, 16), r, site.sensitivity, threshold, "truncated")
 
 
 def test_rows_that_are_not_contiguous():

@@ -380,7 +380,8 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "the rule is a list": (lambda c: c["sites"]["a"].update(rule=[]), "is malformed"),
     "the rule is unknown": (
         lambda c: c["sites"]["a"].update(rule="entropy"),
-        "sites.a.rule must be one of ['benefit', 'difference', 'random'], got 'entropy'",
+        "sites.a.rule must be one of ['benefit', 'difference', 'random', 'truncated'], "
+        "got 'entropy'",
     ),
     "the scales are unknown": (
         lambda c: c["sites"]["a"].update(scales="all"),
