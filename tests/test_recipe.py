@@ -132,10 +132,11 @@ def test_a_recipe_is_final() -> None:
 EVERYTHING = Recipe(
     fp4=0.9,
     fp4_activations=0.5,
-    policy="error",
+    policy="fisher-per-layer",
     fisher="factored",
     rule="difference",
     scales="max",
+    sensitivities="powers",
     clip="on",
     compensate=False,
     samples=3,
