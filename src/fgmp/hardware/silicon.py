@@ -24,7 +24,7 @@ PERIOD_NS = 2.5
 """Clock period that synthesis sizes for and leakage is counted over: 400 MHz, which every design
 point of docs/energy.md meets on ASAP7. In the embedded library it is 1250 tau."""
 
-MIXED = Datapath(shared=True)
+MIXED = Datapath(shared=True, fp8_cuts=("significands", "sums"))
 """The recommended lane: the least energy of the design points in docs/energy.md, and less area than
 the four units of the paper."""
 
@@ -85,7 +85,7 @@ def components() -> dict[str, Callable[[], Any]]:
     }
     made["lane_four_units"] = Datapath().create
     for unit in MIXED.units:
-        made[unit.name] = partial(DotUnit, unit, MIXED.cuts, MIXED.addition)
+        made[unit.name] = partial(DotUnit, unit, MIXED.cuts_of(unit), MIXED.addition)
     made["totals"] = partial(Totals, MIXED)
     made["quantizer"] = Quantizer
     return made
