@@ -37,8 +37,10 @@ def write_rtl(directory: Path, array: Array, stages: Stages = silent) -> dict[st
         "quantizer": partial(Quantizer, array.rule, array.scales),
     }
     for kind in FORMATS:
-        only = {} if kind == array.datapath.kind else {"shared": False, "fp8_cuts": None}
-        makers[f"lane_{kind}"] = replace(array.datapath, kind=kind, **only).create
+        lane = array.datapath
+        if kind != lane.kind:
+            lane = replace(lane, kind=kind, shared=False, fp8_cuts=None)
+        makers[f"lane_{kind}"] = lane.create
     listed = {}
     try:
         directory.mkdir(parents=True, exist_ok=True)
