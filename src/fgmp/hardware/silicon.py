@@ -6,7 +6,7 @@ glitches. What the lane's cycles mean in operations is :func:`per_operation`; wh
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -83,7 +83,7 @@ def components() -> dict[str, Callable[[], Any]]:
     made: dict[str, Callable[[], Any]] = {
         f"lane_{lane.kind}": lane.create for lane in (MIXED, FP8, FP4)
     }
-    made["lane_four_units"] = Datapath().create
+    made["lane_four_units"] = replace(MIXED, shared=False).create
     for unit in MIXED.units:
         made[unit.name] = partial(DotUnit, unit, MIXED.cuts_of(unit), MIXED.addition)
     made["totals"] = partial(Totals, MIXED)
