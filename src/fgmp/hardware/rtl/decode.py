@@ -65,8 +65,7 @@ def shifted(m: Module, value: Value, amount: Value, most: int) -> Value:
 def multiplied(m: Module, value: Value, factor: Value) -> Value:
     """``value * factor`` of an unsigned factor, as a tree of adders over its bits.
 
-    Left to itself, Yosys makes a carry-save array of a product, which glitches more: 20% of the
-    energy of a gain (docs/energy.md).
+    Left to itself, Yosys makes a carry-save array of a product, which glitches more.
     """
     width = len(value) + len(factor)
     rows = [named(m, "row", Mux(bit, value, 0)) << i for i, bit in enumerate(factor)]
