@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from fgmp.hardware.datapath import Datapath
 from fgmp.hardware.image import normalised
 from fgmp.hardware.rtl import epilogue, ppu
 from fgmp.hardware.run import in_verilator
+from fgmp.hardware.silicon import MIXED
 from fgmp.hardware.verify import Layer, mismatches
 from fgmp.hardware.verilator import Model
 from fgmp.model.linear import MixedLinear, mixed_linears, sites
@@ -158,7 +160,7 @@ def check_mixture(model: Model, datapath: Datapath, n: int, draw: Drawer) -> int
 
 LANES = {
     "four units": Datapath(),
-    "shared mixed unit": Datapath(shared=True),
+    "shared mixed unit": MIXED,
     "FP8 alone": Datapath(kind="fp8"),
     "FP4 alone": Datapath(kind="fp4"),
 }
@@ -502,7 +504,7 @@ def loss_of(network: torch.nn.Module, window: Tensor) -> float:
 def run_model(checkpoint: Path, data: str, tokens: int) -> dict[str, Any]:
     record = next(iter(sites(load_model(str(checkpoint))).values())).record
     array = Array(
-        datapath=Datapath(k_max=1024, shared=True),
+        datapath=replace(MIXED, k_max=1024),
         lanes=4,
         rows=1,
         outputs_max=2048,

@@ -85,6 +85,9 @@ def test_integers_count_the_smallest_value() -> None:
         ({"k_max": 8}, "k_max must be 16 or more, got 8"),
         ({"reuse": 12}, "reuse must be a power of two, got 12"),
         ({"cuts": ("scaled", "sums")}, f"cuts must be some of {CUTS}, in order"),
+        ({"fp8_cuts": ("sums", "products")}, f"fp8_cuts must be some of {CUTS}, in order"),
+        ({"fp8_cuts": ("sums",)}, "fp8_cuts must be 2, as cuts, got ('sums',)"),
+        ({"kind": "fp8", "fp8_cuts": ("products", "sums")}, "only a mixed lane has fp8_cuts"),
         ({"accumulator": "fp16"}, "accumulator must be one of"),
     ],
 )

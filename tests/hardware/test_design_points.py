@@ -39,6 +39,7 @@ def run(datapath: Datapath, linear: Layer) -> list[int]:
         {},
         {"addition": "complement"},
         {"shared": True},
+        {"shared": True, "fp8_cuts": ("significands", "sums")},
         {"gated": False},
         {"shared": True, "gated": False, "cuts": ("significands", "products")},
     ],

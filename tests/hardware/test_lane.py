@@ -38,7 +38,13 @@ def test_totals(kind: str, cuts: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", [{"shared": True}, {"gated": False}, {"addition": "complement"}]
+    "variant",
+    [
+        {"shared": True},
+        {"gated": False},
+        {"addition": "complement"},
+        {"fp8_cuts": ("significands", "sums")},
+    ],
 )
 def test_variants_compute_the_same(variant: dict[str, Any]) -> None:
     lane = Datapath(reuse=4, **variant).create()

@@ -8,7 +8,7 @@ import typer
 
 from fgmp.console import Json, print_facts, show, stderr
 from fgmp.hardware.array import Array
-from fgmp.hardware.datapath import Datapath
+from fgmp.hardware.silicon import MIXED
 from fgmp.progress import bars
 
 app = typer.Typer(
@@ -91,7 +91,7 @@ def verify(
 
 
 def _array(lanes: int, rows: int, reuse: int, shared: bool, k_max: int, outputs_max: int) -> Array:
-    datapath = Datapath(k_max=k_max, reuse=reuse, shared=shared)
+    datapath = replace(MIXED, k_max=k_max, reuse=reuse, shared=shared)
     return Array(datapath=datapath, lanes=lanes, rows=rows, outputs_max=outputs_max)
 
 

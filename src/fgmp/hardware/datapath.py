@@ -131,6 +131,9 @@ class Datapath:
             two; the lane keeps as many running totals.
         cuts: where pipeline registers stand, some of :data:`CUTS`. Operands and totals always
             have registers.
+        fp8_cuts: the same for the unit for FP8 by FP8 of a mixed lane, as many as ``cuts``: its
+            gain is a constant, so that a register behind it does less than an earlier one. None:
+            where ``cuts`` says.
         addition: one of :data:`ADDITIONS`.
         shared: one unit computes FP4 by FP8 and FP8 by FP4, its operands exchanged, not two.
         gated: a unit that is not selected keeps its operands; else it sees every pair.
@@ -141,6 +144,7 @@ class Datapath:
     k_max: int = 16384
     reuse: int = 16
     cuts: tuple[str, ...] = ("sums", "scaled")
+    fp8_cuts: tuple[str, ...] | None = None
     addition: str = "apart"
     shared: bool = False
     gated: bool = True
@@ -155,8 +159,13 @@ class Datapath:
         require(self.k_max >= BLOCK, f"k_max must be {BLOCK} or more", self.k_max)
         power = self.reuse > 0 and self.reuse & (self.reuse - 1) == 0
         require(power, "reuse must be a power of two", self.reuse)
-        ordered = tuple(cut for cut in CUTS if cut in self.cuts)
-        require(self.cuts == ordered, f"cuts must be some of {CUTS}, in order", self.cuts)
+        for name, cuts in (("cuts", self.cuts), ("fp8_cuts", self.fp8_cuts or ())):
+            ordered = tuple(cut for cut in CUTS if cut in cuts)
+            require(cuts == ordered, f"{name} must be some of {CUTS}, in order", cuts)
+        if self.fp8_cuts is not None:
+            require(self.kind == "mixed", "only a mixed lane has fp8_cuts", self.fp8_cuts)
+            as_many = len(self.fp8_cuts) == len(self.cuts)
+            require(as_many, f"fp8_cuts must be {len(self.cuts)}, as cuts", self.fp8_cuts)
         require(self.addition in ADDITIONS, f"addition must be one of {ADDITIONS}", self.addition)
         known = self.accumulator in ACCUMULATORS
         require(known, f"accumulator must be one of {ACCUMULATORS}", self.accumulator)
@@ -173,6 +182,11 @@ class Datapath:
         units = tuple(Unit(a, w, gain) for a in self.formats for w in self.formats)
         dropped = (E2M1, E4M3) if self.shared else None
         return tuple(unit for unit in units if (unit.activation, unit.weight) != dropped)
+
+    def cuts_of(self, unit: Unit) -> tuple[str, ...]:
+        """Where a unit has pipeline registers."""
+        own = self.cuts if self.fp8_cuts is None else self.fp8_cuts
+        return self.cuts if unit.scales else own
 
     def computes(self, unit: Unit) -> tuple[str, ...]:
         """Names of the pairs of formats that a unit takes, the activation's first."""

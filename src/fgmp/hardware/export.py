@@ -37,8 +37,10 @@ def write_rtl(directory: Path, array: Array, stages: Stages = silent) -> dict[st
         "quantizer": partial(Quantizer, array.rule, array.scales),
     }
     for kind in FORMATS:
-        shared = array.datapath.shared and kind == array.datapath.kind
-        makers[f"lane_{kind}"] = replace(array.datapath, kind=kind, shared=shared).create
+        lane = array.datapath
+        if kind != lane.kind:
+            lane = replace(lane, kind=kind, shared=False, fp8_cuts=None)
+        makers[f"lane_{kind}"] = lane.create
     listed = {}
     try:
         directory.mkdir(parents=True, exist_ok=True)

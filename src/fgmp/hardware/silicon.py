@@ -6,7 +6,7 @@ glitches. What the lane's cycles mean in operations is :func:`per_operation`; wh
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ PERIOD_NS = 2.5
 """Clock period that synthesis sizes for and leakage is counted over: 400 MHz, which every design
 point of docs/energy.md meets on ASAP7. In the embedded library it is 1250 tau."""
 
-MIXED = Datapath(shared=True)
+MIXED = Datapath(shared=True, fp8_cuts=("significands", "sums"))
 """The recommended lane: the least energy of the design points in docs/energy.md, and less area than
 the four units of the paper."""
 
@@ -84,9 +84,9 @@ def components() -> dict[str, Callable[[], Any]]:
     made: dict[str, Callable[[], Any]] = {
         f"lane_{lane.kind}": lane.create for lane in (MIXED, FP8, FP4)
     }
-    made["lane_four_units"] = Datapath().create
+    made["lane_four_units"] = replace(MIXED, shared=False).create
     for unit in MIXED.units:
-        made[unit.name] = partial(DotUnit, unit, MIXED.cuts, MIXED.addition)
+        made[unit.name] = partial(DotUnit, unit, MIXED.cuts_of(unit), MIXED.addition)
     made["totals"] = partial(Totals, MIXED)
     made["quantizer"] = partial(Quantizer, "benefit", "search")
     made["quantizer_difference_max"] = partial(Quantizer, "difference", "max")

@@ -9,8 +9,9 @@ which is a reading of the record, subnormals included. The product of two codes 
 significands, 2 by 2 to 4 by 4 bits, and adds the shifts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import add
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
 
@@ -61,6 +62,17 @@ def shifted(m: Module, value: Value, amount: Value, most: int) -> Value:
     return value
 
 
+def multiplied(m: Module, value: Value, factor: Value) -> Value:
+    """``value * factor`` of an unsigned factor, as a tree of adders over its bits.
+
+    Left to itself, Yosys makes a carry-save array of a product, which glitches more.
+    """
+    width = len(value) + len(factor)
+    rows = [named(m, "row", Mux(bit, value, 0)) << i for i, bit in enumerate(factor)]
+    whole = tree(m, rows)[:width]
+    return whole.as_signed() if value.shape().signed else whole
+
+
 def signed_sum(
     m: Module, magnitudes: Sequence[Value], signs: Sequence[Value], addition: str
 ) -> Value:
@@ -78,9 +90,9 @@ def signed_sum(
     return tree(m, terms) + tree(m, signs)
 
 
-def tree(m: Module, terms: Sequence[Value]) -> Value:
-    """Sum of all terms by a balanced tree of adders."""
+def tree(m: Module, terms: Sequence[Value], join: Callable[[Value, Value], Value] = add) -> Value:
+    """All terms joined by a balanced tree: their sum, or what ``join`` makes of two."""
     while len(terms) > 1:
-        sums = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
+        sums = [join(a, b) for a, b in zip(terms[::2], terms[1::2], strict=False)]
         terms = [named(m, "partial", s) for s in sums] + list(terms[len(sums) * 2 :])
     return terms[0]

@@ -18,7 +18,15 @@ from amaranth.lib.wiring import In, Out
 
 from fgmp.formats.spec import BLOCK, E2M1, E4M3, Minifloat
 from fgmp.hardware.datapath import Unit, signed_bits
-from fgmp.hardware.rtl.decode import Decoded, decode, decode_magnitude, named, shifted, signed_sum
+from fgmp.hardware.rtl.decode import (
+    Decoded,
+    decode,
+    decode_magnitude,
+    multiplied,
+    named,
+    shifted,
+    signed_sum,
+)
 from fgmp.hardware.rtl.pipeline import Pipeline
 
 SCALE_BITS = E4M3.bits - 1
@@ -81,7 +89,7 @@ class DotUnit(wiring.Component):
         exact = pipeline.carry([total[: signed_bits(self.unit.sum_max)].as_signed()], "sum")
         cut("sums")
         gain, shift = gains.now
-        scaled = named(m, "scaled", exact.now[0] * gain)
+        scaled = named(m, "scaled", multiplied(m, exact.now[0], gain))
         most = _twos(self.unit.constant_gain) + self.unit.scales * _SCALE_SHIFT_MAX
         whole = shifted(m, scaled, shift, most)[: len(self.contribution)]
         contribution = pipeline.carry([whole], "contribution")

@@ -79,7 +79,7 @@ class Lane(wiring.Component):
         done: Value = Const(0, 1)
         for unit in self.datapath.units:
             m.submodules[unit.name] = dot = DotUnit(
-                unit, self.datapath.cuts, self.datapath.addition
+                unit, self.datapath.cuts_of(unit), self.datapath.addition
             )
             m.submodules[f"{unit.name}_operands"] = operands = self.operands[unit.name]
             selected = self.valid & self._selects(unit)
@@ -102,13 +102,16 @@ class Lane(wiring.Component):
             contribution |= Mux(dot.done, dot.contribution.as_signed(), 0)
             done |= dot.done
         m.d.comb += [totals.contribution.eq(contribution), totals.valid.eq(done)]
-        control: Value = Cat(self.first, self.last, self.slot)
-        for _ in range(self.datapath.latency - 1):
-            later = Signal(len(control), name="control", reset_less=True)
-            m.d.sync += later.eq(control)
-            control = later
+        ends: Value = Cat(self.first, self.last)
+        slot: Value = self.slot
+        for step in reversed(range(self.datapath.latency - 1)):
+            # In front of the last register, the totals' select settles before they need it.
+            slot = slot if step else Cat(slot == i for i in range(self.datapath.reuse))
+            control = Signal(len(ends) + len(slot), name="control", reset_less=True)
+            m.d.sync += control.eq(Cat(ends, slot))
+            ends, slot = control[: len(ends)], control[len(ends) :]
         m.d.comb += [
-            Cat(totals.first, totals.last, totals.slot).eq(control),
+            Cat(totals.first, totals.last, totals.select).eq(control),
             self.total.eq(totals.total),
             self.done.eq(totals.done),
         ]

@@ -3,15 +3,15 @@
 Only what says that data are valid is reset; the data themselves are not.
 """
 
+from operator import or_
 from typing import Any
 
-from amaranth.hdl import Array, Module, Mux, Signal
+from amaranth.hdl import Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
-from amaranth.utils import exact_log2
 
 from fgmp.hardware.datapath import Datapath, Unit
-from fgmp.hardware.rtl.decode import named
+from fgmp.hardware.rtl.decode import named, tree
 from fgmp.hardware.rtl.dot import operand_layout
 from fgmp.hardware.rtl.floats import fp32_sum, integer_to_fp32
 
@@ -69,7 +69,7 @@ class Totals(wiring.Component):
         contribution: what to add, two's complement.
         valid: add it in this cycle,
         first: to zero instead of what the slot holds,
-        slot: in this slot,
+        select: in the slot whose bit is set,
         last: and put the sum out.
         total: the last sum that was put out.
         done: it was in the last cycle.
@@ -83,7 +83,7 @@ class Totals(wiring.Component):
                 "contribution": In(datapath.contribution_bits),
                 "valid": In(1),
                 "first": In(1),
-                "slot": In(exact_log2(datapath.reuse)),
+                "select": In(datapath.reuse),
                 "last": In(1),
                 "total": Out(datapath.total_bits),
                 "done": Out(1),
@@ -96,14 +96,19 @@ class Totals(wiring.Component):
             Signal.like(self.total, name=name, reset_less=True)
             for name in ("last_total", *(f"slot_{i}" for i in range(self.slots)))
         )
-        held = Array(slots)[self.slot]
-        old = Mux(self.first, 0, held)
+        masked = [
+            named(m, "masked", Mux(bit, slot, 0))
+            for bit, slot in zip(self.select, slots, strict=True)
+        ]
+        old = Mux(self.first, 0, tree(m, masked, or_))
         if self.exact:
             new = old + self.contribution.as_signed()
         else:
             new = fp32_sum(m, named(m, "old", old), integer_to_fp32(m, self.contribution))
         with m.If(self.valid):
-            m.d.sync += held.eq(new)
+            for bit, slot in zip(self.select, slots, strict=True):
+                with m.If(bit):
+                    m.d.sync += slot.eq(new)
             with m.If(self.last):
                 m.d.sync += total.eq(new)
         m.d.sync += self.done.eq(self.valid & self.last)
