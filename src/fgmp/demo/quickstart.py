@@ -17,7 +17,7 @@ from fgmp.report import write_report
 from fgmp.workflow import Reporter, compare_models, quantize_to
 
 MODEL = Path(__file__).parent / "model"
-RECIPE = Recipe(fp4=0.7, samples=96, clip="on")
+RECIPE = Recipe(fp4=0.7, samples=48, clip="on")
 _EVALUATION_CHARACTERS = 160_000
 _CALIBRATION_CHARACTERS = 600_000
 
