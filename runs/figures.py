@@ -72,7 +72,7 @@ def versus(found: list[dict[str, Any]]) -> list[str]:
     over: dict[tuple[str, str], list[str]] = {}
     for index, facts in enumerate(found):
         for row in facts["rows"]:
-            for other, by in row["kl_gap_recovered_points_over"].items():
+            for other, by in row.get("kl_gap_recovered_points_over", {}).items():
                 cells = over.setdefault((row["name"], other), [""] * len(found))
                 low, high = by["ci95"]
                 cells[index] = f"{by['points']:+.1f} ({low:+.1f} to {high:+.1f})"
@@ -142,7 +142,7 @@ def main() -> None:
         print(
             f"\n{facts['calibration_sequences']} calibration sequences of {facts['seq_len']} "
             f"tokens, {facts['evaluation_tokens']:,} evaluation tokens, {facts['seeds']} "
-            f"calibration seeds, torch {facts['torch']}, revision {facts['revision']}.\n"
+            f"calibration seeds, torch {facts['torch']}, revision {facts.get('revision', 'unknown')}.\n"
         )
     print("\n".join(["## Differences", "", *versus(found), ""]))
     print("\n".join(["## Ablations", "", *across(found, ABLATIONS)]))
