@@ -142,7 +142,8 @@ def main() -> None:
         print(
             f"\n{facts['calibration_sequences']} calibration sequences of {facts['seq_len']} "
             f"tokens, {facts['evaluation_tokens']:,} evaluation tokens, {facts['seeds']} "
-            f"calibration seeds, torch {facts['torch']}, revision {facts.get('revision', 'unknown')}.\n"
+            f"calibration seeds, torch {facts['torch']}, "
+            f"revision {facts.get('revision', 'unknown')}.\n"
         )
     print("\n".join(["## Differences", "", *versus(found), ""]))
     print("\n".join(["## Ablations", "", *across(found, ABLATIONS)]))

@@ -223,7 +223,9 @@ def stored_bytes(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_a_checkpoint_has_at_most_max_bytes(family: str, tokens: Tensor) -> None:
-    ends = [stored_bytes(quantized(tokens, family, fp4=fp4, compensate=False)) for fp4 in (1.0, 0.0)]
+    ends = [
+        stored_bytes(quantized(tokens, family, fp4=fp4, compensate=False)) for fp4 in (1.0, 0.0)
+    ]
     for share in (0.2, 0.61):
         limit = round(ends[0] + share * (ends[1] - ends[0]))
         model = quantized(tokens, family, max_bytes=limit, compensate=False)

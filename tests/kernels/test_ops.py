@@ -122,7 +122,7 @@ BAD: list[tuple[str, int, Change, str]] = [
     ("quantize_activation", 2, lambda s: s[1:], r"sensitivity must have shape \[72\], got \[71\]"),
     ("quantize_activation", 2, lambda s: s.repeat(2)[::2], "sensitivity must be contiguous, got"),
     ("quantize_activation", 3, lambda t: t.int(), "threshold must be torch.int64, got torch.int32"),
-    ("quantize_activation", 4, lambda _: "best", "rule must be one of difference, benefit, truncated, random"),
+    ("quantize_activation", 4, lambda _: "best", "rule must be one of difference, benefit"),
     ("quantize_activation", 5, lambda _: "all", "scales must be one of max, search, got all"),
     ("unpack_weight", 0, lambda p: p.int(), "low must be torch.uint8, got torch.int32"),
     ("unpack_weight", 0, lambda p: p[:, :-1], r"low must have shape \[24, 40\], got \[24, 39\]"),
