@@ -22,7 +22,7 @@ from fgmp.hardware import cells, inference, liberty, silicon, stimulus, yosys
 from fgmp.hardware.array import RULES
 from fgmp.hardware.cells import Library
 from fgmp.hardware.datapath import Datapath
-from fgmp.hardware.inference import Machine, Work
+from fgmp.hardware.inference import LANES, PREFILL, Machine, Work
 from fgmp.hardware.silicon import FP4, FP8, MIXED, Measurement
 from fgmp.hardware.stimulus import Layer, SiteInput
 from fgmp.model.linear import mixed_linears
@@ -38,13 +38,10 @@ that is depends on the library."""
 TOKENS = 256
 """Tokens whose activations drive the netlists."""
 
-LANES = 16
-"""Lanes that share an activation block."""
-
 QUANTIZER = ("rule", "scales", "sensitivities")
 """What a quantizer is built for, the parameters of ``rtl.ppu.Quantizer``."""
 
-PHASES = {"prefill": (2048, 1), "decode": (1, 256)}
+PHASES = {"prefill": (PREFILL, 1), "decode": (1, 256)}
 """Tokens that go through together, and how often."""
 
 PAPER_SAVING = 14.0

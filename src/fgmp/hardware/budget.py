@@ -2,8 +2,8 @@
 
 ``fgmp hw energy`` measures lanes on one checkpoint's operands, which takes minutes. A budget has to
 ask for many choices, so it takes the lanes' energies from a table, ``lanes.toml``; what each linear
-does, by the formats of its pairs of blocks, comes from the model. Counted is a prefill of 2,048
-tokens: lanes, totals, quantizer, buffers and DRAM, as in ``inference``.
+does, by the formats of its pairs of blocks, comes from the model. Counted is a prefill: lanes,
+totals, quantizer, buffers and DRAM, as in ``inference``.
 """
 
 import tomllib
@@ -12,12 +12,8 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from fgmp.hardware.inference import Machine, Work, bits_of, serve
+from fgmp.hardware.inference import LANES, PREFILL, Machine, Work, bits_of, serve
 from fgmp.hardware.silicon import FP8, MIXED
-
-TOKENS = 2048
-LANES = 16
-"""Lanes that share an activation block."""
 
 
 @cache
@@ -40,6 +36,6 @@ def machine(kind: str) -> Machine:
 def percent_of_fp8(work: Sequence[Work]) -> float:
     """Energy of a model's linears on the mixed machine, as percent of the FP8 machine's."""
     wide = [replace(linear, mix={(True, True): 1.0}) for linear in work]
-    ours = sum(serve(work, machine("mixed"), TOKENS).values())
-    theirs = sum(serve(wide, machine("fp8"), TOKENS).values())
+    ours = sum(serve(work, machine("mixed"), PREFILL).values())
+    theirs = sum(serve(wide, machine("fp8"), PREFILL).values())
     return 100 * ours / theirs

@@ -21,6 +21,12 @@ from pathlib import Path
 from fgmp.formats.spec import BLOCK, FLAG_BITS, FP4_BITS, FP8_BITS
 from fgmp.hardware.silicon import OPERATIONS
 
+LANES = 16
+"""Lanes that share an activation block."""
+
+PREFILL = 2048
+"""Tokens that go through together before the first is made."""
+
 QUANTIZER_LATENCY = 9
 """Cycles from a block to its codes, ``rtl.ppu.latency`` of the default; that needs Amaranth."""
 
