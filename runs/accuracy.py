@@ -23,8 +23,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from unittest import mock
 
 import baselines
+import hessian
 import sensitivity
 import torch
 import transforms
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from fgmp import Recipe, calibration_text, evaluation_windows, quantize
+from fgmp.assign import weights
 from fgmp.data import CalibrationText, choose_windows, overlap
 from fgmp.evaluation.compare import activation_fraction, start_counting, weight_bits
 from fgmp.evaluation.perplexity import batches, logits_of, loss_of
@@ -58,6 +61,16 @@ def recipe(**fields: object) -> Row:
 def estimate(label: str, fp4: float) -> Row:
     """A row whose sensitivities are another estimate, of ``runs/sensitivity.py``."""
     return lambda setting: sensitivity.estimated(setting, label, fp4=fp4)
+
+
+def by_local_hessian(fp4: float) -> Row:
+    """A row whose weights take their scales by ``hessian.compensated``."""
+
+    def made(setting: "Setting") -> nn.Module:
+        with mock.patch.object(weights, "compensated", hessian.compensated):
+            return setting.quantized(fp4=fp4)
+
+    return made
 
 
 def transformed(change: Callable[[nn.Module, Tensor], nn.Module], **fields: object) -> Row:
@@ -119,6 +132,8 @@ ABLATIONS: dict[str, Row] = {
     "ours 70%, rule difference": recipe(fp4=0.7, rule="difference"),
     "ours 70%, scales max": recipe(fp4=0.7, scales="max"),
     "ours 90%, scales max": recipe(fp4=0.9, scales="max"),
+    "ours 70%, local Hessian": by_local_hessian(0.7),
+    "ours 100%, local Hessian": by_local_hessian(1.0),
     "ours 70%, power-of-two sensitivities": recipe(fp4=0.7, sensitivities="powers"),
     "ours 70%, truncated squares": recipe(fp4=0.7, rule="truncated"),
     "ours 70%, no clipping": recipe(fp4=0.7, clip="off"),
@@ -155,12 +170,8 @@ VERSUS = {
     "ours, mean of 90%": ("ours 90%",),
     "ours at 5.4 bits": ("autoquantize 5.4 bits",),
     "ours at 6.0 bits": ("autoquantize 6.0 bits",),
-    **{row: (row.partition(",")[0],) for row in ABLATIONS if "Fisher" in row},
-    **{
-        f"ours {share}, {what}": (f"ours {share}",)
-        for what in TRANSFORMS
-        for share in ("70%", "100%")
-    },
+    **{row: (whole,) for row in ABLATIONS if (whole := row.partition(",")[0]) in ROWS},
+    "ours 100%, no compensation": ("ours 100%", "nvfp4, four over six"),
 }
 """Rows that are compared window by window with others."""
 

@@ -1,43 +1,33 @@
 """The harness of ``runs/accuracy.py`` and its baselines, each against its rule spelt out."""
 
-import importlib.util
 import itertools
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+from unittest import mock
 
+import accuracy
+import baselines
+import hessian
 import pytest
+import sensitivity
 import torch
 from conftest import make_model
 from rich.console import Console
 from torch import Tensor, nn
 
+from fgmp.assign.compensate import factorize
 from fgmp.data import choose_windows
+from fgmp.formats.codec import decode_e2m1, decode_e4m3
 from fgmp.formats.spec import E2M1, E4M3, THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
+from fgmp.formats.weight import WeightCodes, nearest_scale_codes
 from fgmp.model.linear import mixed_linears, sites
 from fgmp.model.store import config_of
-
-RUNS = Path(__file__).parents[1] / "runs"
-
-
-@pytest.fixture(scope="module")
-def accuracy() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(RUNS))
-    spec = importlib.util.spec_from_file_location("accuracy", RUNS / "accuracy.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["accuracy"] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(RUNS))
-    del sys.modules["accuracy"]
+from fgmp.sensitivity.moments import Moments
 
 
 @pytest.fixture
-def setting(accuracy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(accuracy, "load_model", lambda name: make_model(name))
     stream = torch.randint(128, (400,), generator=torch.Generator().manual_seed(1))
     text = choose_windows(stream, samples=8, seq_len=24, seed=0)
@@ -49,14 +39,14 @@ def windows() -> Tensor:
     return torch.randint(128, (6, 24), generator=torch.Generator().manual_seed(2))
 
 
-def measured(accuracy: ModuleType, model: nn.Module) -> Any:
+def measured(model: nn.Module) -> Any:
     reference = [accuracy.logits_of(make_model("llama"), b) for b in accuracy.batches(windows())]
     return accuracy.measure(model, reference, windows())
 
 
-def test_rows_are_made_and_ordered(accuracy: ModuleType, setting: Any) -> None:
+def test_rows_are_made_and_ordered(setting: Any) -> None:
     names = ("fp8", "nvfp4", "paper 70%", "nvfp4, GPTQ", "nvfp4, four over six", "70% by channel")
-    found = {name: [measured(accuracy, accuracy.ROWS[name](setting))] for name in names}
+    found = {name: [measured(accuracy.ROWS[name](setting))] for name in names}
     original = accuracy.loss_of(accuracy.logits_of(make_model("llama"), windows()), windows())
     rows = {row["name"]: row for row in accuracy.rows_of(found, original, 23)}
     assert rows["fp8"]["kl_gap_recovered_percent"] == 100
@@ -71,7 +61,7 @@ def test_rows_are_made_and_ordered(accuracy: ModuleType, setting: Any) -> None:
     assert 5 < rows["70% by channel"]["bits_per_weight"] < 6.5
 
 
-def test_rows_are_compared_on_the_seeds_they_share(accuracy: ModuleType) -> None:
+def test_rows_are_compared_on_the_seeds_they_share() -> None:
     def row(*means: float) -> list[Any]:
         noise = torch.linspace(-0.1, 0.1, 50, dtype=torch.float64)
         return [accuracy.Measured(10 + noise, 10 * (m + noise), 5.0, 0.5, "x") for m in means]
@@ -92,10 +82,7 @@ def test_rows_are_compared_on_the_seeds_they_share(accuracy: ModuleType) -> None
     assert over["ci95"] == pytest.approx([25, 25])
 
 
-def test_autoquantize_is_the_best_choice_under_its_budget(
-    accuracy: ModuleType, setting: Any
-) -> None:
-    baselines = accuracy.baselines
+def test_autoquantize_is_the_best_choice_under_its_budget(setting: Any) -> None:
     parts = baselines.Parts(setting)
     scores = baselines.layer_scores(parts, setting.text.samples)
     size = {o: sum(parts.weights[n].numel() for n in ns) for o, ns in parts.linears_of.items()}
@@ -116,8 +103,8 @@ def test_autoquantize_is_the_best_choice_under_its_budget(
                 assert mixed_linears(model)[name].packed.mode == ("fp8" if high else "fp4")
 
 
-def test_four_over_six_takes_the_better_scale(accuracy: ModuleType, setting: Any) -> None:
-    model = accuracy.baselines.four_over_six(setting)
+def test_four_over_six_takes_the_better_scale(setting: Any) -> None:
+    model = baselines.four_over_six(setting)
     site = next(iter(sites(model).values()))
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(3)).bfloat16().float()
     units = site._quantize(x).float()
@@ -134,14 +121,13 @@ def test_four_over_six_takes_the_better_scale(accuracy: ModuleType, setting: Any
     assert min(errors) > 0
 
 
-def test_our_bits_are_counted_with_the_row_counters(accuracy: ModuleType, setting: Any) -> None:
-    model = accuracy.baselines.at_bits(setting, 6.0)
+def test_our_bits_are_counted_with_the_row_counters(setting: Any) -> None:
+    model = baselines.at_bits(setting, 6.0)
     # On weights this small, a few blocks and the record of the shape show in the second digit.
     assert 5.85 < accuracy.weight_bits(model) <= 6.02
 
 
-def test_estimates_of_the_sensitivities(accuracy: ModuleType, setting: Any) -> None:
-    sensitivity = accuracy.sensitivity
+def test_estimates_of_the_sensitivities(setting: Any) -> None:
     exact = sensitivity.calibrated(setting)
     whole = sensitivity.from_gradients(lambda x, g: (g.T @ x).square(), setting)
     for name, f in whole.items():
@@ -160,21 +146,21 @@ def test_estimates_of_the_sensitivities(accuracy: ModuleType, setting: Any) -> N
         ), label
 
 
-def test_rank_correlation_averages_ties(accuracy: ModuleType) -> None:
+def test_rank_correlation_averages_ties() -> None:
     a, b = torch.tensor([1.0, 2.0, 2.0, 9.0]), torch.tensor([0.0, 5.0, 7.0, 6.0])
     # Ranks 1, 2.5, 2.5, 4 and 1, 2, 4, 3: covariance 3 of 4.5 and 5.
-    assert accuracy.sensitivity.spearman(a, b) == pytest.approx(3 / (4.5 * 5) ** 0.5)
-    assert accuracy.sensitivity.spearman(a, -a) == pytest.approx(-1)
+    assert sensitivity.spearman(a, b) == pytest.approx(3 / (4.5 * 5) ** 0.5)
+    assert sensitivity.spearman(a, -a) == pytest.approx(-1)
 
 
-def test_memory_of_a_large_model(accuracy: ModuleType) -> None:
-    found = accuracy.sensitivity.memory_of_70b()
+def test_memory_of_a_large_model() -> None:
+    found = sensitivity.memory_of_70b()
     assert found["quantized_parameters_billions"] == pytest.approx(68.45, abs=0.01)
     assert found["fisher, exact_gb"] == pytest.approx(273.8, abs=0.1)
     assert found["fisher, factored_gb"] < 0.06
 
 
-def test_headroom_ends_saturation(accuracy: ModuleType, setting: Any) -> None:
+def test_headroom_ends_saturation(setting: Any) -> None:
     import headroom
 
     setting.text = replace(setting.text, samples=setting.text.samples[:, :8])
@@ -192,3 +178,27 @@ def test_headroom_ends_saturation(accuracy: ModuleType, setting: Any) -> None:
     assert rows[2]["saturated_per_million"] > 0 and rows[3]["saturated_per_million"] == 0
     assert rows[2]["kl_over_plain"] == 0 and rows[2]["kl_over_plain_ci95"] == [0, 0]
     assert rows[3]["kl"] - rows[2]["kl"] == pytest.approx(rows[3]["kl_over_plain"])
+
+
+def test_scales_by_the_local_hessian_are_the_cheapest() -> None:
+    """Of one block, whose cost is then that of the whole layer: all candidates tried by hand."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(6, 16, generator=generator)
+    q = torch.randn(64, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
+    factors = factorize(Moments(q.T @ q, q.T @ q), 0.01)
+    assert factors is not None
+    fp4 = torch.zeros(6, 1, dtype=torch.bool)
+    t = weight.abs().max().item() / 600
+    found = hessian.compensated(weight, factors, fp4, t, None)
+    metric = torch.linalg.inv(factors.spread)
+
+    def cost(codes: WeightCodes) -> Tensor:
+        values = decode_e2m1(codes.fp4) * decode_e4m3(codes.scale).unsqueeze(-1) * t
+        return ((values.squeeze(1).double() - weight) @ metric).square().sum(1)
+
+    near = nearest_scale_codes(weight, t).int()
+    for step in hessian.REACH:
+        with mock.patch.object(hessian, "REACH", [step]):
+            other = hessian.compensated(weight, factors, fp4, t, None)
+        assert (other.scale.int() - near).unique().tolist() == [step]
+        assert (cost(found) <= cost(other) * (1 + 1e-9)).all()

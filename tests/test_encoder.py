@@ -3,29 +3,11 @@
 The drift of the embeddings must order as the formats do, and mixing must recover most of the gap.
 """
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
+import encoder
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "runs" / "encoder.py"
 
-
-@pytest.fixture(scope="module")
-def encoder() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPT.parent)
-        spec = importlib.util.spec_from_file_location("encoder", SCRIPT)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
-
-
-def test_mixing_keeps_embeddings_in_place(
-    encoder: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mixing_keeps_embeddings_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = {"ours 70%": encoder.RECIPES["ours 70%"]}
     monkeypatch.setattr(encoder, "RECIPES", ours)
     lines = encoder.sentences(32)

@@ -29,13 +29,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"evaluation"},
     "sequential": {"formats", "sensitivity", "pack", "model"},
     "heldout": {"sensitivity", "model"},
+    "task": {"progress", "recipe", "formats", "sensitivity", "assign"},
     "solve": {
-        *("errors", "recipe", "formats", "sensitivity"),
-        *("pack", "hardware", "assign", "model"),
+        *("errors", "formats", "sensitivity", "pack", "hardware", "assign", "model", "task"),
+    },
+    "candidates": {
+        *("formats", "pack", "assign", "model", "sequential", "heldout", "task", "solve"),
     },
     "pipeline": {
         *("errors", "progress", "recipe", "formats", "sensitivity", "pack", "assign", "model"),
-        *("sequential", "heldout", "solve"),
+        *("sequential", "task", "solve", "candidates"),
     },
     "workflow": {
         *("errors", "progress", "recipe", "data", "demo.text"),

@@ -17,7 +17,7 @@ from conftest import FAMILIES, make_model
 from torch import Tensor, nn
 
 import fgmp
-from fgmp import InputError, Recipe, pipeline
+from fgmp import InputError, Recipe, candidates
 from fgmp.assign.weights import pack_weights
 from fgmp.formats.activation import quantize as quantize_activation
 from fgmp.formats.spec import THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
@@ -362,7 +362,7 @@ def test_a_uniform_format_that_is_nearer_is_returned(
         packed = pack_weights(*args, **named)
         return {n: replace(p, low=p.low.flip(0)) for n, p in packed.items()}
 
-    monkeypatch.setattr(pipeline, "pack_weights", spoilt)
+    monkeypatch.setattr(candidates, "pack_weights", spoilt)
     lines: list[str] = []
     model = fgmp.quantize(make_model("llama"), tokens, Recipe(clip="off"), report=lines.append)
     assert any("all NVFP4 does better on held-out text" in line for line in lines)

@@ -1,28 +1,10 @@
 """The transforms of ``runs/transforms.py`` leave a model's function alone."""
 
-import importlib.util
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
+import transforms
 from conftest import make_model
 from torch import Tensor, nn
-
-RUNS = Path(__file__).parents[1] / "runs"
-
-
-@pytest.fixture(scope="module")
-def transforms() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("transforms", RUNS / "transforms.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["transforms"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["transforms"]
 
 
 def a_model(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -51,7 +33,7 @@ READERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_pr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_migration_is_exact(transforms: ModuleType, dtype: torch.dtype, tokens: Tensor) -> None:
+def test_migration_is_exact(dtype: torch.dtype, tokens: Tensor) -> None:
     """To the bit: products with powers of two round nothing, and sums see the same terms."""
     original = a_model(dtype)
     before = logits(original, tokens)
@@ -64,7 +46,7 @@ def test_migration_is_exact(transforms: ModuleType, dtype: torch.dtype, tokens: 
         assert (ratio[0].log2() % 1 == 0).all()
 
 
-def test_the_candidate_of_least_error_is_taken(transforms: ModuleType, tokens: Tensor) -> None:
+def test_the_candidate_of_least_error_is_taken(tokens: Tensor) -> None:
     taken = transforms.migrate(a_model(), tokens)
     original = a_model()
     found = list(transforms.seams(original))
@@ -82,7 +64,7 @@ def test_the_candidate_of_least_error_is_taken(transforms: ModuleType, tokens: T
 
 
 @pytest.mark.parametrize("change", ["reorder", "rotate", "rotate_blocks"])
-def test_orders_and_rotations(transforms: ModuleType, change: str, tokens: Tensor) -> None:
+def test_orders_and_rotations(change: str, tokens: Tensor) -> None:
     """To what rounding and another order of summation leave: some 2**-20 of logits near 10."""
     before = logits(a_model(), tokens)
     after = getattr(transforms, change)(a_model(), tokens)
@@ -91,14 +73,14 @@ def test_orders_and_rotations(transforms: ModuleType, change: str, tokens: Tenso
         assert changed(after, f"model.layers.1.{name}.weight")
 
 
-def test_rotations_are_orthogonal(transforms: ModuleType) -> None:
+def test_rotations_are_orthogonal() -> None:
     for width, block, span in ((96, None, 32), (96, 16, 16), (8, 16, 8), (172, 16, 4)):
         r = transforms.rotation(width, block, seed=0)
         assert torch.allclose(r @ r.T, torch.eye(width, dtype=torch.float64), atol=1e-12)
         assert ((r != 0).sum(0) == span).all()
 
 
-def test_sorting_puts_like_channels_together(transforms: ModuleType, tokens: Tensor) -> None:
+def test_sorting_puts_like_channels_together(tokens: Tensor) -> None:
     """The input of a down projection comes out in order of g^2 x^2."""
     model = transforms.reorder(a_model(), tokens)
     inputs = transforms._inputs(model, list(transforms.seams(model)), tokens)

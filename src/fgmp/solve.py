@@ -10,27 +10,24 @@ far along it one may go:
                     more: the model is packed and measured at each of a few points
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fgmp.assign.activations import assign_activations
 from fgmp.assign.budget import RELIEF, Frontier, furthest
-from fgmp.assign.policy import Policy, weight_masks
-from fgmp.assign.weights import ScoredWeights
+from fgmp.assign.policy import weight_masks
 from fgmp.errors import InputError
 from fgmp.formats.activation import Site
 from fgmp.formats.spec import FP4_BITS, FP8_BITS
 from fgmp.model.linear import ActivationSite
 from fgmp.model.store import tensors_to_save
 from fgmp.pack.planes import packed_bytes
-from fgmp.recipe import Recipe
-from fgmp.sensitivity.fisher import Loss, frozen
-from fgmp.sensitivity.histogram import ScoreHistogram
+from fgmp.sensitivity.fisher import frozen
+from fgmp.task import Scored, Task
 
 _FINE_STEPS = 20
 _ENERGY_STEPS = 8
@@ -39,31 +36,6 @@ _INCREASE_STEPS = 6
 
 _SITE_BYTES = 4 + 4 + 8
 """r, gamma and threshold (docs/format.md, section 3)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Scored:
-    """What is known of a model before its blocks get formats.
-
-    Attributes:
-        model: linearized, not yet quantized.
-        linears: those to quantize, by name.
-        linears_of: names of the linears that read a site, by the one that owns it.
-        records: of the sites, without threshold.
-        histograms: of the sites' block scores.
-        variants: scored weights, by each way of choosing scales.
-        policy: the recipe's.
-        predictions: tokens of the calibration.
-    """
-
-    model: nn.Module
-    linears: dict[str, nn.Linear]
-    linears_of: dict[str, list[str]]
-    records: dict[str, Site]
-    histograms: dict[str, ScoreHistogram]
-    variants: list[ScoredWeights]
-    policy: Policy
-    predictions: int
 
 
 @dataclass(frozen=True)
@@ -75,24 +47,21 @@ class Point:
 
 
 def solve(
-    recipe: Recipe,
+    task: Task,
     scored: Scored,
-    held_out: Sequence[Any] | Tensor,
-    loss: Loss,
     increase: Callable[[tuple[float, float]], float],
 ) -> Point:
     """The shares that a recipe asks for, or that its budget comes to.
 
     Args:
-        recipe: gives the budget.
+        task: its recipe gives the budget, its held-out sequences count energies.
         scored: see there.
-        held_out: sequences that energies are counted on.
-        loss: runs one through the model.
         increase: of perplexity over all-FP8's in percent, of the model at some shares.
 
     Raises:
         InputError: the budget is less than all FP4 takes.
     """
+    recipe = task.recipe
     if scored.policy.fraction is not None:
         return Point((scored.policy.fraction, scored.policy.fraction))
     if recipe.budget is None:
@@ -105,11 +74,9 @@ def solve(
     )
     facts: dict[str, float] = {}
     if recipe.max_bytes is not None:
-        bits = _bits_of_bytes(recipe.max_bytes, scored, frontier)
+        bits = _bits_of_bytes(recipe.max_bytes, task, scored, frontier)
     elif recipe.max_energy is not None:
-        bits, facts["energy_percent"] = _bits_of_energy(
-            recipe.max_energy, scored, frontier, held_out, loss
-        )
+        bits, facts["energy_percent"] = _bits_of_energy(recipe.max_energy, task, scored, frontier)
     elif recipe.max_increase is not None:
         bound = recipe.max_increase
         bits = furthest(
@@ -153,15 +120,15 @@ def tensor_bytes(
     return total
 
 
-def _bits_of_bytes(limit: int, scored: Scored, frontier: Frontier) -> float:
-    require_bytes(limit, scored.model, scored.linears, scored.records)
+def _bits_of_bytes(limit: int, task: Task, scored: Scored, frontier: Frontier) -> float:
+    require_bytes(limit, task.model, task.linears, scored.records)
 
     def fits(bits: float) -> bool:
         share = frontier.shares(bits)[0]
         for variant in scored.variants:
             masks, _ = weight_masks(scored.policy, variant.scores, share)
             blocks = {name: int(mask.sum()) for name, mask in masks.items()}
-            if tensor_bytes(scored.model, scored.linears, scored.records, blocks) > limit:
+            if tensor_bytes(task.model, task.linears, scored.records, blocks) > limit:
                 return False
         return True
 
@@ -172,17 +139,13 @@ def _bits_of_bytes(limit: int, scored: Scored, frontier: Frontier) -> float:
 
 
 def _bits_of_energy(
-    limit: float,
-    scored: Scored,
-    frontier: Frontier,
-    held_out: Sequence[Any] | Tensor,
-    loss: Loss,
+    limit: float, task: Task, scored: Scored, frontier: Frontier
 ) -> tuple[float, float]:
     """The bits, and what they take in percent of all FP8."""
     found: dict[float, float] = {}
 
     def energy(bits: float) -> float:
-        found[bits] = _energy_percent(scored, frontier.shares(bits), held_out, loss)
+        found[bits] = _energy_percent(task, scored, frontier.shares(bits))
         return found[bits]
 
     least = energy(FP4_BITS)
@@ -196,9 +159,7 @@ def _bits_of_energy(
 
 
 @torch.no_grad()
-def _energy_percent(
-    scored: Scored, shares: tuple[float, float], held_out: Sequence[Any] | Tensor, loss: Loss
-) -> float:
+def _energy_percent(task: Task, scored: Scored, shares: tuple[float, float]) -> float:
     """Energy at some shares: how often formats meet is counted on the original's activations."""
     from fgmp.hardware.budget import percent_of_fp8
     from fgmp.hardware.inference import Work
@@ -207,19 +168,19 @@ def _energy_percent(
     assigned = assign_activations(scored.records, scored.histograms, scored.policy, shares[1])
     counts = {owner: _Counts() for owner in scored.records}
     handles = [
-        scored.linears[owner].register_forward_pre_hook(
+        task.linears[owner].register_forward_pre_hook(
             partial(
                 _count_formats,
                 counts[owner],
-                ActivationSite(record).to(scored.linears[owner].weight.device),
+                ActivationSite(record).to(task.linears[owner].weight.device),
             )
         )
         for owner, record in assigned.records.items()
     ]
     try:
-        with frozen(scored.model):
-            for sample in held_out:
-                loss(scored.model, sample)
+        with frozen(task.model):
+            for sample in task.held_out:
+                task.loss(task.model, sample)
     finally:
         for handle in handles:
             handle.remove()
@@ -236,7 +197,7 @@ def _energy_percent(
                 (True, False): a - both,
                 (True, True): both,
             }
-            n, k = scored.linears[name].weight.shape
+            n, k = task.linears[name].weight.shape
             work.append(Work(name, owner, n, k, mix))
     return percent_of_fp8(work)
 

@@ -81,7 +81,7 @@ def compensated(
         scale[:, block] = best = _scales(columns.float(), counts, t)
         errors = torch.zeros(n, stop - start, dtype=torch.float64, device=weight.device)
         for j in range(stop - start):
-            fp4[:, block, j], fp8[:, block, j], value = _rounded(
+            fp4[:, block, j], fp8[:, block, j], value = rounded(
                 columns[:, j].float(), best, is_fp8[:, block], t
             )
             errors[:, j] = (columns[:, j] - value) / spread[j, start + j]
@@ -98,7 +98,7 @@ def _scales(block: Tensor, fisher: Tensor | None, t: float) -> Tensor:
     return search_scale_codes(block, fisher, t).squeeze(1)
 
 
-def _rounded(
+def rounded(
     column: Tensor, scale: Tensor, is_fp8: Tensor, t: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """FP4 codes, FP8 codes and the decoded value, float64, of a column (N,) of blocks."""

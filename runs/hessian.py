@@ -1,0 +1,51 @@
+"""An ablation: FP4 scales by a local Hessian instead of the Fisher information's diagonal.
+
+Compensation rounds a block's columns one after the other and moves each error to the columns still
+to come. What a scale costs the layer's output, everything after the block free to make up for it,
+is the sum of GPTQ's squared errors over the block, of which the local Hessian is the matrix (arXiv
+2210.17323, and the objective that others name after it). Here every candidate scale goes through
+the block's rounding, and the one of least cost stays; the product searches the scale that weighs
+each element's square by its Fisher information.
+"""
+
+import torch
+from torch import Tensor
+
+from fgmp.assign.compensate import Factors, rounded
+from fgmp.formats.spec import BLOCK, E2M1, SCALE_MAX_CODE, SCALE_MIN_CODE
+from fgmp.formats.weight import WeightCodes, nearest_scale_codes
+
+REACH = range(-10, 8)
+"""Candidates: codes so far from the nearest scale's, half to nearly twice the scale."""
+
+
+def compensated(
+    weight: Tensor, factors: Factors, is_fp8: Tensor, t: float, fisher: Tensor | None
+) -> WeightCodes:
+    """In place of ``fgmp.assign.compensate.compensated``; ``fisher`` is not looked at."""
+    n, k = weight.shape
+    v = weight.double() @ factors.transfer
+    reach = torch.tensor(REACH, device=weight.device)
+    tried, rows = len(reach), torch.arange(n, device=weight.device)
+    fp4 = torch.zeros(*is_fp8.shape, BLOCK, dtype=torch.uint8, device=weight.device)
+    fp8, scale = torch.zeros_like(fp4), torch.zeros_like(fp4[..., 0])
+    for block in range(is_fp8.shape[1]):
+        start, stop = block * BLOCK, min((block + 1) * BLOCK, k)
+        spread = factors.spread[start:stop]
+        near = nearest_scale_codes(v[:, start:stop].float(), t).int()
+        candidates = (near + reach).clamp(SCALE_MIN_CODE, SCALE_MAX_CODE).to(torch.uint8).flatten()
+        columns = v[:, start:stop].repeat_interleave(tried, 0)
+        formats = is_fp8[:, block].repeat_interleave(tried)
+        codes = torch.zeros(2, n * tried, BLOCK, dtype=torch.uint8, device=weight.device)
+        errors = torch.zeros_like(columns)
+        for j in range(stop - start):
+            codes[0, :, j], codes[1, :, j], value = rounded(
+                columns[:, j].float(), candidates, formats, t
+            )
+            errors[:, j] = (columns[:, j] - value) / spread[j, start + j]
+            columns[:, j + 1 :] -= errors[:, j, None] * spread[j, start + j + 1 : stop]
+        best = rows * tried + errors.square().sum(1).reshape(n, tried).argmin(1)
+        fp4[:, block], fp8[:, block], scale[:, block] = *codes[:, best], candidates[best]
+        v[:, stop:] -= errors[best] @ spread[:, stop:]
+    scale[(fp4 & (E2M1.sign_bit - 1) == 0).all(-1)] = SCALE_MIN_CODE
+    return WeightCodes(fp4, scale, fp8, t, k)

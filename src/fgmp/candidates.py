@@ -1,0 +1,216 @@
+"""What a model may become: made, measured on held-out text, chosen.
+
+Candidates are the mixed model, with each choice of block scales, and the uniform ones that take no
+more bits: what is handed out is never worse than those.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgmp.assign.activations import ActivationAssignment, assign_activations
+from fgmp.assign.policy import weight_masks
+from fgmp.assign.weights import ScoredWeights, group_scale, pack_weights
+from fgmp.formats.activation import Site, site_threshold
+from fgmp.formats.spec import FP8_BITS, stream_bits
+from fgmp.formats.weight import quantize_weight
+from fgmp.heldout import Trial, trials
+from fgmp.model.convert import install, packed_linears
+from fgmp.model.linear import MixedLinear
+from fgmp.pack.planes import PackedWeight, pack
+from fgmp.sequential import pack_in_turn, stages
+from fgmp.solve import Point
+from fgmp.task import Scored, Task
+
+UNIFORM = {"nvfp4": 1.0, "fp8": 0.0}
+"""Share of FP4 blocks by the name of a uniform format."""
+
+_ON, _OFF = "on", "off"
+"""Candidates with and without searched scales."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What quantizing decided, before it is put into the model; sites go by their owner."""
+
+    weights: dict[str, PackedWeight]
+    activations: ActivationAssignment
+    linears_of: dict[str, list[str]]
+
+    def linears(self, model: nn.Module) -> dict[str, MixedLinear]:
+        """The packed linears by name, not yet in the model."""
+        return packed_linears(model, self.weights, self.activations.records, self.linears_of)
+
+    def install(self, model: nn.Module) -> None:
+        """Put it into the model, in place."""
+        install(model, self.weights, self.activations.records, self.linears_of)
+
+    @property
+    def bits(self) -> float:
+        """Mean of the bits of a weight, every byte counted, and of an activation, with its flag."""
+        packed = self.weights.values()
+        weights = 8 * sum(p.nbytes for p in packed) / sum(p.n * p.k for p in packed)
+        return (weights + stream_bits(self.activations.fp4_fraction)) / 2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The candidate that won, and what to write down about all of them."""
+
+    assignment: Assignment
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def mixed(
+    task: Task,
+    scored: Scored,
+    fisher: Mapping[str, Tensor],
+    shares: tuple[float, float],
+    variants: Sequence[ScoredWeights],
+) -> dict[str, Assignment]:
+    """The model at these shares of FP4 blocks, weights' and activations', with choices of scales.
+
+    Args:
+        task, scored: see there.
+        fisher: F_w by linear.
+        shares: see above.
+        variants: some of ``scored``'s; the result has one entry for each.
+    """
+    activations = assign_activations(scored.records, scored.histograms, scored.policy, shares[1])
+    made = {}
+    for variant in variants:
+        masks, _ = weight_masks(scored.policy, variant.scores, shares[0])
+        make = partial(
+            pack_weights, task.tensors, fisher, policy=scored.policy, scored=variant, masks=masks
+        )
+        if task.recipe.compensate:
+            steps = len(stages(task.model, list(scored.records))) * len(task.samples)
+            with task.progress("compensating", steps) as advance:
+                weights = pack_in_turn(
+                    task.model,
+                    scored.linears_of,
+                    activations.records,
+                    task.samples,
+                    task.loss,
+                    make,
+                    advance,
+                )
+        else:
+            with task.progress("packing", len(task.linears)) as advance:
+                weights = make(scored.linears_of.values(), advance=advance)
+        name = _ON if variant.clipped else _OFF
+        made[name] = Assignment(weights, activations, scored.linears_of)
+    return made
+
+
+def uniformly(
+    weights: Mapping[str, Tensor],
+    records: Mapping[str, Site],
+    linears_of: Mapping[str, list[str]],
+    fp4: float,
+) -> Assignment:
+    """Everything FP4 (``fp4`` 1), or FP8 (0), all rounded to nearest."""
+    threshold = site_threshold(-torch.inf if fp4 == 0 else torch.inf, 1.0, 1.0)
+    flat = {
+        owner: replace(record, threshold=threshold, rule="difference", scales="max")
+        for owner, record in records.items()
+    }
+    packed = {}
+    for names in linears_of.values():
+        t = group_scale(weights[name] for name in names)
+        for name in names:
+            codes = quantize_weight(weights[name], t)
+            packed[name] = pack(codes, torch.full_like(codes.scale, fp4 == 0).bool())
+    activations = ActivationAssignment(flat, dict.fromkeys(flat, fp4), fp4)
+    return Assignment(packed, activations, dict(linears_of))
+
+
+def measure(task: Task, candidates: Mapping[str, Assignment]) -> dict[str, Trial]:
+    """What the held-out sequences say of each candidate."""
+    packed = {name: assignment.linears(task.model) for name, assignment in candidates.items()}
+    with task.progress("checking on held-out text", len(task.held_out)) as advance:
+        return trials(task.model, task.linears, packed, task.held_out, task.loss, advance)
+
+
+def choose(
+    task: Task,
+    scored: Scored,
+    point: Point,
+    candidates: dict[str, Assignment],
+    base: Mapping[str, Trial],
+) -> Choice:
+    """The best of the mixed candidates and of the uniform ones at no more bits.
+
+    Args:
+        task, scored: see there.
+        point: where on the frontier the candidates are.
+        candidates: what :func:`mixed` made.
+        base: under ``max_increase``, what was measured of all FP8.
+    """
+    bound = task.recipe.max_increase
+    ours = list(candidates)[::-1]  # searched scales first: they stay unless the others are better
+    everything = dict(candidates)
+    if scored.policy.sensitivity == "fisher":
+        rivals = ["nvfp4"]
+        above = task.recipe.budget is None and candidates[ours[0]].bits >= FP8_BITS
+        if point.shares == (0, 0) or above:
+            rivals.append("fp8")
+        for name in rivals:
+            everything[name] = uniformly(
+                task.tensors, scored.records, scored.linears_of, UNIFORM[name]
+            )
+    measured = measure(task, everything) if len(everything) > 1 else {}
+    own = _best(measured, ours, base, bound)
+    best = _best(measured, [own, *(n for n in everything if n in UNIFORM)], base, bound)
+    if best != own:
+        task.report(
+            f"all {best.upper()} does better on held-out text ({measured[best].harm:.5f} nats "
+            f"against {measured[own].harm:.5f}) at no more bits: that is what you get"
+        )
+    budget = dict(point.facts)
+    if base:
+        increase = measured[best].increase_percent(base["fp8"])
+        low, high = measured[best].increase_interval(base["fp8"])
+        budget |= {"increase_percent": increase, "increase_low": low, "increase_high": high}
+        task.report(
+            f"perplexity on held-out text is {increase:+.2f}% ({low:+.2f}% to {high:+.2f}%) from "
+            "all-FP8's"
+        )
+    return Choice(
+        everything[best],
+        {
+            "clip": {"used": own == _ON, **_figures(measured, ours if len(ours) > 1 else [])},
+            "uniform": {
+                "used": best if best in UNIFORM else None,
+                **_figures(measured, [own, *UNIFORM]),
+            },
+            "budget": budget,
+        },
+    )
+
+
+def _best(
+    measured: Mapping[str, Trial], names: list[str], base: Mapping[str, Trial], bound: float | None
+) -> str:
+    """The first of ``names``, or one that is clearly better; first come those that keep a bound."""
+    if bound is not None:
+        kept = [n for n in names if measured[n].increase_percent(base["fp8"]) <= bound]
+        names = kept or names
+    best = names[0]
+    for name in names[1:]:
+        if measured[name].clearly_better(measured[best]):
+            best = name
+    return best
+
+
+def _figures(measured: Mapping[str, Trial], names: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Held-out loss, and KL where there is one, by candidate, in nats a prediction."""
+    shown = {name: measured[name] for name in names if name in measured}
+    return {
+        "held_out_nll": {name: trial.nll for name, trial in shown.items()},
+        "held_out_kl": {n: trial.kl for n, trial in shown.items() if trial.kl is not None},
+    }

@@ -1,0 +1,65 @@
+"""What quantizing works on: the task it was given, and what scoring found out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fgmp.assign.policy import Policy
+from fgmp.assign.weights import ScoredWeights
+from fgmp.formats.activation import Site
+from fgmp.progress import Stages, silent
+from fgmp.recipe import Recipe
+from fgmp.sensitivity.fisher import Loss
+from fgmp.sensitivity.histogram import ScoreHistogram
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A model to quantize, how, and by what text.
+
+    Attributes:
+        model: linearized; in its original state between calls.
+        linears: those to quantize, by name.
+        samples: calibration sequences.
+        held_out: sequences that candidates are compared on.
+        loss: runs a sequence.
+        recipe: what the result shall be.
+        progress, report: as ``quantize`` was given them.
+    """
+
+    model: nn.Module
+    linears: dict[str, nn.Linear]
+    samples: Sequence[Any] | Tensor
+    held_out: Sequence[Any] | Tensor
+    loss: Loss
+    recipe: Recipe
+    progress: Stages = silent
+    report: Callable[[str], None] = lambda line: None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights to quantize."""
+        return {name: linear.weight.detach() for name, linear in self.linears.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What is known of a model before its blocks get formats.
+
+    Attributes:
+        linears_of: names of the linears that read a site, by the one that owns it.
+        records: of the sites, without threshold.
+        histograms: of the sites' block scores.
+        variants: scored weights, by each way of choosing scales.
+        policy: the recipe's.
+        predictions: tokens of the calibration.
+    """
+
+    linears_of: dict[str, list[str]]
+    records: dict[str, Site]
+    histograms: dict[str, ScoreHistogram]
+    variants: list[ScoredWeights]
+    policy: Policy
+    predictions: int
