@@ -17,8 +17,6 @@ Needs Verilator: apt-get install verilator.
 import argparse
 import itertools
 import json
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from provenance import provenance
 from torch import Tensor
 
 from fgmp import evaluation_windows
@@ -536,11 +535,6 @@ def run_model(checkpoint: Path, data: str, tokens: int) -> dict[str, Any]:
     }
 
 
-def revision() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -564,8 +558,7 @@ def main() -> None:
     else:
         found = run_model(args.checkpoint, args.data, args.tokens)
     found["seconds"] = round(time.perf_counter() - begin)
-    found["revision"] = revision()
-    found["machine"] = platform.machine()
+    found |= provenance()
     print(json.dumps(found, indent=1))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
