@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from fgmp import accelerator
-from fgmp.accelerator import QUANTIZER, library_of, measure_quantizer, operands
+from fgmp.accelerator import QUANTIZER, library_of, measure, operands, quantizer
 from fgmp.formats.activation import Site, power_codes, quantize
 from fgmp.hardware import inference
 from fgmp.hardware.inference import Work
@@ -86,7 +86,7 @@ def main() -> None:
             continue
         started = time.perf_counter()
         sites = [as_asked(source, *point) for source in found.sites]
-        measured = measure_quantizer(sites, library, reporter)
+        (measured,) = measure([quantizer(sites)], library, reporter)
         inertial = measured.energies.inertial
         row = {
             **dict(zip(QUANTIZER, point, strict=True)),

@@ -385,6 +385,8 @@ def run_units(vectors: int, only: str) -> dict[str, Any]:
         **{f"{name} rules": partial(run_quantizer, rules) for name, rules in PROFILES.items()},
         "output": run_epilogue,
     }
+    if not any(only in name for name in runs):
+        raise SystemExit(f"no unit has {only!r} in its name; there are {', '.join(runs)}")
     with tempfile.TemporaryDirectory() as folder:
         for i, (name, run) in enumerate(runs.items()):
             if only in name:

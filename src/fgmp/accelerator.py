@@ -6,7 +6,9 @@ netlists. ``hardware`` knows nothing of models.
 
 import itertools
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from fgmp.hardware import cells, inference, liberty, silicon, stimulus, yosys
 from fgmp.hardware.array import RULES
 from fgmp.hardware.cells import Library
 from fgmp.hardware.datapath import Datapath
+from fgmp.hardware.gates import Words
 from fgmp.hardware.inference import LANES, PREFILL, Machine, Work
 from fgmp.hardware.silicon import FP4, FP8, MIXED, Measurement
 from fgmp.hardware.stimulus import Layer, SiteInput
@@ -124,12 +127,16 @@ def synthesize_units(path: Path | None, reporter: Reporter) -> dict[str, Any]:
     """Area, cells and depth of every unit: what ``fgmp hw synth`` prints."""
     library = library_of(path, reporter)
     made = silicon.components()
-    units = {}
+    found = {}
     with reporter.stages("synthesizing", len(made)) as advance:
-        for name, create in made.items():
-            units[name] = silicon.implement(create(), library).summary()
+        for name, implementation in silicon.implement_all(made, library):
+            found[name] = implementation.summary()
             advance()
-    return {"units": units, "library": library.name, "area_unit": library.area_unit}
+    return {
+        "units": {name: found[name] for name in made},
+        "library": library.name,
+        "area_unit": library.area_unit,
+    }
 
 
 def energy(
@@ -151,7 +158,7 @@ def energy(
     model = load_model(name)
     tokens = text_windows(name, model, data)
     found = operands(model, tokens)
-    measured = measure(found, library, reporter)
+    measured = measure_machines(found, library, reporter)
     fractions = config_of(model).result
     scenario = inference.independent(fractions["fp4_activations"], fractions["fp4_weights"])
     mixes = {Path(name).name: found.work, "Llama-2-7B": inference.llama_2_7b(scenario)}
@@ -168,7 +175,7 @@ def energy(
         "cycles": own["prefill"]["cycles"],
         "ppu_stall_percent": own["prefill"]["ppu_stall_percent"],
         "mix": inference.unit_shares(found.mix),
-        "lanes": {lane.name: lane.facts(unit) for lane in measured.lanes},
+        "lanes": {one.name: one.facts(unit) for one in measured.lanes},
         "quantizer": {
             **dict(zip(QUANTIZER, measured.quantizer.name.split(", "), strict=True)),
             **measured.quantizer.implementation.summary(),
@@ -249,40 +256,26 @@ class Silicon:
         )
 
 
-def measure(found: Operands, library: Library, reporter: Reporter) -> Silicon:
-    """Measure the recommended lane, the best FP8 lane, the FP4 lane and the quantizer."""
-    narrow = [stimulus.all_fp4(layer) for layer in found.layers]
-    shares = inference.unit_shares(found.mix)
-    mixed = measure_lane("fgmp", MIXED, found.layers, shares, library, reporter)
-    candidates = [
-        measure_lane("fp8", lane, found.layers, {"fp8xfp8": 1.0}, library, reporter)
-        for lane in BASELINES
-    ]
-    fp4 = measure_lane("nvfp4", FP4, narrow, {"fp4xfp4": 1.0}, library, reporter)
-    best = min(candidates, key=lambda lane: lane.per_op)
-    return Silicon(mixed, best, fp4, measure_quantizer(found.sites, library, reporter))
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """Something to measure: how it is made and what drives it; the rest is as in Measured."""
+
+    name: str
+    create: Callable[[], Any]
+    stimulate: Callable[[], dict[str, Words]]
+    warm_up: int
+    datapath: Datapath = MIXED
+    shares: dict[str, float] = field(default_factory=dict)
 
 
-def measure_lane(
-    name: str,
-    datapath: Datapath,
-    layers: list[Layer],
-    shares: dict[str, float],
-    library: Library,
-    reporter: Reporter,
-) -> Measured:
-    """Synthesize a lane and run a model's operands through it."""
-    with reporter.stages(f"{name} lane, {'+'.join(datapath.cuts)}", 2) as advance:
-        implementation = silicon.implement(datapath.create(), library)
-        advance()
-        ports = stimulus.stimulate(layers, datapath, _CYCLES)
-        energies = silicon.measure(implementation, ports, _WARM_UP)
-        advance()
-    return Measured(name, implementation, energies, datapath, shares)
+def lane(name: str, datapath: Datapath, layers: list[Layer], shares: dict[str, float]) -> Subject:
+    """A lane, driven by a model's operands."""
+    ports = partial(stimulus.stimulate, layers, datapath, _CYCLES)
+    return Subject(name, datapath.create, ports, _WARM_UP, datapath, shares)
 
 
-def measure_quantizer(sites: list[SiteInput], library: Library, reporter: Reporter) -> Measured:
-    """The same for the quantizer of the sites' rule and scales, on a model's activations.
+def quantizer(sites: list[SiteInput]) -> Subject:
+    """The quantizer of the sites' rule and scales, driven by a model's activations.
 
     Raises:
         InputError: the sites do not agree, or there is no quantizer for their rule.
@@ -290,13 +283,41 @@ def measure_quantizer(sites: list[SiteInput], library: Library, reporter: Report
     from fgmp.hardware.rtl.ppu import Quantizer, latency
 
     profile = _one_quantizer(sites)
-    with reporter.stages(f"quantizer, {', '.join(profile)}", 2) as advance:
-        implementation = silicon.implement(Quantizer(*profile), library)
-        advance()
-        ports = stimulus.stimulate_quantizer(sites, _CYCLES)
-        energies = silicon.measure(implementation, ports, 2 * latency(*profile[:2]))
-        advance()
-    return Measured(", ".join(profile), implementation, energies, MIXED, {})
+    ports = partial(stimulus.stimulate_quantizer, sites, _CYCLES)
+    create = partial(Quantizer, *profile)
+    return Subject(", ".join(profile), create, ports, 2 * latency(*profile[:2]))
+
+
+def measure(subjects: list[Subject], library: Library, reporter: Reporter) -> list[Measured]:
+    """Synthesize subjects, side by side, and drive each; large ones had better come first."""
+    makers = {str(i): subject.create for i, subject in enumerate(subjects)}
+    found = {}
+    with reporter.stages("synthesizing and simulating", 2 * len(subjects)) as advance:
+        for index, implementation in silicon.implement_all(makers, library):
+            advance()
+            subject = subjects[int(index)]
+            energies = silicon.measure(implementation, subject.stimulate(), subject.warm_up)
+            found[index] = Measured(
+                subject.name, implementation, energies, subject.datapath, subject.shares
+            )
+            advance()
+    return [found[index] for index in makers]
+
+
+def measure_machines(found: Operands, library: Library, reporter: Reporter) -> Silicon:
+    """Measure the recommended lane, the best FP8 lane, the FP4 lane and the quantizer."""
+    narrow = [stimulus.all_fp4(layer) for layer in found.layers]
+    ppu, mixed, fp4, *wide = measure(
+        [
+            quantizer(found.sites),
+            lane("fgmp", MIXED, found.layers, inference.unit_shares(found.mix)),
+            lane("nvfp4", FP4, narrow, {"fp4xfp4": 1.0}),
+            *(lane("fp8", one, found.layers, {"fp8xfp8": 1.0}) for one in BASELINES),
+        ],
+        library,
+        reporter,
+    )
+    return Silicon(mixed, min(wide, key=lambda one: one.per_op), fp4, ppu)
 
 
 def _one_quantizer(sites: list[SiteInput]) -> tuple[str, str, str]:

@@ -207,7 +207,7 @@ def test_verilog_ports_are_plain() -> None:
     """One vector a port, unsigned: OpenSTA refuses others."""
     lane = Datapath(k_max=16, reuse=2).create()
     listed = ports(lane)
-    text = verilog(lane, "lane")
+    text = verilog(rtlil_text(lane, "lane"))
     for p in listed:
         range_ = f"[{p.bits - 1}:0] " if p.bits > 1 else ""
         assert f"  {p.direction} {range_}{p.name};" in text

@@ -72,6 +72,38 @@ def test_gated_units_are_still() -> None:
         assert (values == values[0]).all()
 
 
+def small() -> synthesis.Design:
+    from fgmp.hardware.rtl.registers import Operands
+    from fgmp.hardware.rtl.verilog import rtlil_text
+
+    return synthesis.Design(rtlil_text(Operands(Datapath(cuts=()).units[0]), "top"), "top")
+
+
+def test_netlists_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FGMP_CACHE_DIR", str(tmp_path / "cache"))
+    runs = []
+    yosys_run = yosys.run
+    monkeypatch.setattr(yosys, "run", lambda *given: runs.append(1) or yosys_run(*given))
+    first = synthesis.synthesize(small(), embedded(), 1000.0)
+    again = synthesis.synthesize(small(), embedded(), 1000.0)
+    assert len(runs) == 1
+    assert again.inputs == first.inputs and again.cells == first.cells
+    synthesis.synthesize(small(), embedded(), 900.0)  # another period is another netlist
+    assert len(runs) == 2
+    for kept in (tmp_path / "cache" / "netlists").iterdir():
+        kept.write_bytes(kept.read_bytes()[:-9])
+    assert synthesis.synthesize(small(), embedded(), 1000.0).cells == first.cells
+    assert len(runs) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FGMP_CACHE_DIR", str(tmp_path / "file"))
+    assert synthesis.synthesize(small(), embedded()).cells > 0
+
+
 def test_without_yosys_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(yosys, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'fgmp\[hw\]'"):

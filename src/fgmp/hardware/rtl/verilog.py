@@ -15,17 +15,17 @@ from amaranth.lib import wiring
 from fgmp.hardware import yosys
 
 
-def verilog(component: wiring.Component, name: str) -> str:
-    """The Verilog of a component and what it instantiates; ``name`` is its module's."""
+def verilog(rtlil: str) -> str:
+    """The Verilog of RTLIL text, that of :func:`rtlil_text`."""
     # -nomux and -norom keep the processes, which read better than the cells they would become.
     return yosys.run(
-        f"read_rtlil <<end_of_rtlil\n{rtlil_text(component, name)}\nend_of_rtlil\n"
+        f"read_rtlil <<end_of_rtlil\n{rtlil}\nend_of_rtlil\n"
         "proc -nomux -norom\nmemory_collect\nwrite_verilog -norename\n"
     )
 
 
 def rtlil_text(component: wiring.Component, name: str) -> str:
-    """The same as RTLIL, which Yosys reads without a detour."""
+    """A component and what it instantiates, as Yosys reads it; ``name`` is its module's."""
     text: str = rtlil.convert(component, name=name, emit_src=False)
     return _shared(text)
 
