@@ -206,7 +206,9 @@ def directed_values() -> Iterator[Tensor]:
     """bf16 blocks that the quantizers are asked for under a multiplier of 1.
 
     Every tie of E4M3 and both its bf16 neighbours, of either sign; under every scale, every tie of
-    E2M1 and its neighbours; zeros, subnormals, the largest values, values that are not finite.
+    E2M1 and its neighbours; values about half a step of the rule ``truncated``, which v and q8 may
+    be rounded away from each other; zeros, subnormals, the largest values, values that are not
+    finite.
     """
     grid = torch.tensor([*E4M3.magnitudes, 480.0], dtype=torch.float64)
     yield in_blocks(neighbours((grid[:-1] + grid[1:]) / 2))
@@ -216,6 +218,11 @@ def directed_values() -> Iterator[Tensor]:
         near[::2] = near[::2].flip(1)
         top = torch.full((len(near), 2), scale, dtype=torch.bfloat16)
         yield torch.cat([near, top], 1)
+    steps = torch.exp2(torch.arange(-9.0, 6.0)) / FP8_FACTOR  # the last bit of a scale, in u
+    near = steps[:, None] / 2 * (1 + torch.arange(-10, 4) / 128)
+    for scale in E4M3.magnitudes[1:]:
+        top = torch.full((len(near), 2), scale)
+        yield torch.cat([near, top], 1).clamp(max=scale).to(torch.bfloat16)
     edges = torch.tensor([0.0, -0.0, 2.0**-133, 2.0**-126, 2.0**-10, 464.0, 3.3e38, torch.inf])
     edges = torch.cat([edges, -edges, torch.tensor([torch.nan])]).to(torch.bfloat16)
     pairs = torch.cartesian_prod(edges.view(torch.int16), edges.view(torch.int16))

@@ -131,6 +131,21 @@ def test_searched_scales(profile: tuple[str, ...]) -> None:
     check(32, multiplier(3.7), profile)
 
 
+@pytest.mark.parametrize("scales", ["max", "search"])
+def test_truncated_values_that_round_apart(scales: str) -> None:
+    """About half a step v may round to nothing and q8, which was rounded before, to one step."""
+    tops = torch.tensor([E4M3.magnitudes[c] for c in (0x7E, 0x7D, 0x79, 0x40, 0x38)])
+    steps = torch.exp2(torch.tensor([5.0, 4.0, 5.0, -2.0, -3.0])) / FP8_FACTOR
+    x = steps[:, None] / 2 * (1 + torch.arange(-12, 4) / 128)
+    x[:, 0] = tops
+    sensitivity = torch.full((len(x), BLOCK), 0x38, dtype=torch.uint8)
+    profile = ("truncated", scales)
+    sites = [Site(1.0, g, 1.0, 0, *profile) for g in sensitivity]
+    thresholds = [int(quantize(row, site).score[0]) for row, site in zip(x, sites, strict=True)]
+    found = play(x, sensitivity, 1.0, thresholds, profile)
+    assert found == reference(x, sensitivity, 1.0, thresholds, profile)
+
+
 @pytest.mark.parametrize("rule", ["benefit", "truncated"])
 def test_rules_under_the_largest_scale(rule: str) -> None:
     check(32, 1.0, (rule, "max"))

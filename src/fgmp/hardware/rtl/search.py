@@ -136,8 +136,8 @@ def short_multiples(m: Module, v: Value, sensitivity: Value) -> tuple[Value, Val
 
 
 def short_beyond(m: Module, v: Value, q8: Value, sensitivity: Value) -> Value:
-    """``2 v - q8`` times the significand of g."""
-    beyond = named(m, "beyond", ((v << 1) - q8)[: len(v) + 1])
+    """``2 v - q8`` times the significand of g; -1 times it where v rounds to 0 and q8 to 1."""
+    beyond = named(m, "beyond", (v << 1) - q8)
     return named(m, "weighted", beyond * weight(m, sensitivity).significand)
 
 
