@@ -179,6 +179,12 @@ def test_a_text_too_short_for_calibration(tmp_path: Path) -> None:
     path.write_text("x" * 15)
     text = calibration_text(path, Bytes(), samples=4, seq_len=8, seed=0)
     assert text.samples.shape == text.held_out.shape == (1, 8)
+    with pytest.raises(InputError, match="samples must be 1 or more, got 0"):
+        calibration_text(path, Bytes(), samples=0, seq_len=8, seed=0)
+    with pytest.raises(InputError, match="seq_len must be 2 or more to predict a token, got 1"):
+        calibration_text(path, Bytes(), samples=4, seq_len=1, seed=0)
+    with pytest.raises(InputError, match="seq_len must be 2 or more to predict a token, got 0"):
+        evaluation_windows(path, Bytes(), 0)
 
 
 def test_evaluation_takes_all_windows(tmp_path: Path) -> None:

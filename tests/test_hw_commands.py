@@ -7,7 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from conftest import make_model
 
+import fgmp
 from fgmp import accelerator
 from fgmp.cli import main
 from fgmp.demo.quickstart import MODEL
@@ -107,6 +109,27 @@ def test_a_model_that_is_not_quantized_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "fgmp quantize" in run(capsys, monkeypatch, "hw", "energy", str(MODEL))
+
+
+def test_experts_count_by_the_tokens_they_see(tokens: torch.Tensor) -> None:
+    model = make_model("mixtral")
+    fgmp.quantize(model, tokens[:2], Recipe(**PAPER))
+    found = accelerator.operands(model, tokens[:1, :2])
+    experts = [work for work in found.work if ".experts." in work.name]
+    # Two tokens take two experts each, in each of two layers; those that none came to are left out.
+    by_layer = {i: [w for w in experts if f"layers.{i}." in w.name] for i in (0, 1)}
+    for works in by_layer.values():
+        sites = {w.site: w.routed for w in works if "down_proj" in w.name}
+        assert sum(sites.values()) == 2
+    assert all(w.routed == 1 for w in found.work if ".experts." not in w.name)
+
+
+def test_a_figure_that_cannot_be_drawn_is_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plot = tmp_path / "no" / "f.svg"
+    said = run(capsys, monkeypatch, "hw", "energy", str(MODEL), "--plot", str(plot))
+    assert "there is no folder" in said
 
 
 def test_a_library_without_power_is_refused(

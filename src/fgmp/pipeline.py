@@ -88,6 +88,9 @@ def quantize(
     """
     recipe = recipe or Recipe()
     started = time.perf_counter()
+    if loss is causal_lm_loss:
+        _require_tokens("samples", samples)
+        _require_tokens("held_out", () if held_out is None else held_out)
     samples, checked = _texts(samples, held_out, recipe)
     linears = _select(model, recipe)
     if recipe.max_bytes is not None:  # what is hopeless is said before hours of calibration
@@ -172,6 +175,21 @@ def least_bytes(model: nn.Module, recipe: Recipe) -> int:
     return rest + int(weights * FP4_BITS / 8)
 
 
+def _require_tokens(name: str, sequences: Sequence[Any] | Tensor) -> None:
+    """Refuse what is no sequence of token ids, before hours of calibration."""
+    for index, tokens in enumerate(sequences):
+        if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+            found = f"{tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        elif tokens.ndim != 1 or len(tokens) < 2:
+            found = f"shape {[*tokens.shape]}"
+        else:
+            continue
+        raise InputError(
+            f"{name} must be token ids, int64 (B, L) with L 2 or more, where no other loss is "
+            f"given; got {found} as sequence {index}"
+        )
+
+
 def _texts(
     samples: Sequence[Any] | Tensor, held_out: Sequence[Any] | Tensor | None, recipe: Recipe
 ) -> tuple[Any, Any]:
@@ -179,6 +197,8 @@ def _texts(
     if len(samples) == 0:
         raise InputError("quantize needs at least one calibration sequence, got none")
     if held_out is not None:
+        if len(held_out) == 0:
+            raise InputError("held_out needs at least one sequence, got none")
         return samples, held_out
     held = max(1, len(samples) // 8)
     if recipe.clip != "auto" and recipe.max_increase is None:
@@ -192,6 +212,8 @@ def _texts(
 def _select(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
     """Linearize the model and choose; weights must be finite."""
     linearize(model)
+    if mixed_linears(model):
+        raise InputError(f"{type(model).__name__} is quantized already; quantize its original")
     linears = quantizable(model, recipe.include, recipe.exclude)
     if not linears:
         raise InputError(

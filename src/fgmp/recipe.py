@@ -50,8 +50,9 @@ class Recipe:
         scales: block scales of FP4 activations: ``search`` tries four, ``max`` is the paper's.
         sensitivities: of activation channels: ``e4m3``, or ``powers`` of two, for which narrow
             hardware needs no multiplier.
-        clip: search the block scale of FP4 weight blocks: ``on``, ``off``, or ``auto``, kept only
-            if it lowers perplexity on a held-out slice of the calibration text.
+        clip: search the block scale of FP4 weight blocks: ``on``, ``off``, or ``auto``, dropped if
+            predictions on a held-out slice of the calibration text are nearer to the original's
+            without.
         compensate: let weights not yet rounded make up for the errors of those that are, and of
             the activations; not in the paper. See ``fgmp.assign.compensate``.
         samples: calibration sequences.

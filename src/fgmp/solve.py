@@ -185,6 +185,7 @@ def _energy_percent(task: Task, scored: Scored, shares: tuple[float, float]) -> 
         for handle in handles:
             handle.remove()
     work = []
+    most = max(count.tokens for count in counts.values())
     for owner, names in scored.linears_of.items():
         activation = counts[owner].fp8_share(masks[owner].shape[1])
         for name in names:
@@ -198,7 +199,7 @@ def _energy_percent(task: Task, scored: Scored, shares: tuple[float, float]) -> 
                 (True, True): both,
             }
             n, k = task.linears[name].weight.shape
-            work.append(Work(name, owner, n, k, mix))
+            work.append(Work(name, owner, n, k, mix, counts[owner].tokens / most))
     return percent_of_fp8(work)
 
 

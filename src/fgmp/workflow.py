@@ -22,7 +22,7 @@ from fgmp.data import (
     tokenize,
 )
 from fgmp.demo.text import docstrings, standard_library
-from fgmp.errors import InputError
+from fgmp.errors import FGMPError, InputError
 from fgmp.evaluation import compare as comparison
 from fgmp.evaluation.compare import Row
 from fgmp.evaluation.perplexity import batches
@@ -116,6 +116,10 @@ def quantize_to(
     except KeyboardInterrupt:
         if state.exists():
             reporter.line("the same command goes on where this one stopped")
+        raise
+    except FGMPError:
+        if state.exists() and saved is None:
+            reporter.line(f"the calibration is kept in {state}: another try need not repeat it")
         raise
     config = config_of(model)
     config.calibration.update(

@@ -1,5 +1,7 @@
 """Serving a model: counts worked by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from fgmp.hardware import inference
@@ -44,6 +46,16 @@ def test_energy_of_one_linear() -> None:
     bits = weights + activations + outputs
     assert found["buffers"] == pytest.approx(3e-15 * bits * table["sram"].value)
     assert found["dram"] == pytest.approx(3e-15 * 8 * 32 * 5 * table["dram"].value)
+
+
+def test_an_expert_sees_its_share_of_the_tokens() -> None:
+    expert = replace(LINEAR, routed=0.25)
+    assert inference.serve([expert], MACHINE, 16) == inference.serve([LINEAR], MACHINE, 4)
+    assert inference.cycles([expert], MACHINE, 16) == inference.cycles([LINEAR], MACHINE, 4)
+    one, whole = (inference.serve([w], MACHINE, 1, 8) for w in (expert, LINEAR))
+    assert one == pytest.approx({name: value / 4 for name, value in whole.items()})
+    busy, waiting = inference.cycles([LINEAR], MACHINE, 1, 8)
+    assert inference.cycles([expert], MACHINE, 1, 8) == (busy / 4, waiting / 4)
 
 
 def test_a_site_is_quantized_once_for_all_its_linears() -> None:

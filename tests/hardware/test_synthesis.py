@@ -115,6 +115,12 @@ def test_yosys_errors_are_passed_on() -> None:
         synthesis.synthesize(synthesis.Design("module \\a\nend\n", "absent"), embedded())
 
 
+def test_a_yosys_that_is_killed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(yosys, "_RUN", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(FGMPError, match="ended by SIGKILL; large designs need"):
+        yosys.run("")
+
+
 def yosys_json(kind: str, pins: dict[str, list[object]]) -> str:
     ports = {
         "a": {"direction": "input", "bits": [2]},

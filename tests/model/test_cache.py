@@ -181,6 +181,15 @@ def test_sensitivities_pass_packed_linears(tokens: Tensor) -> None:
     assert torch.equal(packed(input_ids=sample, use_cache=False).logits, before)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_goes_on_training(kind: str, tokens: Tensor) -> None:
+    model = make_model("llama").train()
+    model.get_submodule("model.layers.0").eval()
+    before = [module.training for module in model.modules()]
+    a_cache(model, kind, tokens)
+    assert [module.training for module in model.modules()] == before
+
+
 def test_a_cache_can_be_copied(llama: nn.Module, tokens: Tensor) -> None:
     cache = a_cache(llama, "mixed", tokens)
     cache.layers[0].update(*some_states())
@@ -216,6 +225,10 @@ def test_refusals(llama: nn.Module, tokens: Tensor) -> None:
     keys[0, 0, 0, 0] = torch.inf
     with pytest.raises(InputError, match="must be finite to be kept in NVFP4"):
         layer.update(keys, values)
+    mixed = a_cache(llama, "fp8", tokens).layers[0]
+    mixed.update(*some_states())
+    with pytest.raises(InputError, match=r"\(3, 2, 16\), got \(2, 2, 16\); reset it first"):
+        mixed.update(*some_states(batch=2))
     with pytest.raises(InputError, match="cannot be offloaded"):
         layer.offload()
     with pytest.raises(InputError, match="crop takes minus the tokens"):

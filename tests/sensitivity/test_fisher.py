@@ -8,7 +8,7 @@ import copy
 import json
 import signal
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import pytest
@@ -537,6 +537,7 @@ def test_goes_on_to_equal_bits(
     advanced: list[int] = []
     seen: list[Tensor] = []
 
+    @wraps(causal_lm_loss)  # calibrations know a loss by its name
     def loss(model: nn.Module, sample: Tensor) -> tuple[Tensor, int]:
         seen.append(sample)
         return causal_lm_loss(model, sample)
@@ -562,6 +563,7 @@ def test_an_error_within_a_sequence_leaves_whole_sequences_only(
     state = tmp_path / "state"
     seen: list[Tensor] = []
 
+    @wraps(causal_lm_loss)  # calibrations know a loss by its name
     def loss(model: nn.Module, sample: Tensor) -> tuple[Tensor, int]:
         seen.append(sample)
         total, predictions = causal_lm_loss(model, sample)
@@ -589,6 +591,7 @@ def test_ctrl_c_waits_for_the_sequence_to_end(tokens: Tensor, tmp_path: Path) ->
     state = tmp_path / "state"
     seen: list[Tensor] = []
 
+    @wraps(causal_lm_loss)  # calibrations know a loss by its name
     def loss(model: nn.Module, sample: Tensor) -> tuple[Tensor, int]:
         seen.append(sample)
         return causal_lm_loss(model, sample)
@@ -618,9 +621,18 @@ def test_a_kept_calibration_is_used_again_or_refused(tokens: Tensor, tmp_path: P
     message = "state: a calibration of other "
     with pytest.raises(InputError, match=message):
         calibrate(model, linears, tokens[3:6], state=state, reuse=True)
-    linears["model.layers.1.mlp.down_proj"].weight.data[0, 0] += 1
-    with pytest.raises(InputError, match=message):
-        calibrate(model, linears, tokens[:3], state=state, reuse=True)
+    embeddings = model.get_input_embeddings().weight.data  # not quantized, and part of the model
+    for weight in (linears["model.layers.1.mlp.down_proj"].weight.data, embeddings):
+        weight[0, 0] += 1
+        with pytest.raises(InputError, match=message + "weights"):
+            calibrate(model, linears, tokens[:3], state=state, reuse=True)
+        weight[0, 0] -= 1
+
+    def another(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
+        return causal_lm_loss(model, tokens)
+
+    with pytest.raises(InputError, match="a calibration of another loss"):
+        calibrate(model, linears, tokens[:3], another, state=state, reuse=True)
     assert state.read_bytes() == seen
 
 

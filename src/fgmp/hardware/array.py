@@ -13,11 +13,14 @@ Nothing waits where N >= rows * lanes (for the quantizer), tokens are many (for 
 K / 16 >= lanes (for the epilogue); :meth:`Array.cycles` counts the cycles of work alone.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+import torch
+
 from fgmp.errors import InputError
-from fgmp.formats.activation import SCALES, Site
+from fgmp.formats.activation import SCALES, Site, power_codes
 from fgmp.formats.spec import BLOCK
 from fgmp.hardware.datapath import Datapath
 
@@ -29,17 +32,28 @@ RULES: Final = ("difference", "benefit", "truncated")
 """Rules of ``formats.activation.RULES`` that there is a quantizer for."""
 
 
+SENSITIVITIES: Final = ("e4m3", "powers")
+"""All codes, or those that are powers of two."""
+
+
+def sensitivities_of(sites: Iterable[Site]) -> str:
+    """The narrowest of :data:`SENSITIVITIES` that holds those of all sites."""
+    powers = all(torch.equal(s.sensitivity, power_codes(s.sensitivity)) for s in sites)
+    return "powers" if powers else "e4m3"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Array:
     """Parameters of an accelerator.
 
     Attributes:
         datapath: the lanes; ``kind`` must be ``mixed``.
-        lanes: weight rows at a time, 2 or more.
+        lanes: weight rows at a time.
         rows: activation rows at a time.
         outputs_max: the most rows that a weight may have; the bias memory's size.
         rule: what the quantizer decides by, one of :data:`RULES`.
         scales: what it chooses FP4 block scales from, a key of ``formats.activation.SCALES``.
+        sensitivities: that it multiplies by, one of :data:`SENSITIVITIES`.
     """
 
     datapath: Datapath = field(default_factory=lambda: Datapath(k_max=4096))
@@ -48,6 +62,7 @@ class Array:
     outputs_max: int = 4096
     rule: str = "difference"
     scales: str = "max"
+    sensitivities: str = "e4m3"
 
     def __post_init__(self) -> None:
         def require(holds: bool, rule: str, value: object) -> None:
@@ -60,6 +75,11 @@ class Array:
         require(self.outputs_max >= 1, "outputs_max must be 1 or more", self.outputs_max)
         require(self.rule in RULES, f"rule must be one of {RULES}", self.rule)
         require(self.scales in SCALES, f"scales must be one of {tuple(SCALES)}", self.scales)
+        require(
+            self.sensitivities in SENSITIVITIES,
+            f"sensitivities must be one of {SENSITIVITIES}",
+            self.sensitivities,
+        )
 
     @property
     def groups_max(self) -> int:
@@ -96,8 +116,9 @@ class Array:
         for parameter, found, ours in (
             ("rule", site.rule, self.rule),
             ("scales", site.scales, self.scales),
+            ("sensitivities", sensitivities_of([site]), self.sensitivities),
         ):
-            if found != ours:
+            if found not in (ours, "powers" if ours == "e4m3" else ours):
                 raise InputError(
                     f"{name}: {parameter} must be {ours!r} for this array, got {found!r}"
                 )

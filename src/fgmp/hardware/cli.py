@@ -38,15 +38,20 @@ def rtl(
     shared: Shared = True,
     k_max: KMax = 4096,
     outputs_max: OutputsMax = 4096,
-    rule: Annotated[str, typer.Option(help="The quantizer's: benefit or difference.")] = "benefit",
+    rule: Annotated[
+        str, typer.Option(help="The quantizer's: benefit, difference or truncated.")
+    ] = "benefit",
     scales: Annotated[str, typer.Option(help="The quantizer's: search or max.")] = "search",
+    sensitivities: Annotated[
+        str, typer.Option(help="The quantizer's: e4m3, or powers of two.")
+    ] = "e4m3",
     as_json: Json = False,
 ) -> None:
     """Write Verilog, the ports of every module and the memory map."""
     from fgmp.hardware.export import write_rtl
 
     array = _array(lanes, rows, reuse, shared, k_max, outputs_max)
-    array = replace(array, rule=rule, scales=scales)
+    array = replace(array, rule=rule, scales=scales, sensitivities=sensitivities)
     show(write_rtl(output, array, bars(stderr)), as_json, print_facts)
 
 

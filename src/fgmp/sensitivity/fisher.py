@@ -123,7 +123,7 @@ def calibrate(
             ``fisher``.
     """
     recorder = _Recorder(linears, fisher, groups or {})
-    fingerprint = _fingerprint(linears, samples, groups or {}) if state else {}
+    fingerprint = _fingerprint(model, linears, samples, groups or {}, loss) if state else {}
     start = recorder.restore(state, fingerprint, reuse) if state else 0
     for _ in range(start):
         advance()
@@ -344,6 +344,7 @@ class _Recorder:
                     if reuse:
                         raise InputError(_mismatch(state, facts["fingerprint"], fingerprint))
                     return 0
+                predictions, done = facts["predictions"], int(facts["done"])
                 held = facts.get("fisher", "exact")
                 if held != self.fisher:
                     if reuse:
@@ -363,8 +364,8 @@ class _Recorder:
             raise
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{state}: not a calibration state ({error}); delete it") from error
-        self.sums.predictions = facts["predictions"]
-        return int(facts["done"])
+        self.sums.predictions = predictions
+        return done
 
 
 def _check_gradient(name: str, squares: Tensor) -> None:
@@ -373,21 +374,24 @@ def _check_gradient(name: str, squares: Tensor) -> None:
 
 
 def _fingerprint(
+    model: nn.Module,
     linears: dict[str, nn.Linear],
     samples: Sequence[Any] | Tensor,
     groups: dict[str, list[str]],
+    loss: Loss,
 ) -> dict[str, str]:
-    """What a calibration is of, each part by itself."""
-    model, sequences = hashlib.sha256(), hashlib.sha256()
-    for linear in linears.values():
-        model.update(_bytes(linear.weight))
+    """What a calibration is of, each part by itself; of a loss only the name can be told."""
+    weights, sequences = hashlib.sha256(), hashlib.sha256()
+    for tensor in model.state_dict().values():
+        weights.update(_bytes(tensor))
     for sample in samples:
         for part in _parts(sample):
             sequences.update(part)
-    named = {"linears": list(linears), "sites": groups}
+    name = getattr(loss, "__qualname__", type(loss).__qualname__)
+    named = {"linears": list(linears), "sites": groups, "loss": name}
     return {
         **{key: hashlib.sha256(json.dumps(v).encode()).hexdigest() for key, v in named.items()},
-        "weights": model.hexdigest(),
+        "weights": weights.hexdigest(),
         "sequences": sequences.hexdigest(),
     }
 
@@ -395,6 +399,7 @@ def _fingerprint(
 _MEANING = {
     "linears": "other layers (another model, or another include or exclude)",
     "sites": "other sites",
+    "loss": "another loss",
     "weights": "other weights",
     "sequences": "other token sequences (text, tokenizer, samples, seq_len or seed)",
 }

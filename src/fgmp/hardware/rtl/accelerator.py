@@ -92,7 +92,9 @@ class Accelerator(wiring.Component):
     def _quantize(self, m: Module, begin: Value) -> None:
         """Activations through the quantizer into their banks."""
         array = self.array
-        m.submodules.quantizer = quantizer = ppu.Quantizer(array.rule, array.scales)
+        m.submodules.quantizer = quantizer = ppu.Quantizer(
+            array.rule, array.scales, array.sensitivities
+        )
         m.submodules.sensitivities = table = Table(CODE_BITS * BLOCK, array.groups_max)
         m.submodules.activation_tiles = tiles = ActivationTiles(array)
         m.submodules.activation_banks = self._activations = Banks(
