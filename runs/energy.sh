@@ -4,7 +4,7 @@
 #     runs/energy.sh MODEL TEXT LIBERTY WORK
 #
 # MODEL is wiki5m's folder, TEXT wiki.txt, LIBERTY the folder of asap7_rvt_tt.lib.gz and gt2n.lib.gz,
-# WORK keeps the checkpoints. About an hour of one core; results that are there are made again.
+# WORK keeps the checkpoints. About an hour and a half of one core; results that are there are made again.
 set -euo pipefail
 model=$1 text=$2 liberty=$3 work=$4
 results=$(cd "$(dirname "$0")/.." && pwd)/docs/results
@@ -21,7 +21,7 @@ checkpoint wiki5m-80 --fp4 0.8
 checkpoint wiki5m-90 --fp4 0.9
 checkpoint wiki5m-70-of-pairs --fp4 0.7 --fp4-activations 0.815
 
-python "$(dirname "$0")/../benchmarks/design_points.py" \
+python "$(dirname "$0")/design_points.py" \
     "$work"/wiki5m-{70,80,90,70-of-pairs} --data "$text" --liberty "$asap7" \
     -o "$results/design_points_asap7.json"
 
@@ -35,6 +35,9 @@ energy wiki5m-70 embedded_70
 fgmp hw synth --json > "$results/synth_embedded.json"
 fgmp hw synth --liberty "$asap7" --json > "$results/synth_asap7.json"
 fgmp hw synth --liberty "$gt2n" --json > "$results/synth_gt2n.json"
+
+python "$(dirname "$0")/quantizer_points.py" "$work/wiki5m-70" --data "$text" --liberty "$asap7" \
+    --lane 51.3 -o "$results/quantizer_points_asap7.json"
 
 if command -v sta > /dev/null; then
     python "$(dirname "$0")/opensta.py" --liberty "$asap7" --lane mixed \

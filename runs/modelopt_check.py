@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def main() -> None:
     text = calibration_text(
         args.calib, tokenizer, samples=args.samples, seq_len=args.seq_len, seed=0
     )
-    state = theirs(load_model(args.model).float().eval(), text.samples, args.bits)
+    with redirect_stdout(sys.stderr):  # the package prints
+        state = theirs(load_model(args.model).float().eval(), text.samples, args.bits)
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(
             args.model,

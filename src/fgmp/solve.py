@@ -200,7 +200,8 @@ def _energy_percent(task: Task, scored: Scored, shares: tuple[float, float]) -> 
             }
             n, k = task.linears[name].weight.shape
             work.append(Work(name, owner, n, k, mix, counts[owner].tokens / most))
-    return percent_of_fp8(work)
+    recipe = task.recipe
+    return percent_of_fp8(work, f"{recipe.rule}, {recipe.scales}, {recipe.sensitivities}")
 
 
 @dataclass

@@ -4,8 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from fgmp.errors import InputError
 from fgmp.hardware import budget, inference
+from fgmp.hardware.array import SENSITIVITIES
 from fgmp.hardware.inference import Machine
+
+PAPERS = "difference, max, e4m3"
+"""The quantizer of the documented savings."""
 
 
 @pytest.mark.parametrize(
@@ -16,14 +21,13 @@ from fgmp.hardware.inference import Machine
 )
 def test_the_table_gives_the_documented_savings(fp4: float, saving: float) -> None:
     work = inference.llama_2_7b(inference.independent(fp4, fp4))
-    assert 100 - budget.percent_of_fp8(work) == pytest.approx(saving, abs=1.0)
+    assert 100 - budget.percent_of_fp8(work, PAPERS) == pytest.approx(saving, abs=1.0)
 
 
 def test_less_fp8_takes_less() -> None:
     def percent(activations: float, weights: float) -> float:
-        return budget.percent_of_fp8(
-            inference.llama_2_7b(inference.independent(activations, weights))
-        )
+        work = inference.llama_2_7b(inference.independent(activations, weights))
+        return budget.percent_of_fp8(work, PAPERS)
 
     for fixed in (0.0, 0.5, 1.0):
         for more, less in ((0.0, 0.4), (0.4, 1.0)):
@@ -33,10 +37,21 @@ def test_less_fp8_takes_less() -> None:
 
 
 def test_machines_know_every_unit() -> None:
-    mixed, fp8 = (budget.machine(kind) for kind in ("mixed", "fp8"))
+    mixed, fp8 = budget.machine("mixed", PAPERS), budget.machine("fp8")
     assert isinstance(mixed, Machine) and mixed.bits == (4.5625, 8.0625) and fp8.bits == (4.5, 8)
     for fp4 in (0.0, 0.3, 1.0):
         work = inference.llama_2_7b(inference.independent(fp4, fp4))[:1]
         assert all(v > 0 for v in inference.serve(work, mixed, 8).values())
     wide = [replace(work[0], mix={(True, True): 1.0})]
     assert inference.serve(wide, fp8, 8)["quantizer"] == 0
+
+
+def test_every_hardware_recipe_has_a_quantizer() -> None:
+    """Of the rules with a quantizer; ``difference`` with searched scales was not measured."""
+    for rule, scales in (("benefit", "search"), ("benefit", "max"), ("difference", "max")):
+        for sensitivities in SENSITIVITIES:
+            if (rule, scales, sensitivities) != ("benefit", "max", "powers"):
+                known = budget.machine("mixed", f"{rule}, {scales}, {sensitivities}")
+                assert known.quantizer_fj > 10_000
+    with pytest.raises(InputError, match=r"difference, max, powers; .* got random, max, e4m3"):
+        budget.machine("mixed", "random, max, e4m3")

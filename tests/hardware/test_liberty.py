@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from fgmp.errors import InputError
 from fgmp.hardware import liberty
 from fgmp.hardware.cells import Table, embedded
 
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "liberty"
+LIBERTY = Path(os.environ.get("FGMP_LIBERTY", "no-folder"))
+"""asap7_rvt_tt.lib.gz and gt2n.lib.gz lie there."""
 
 TEXT = """
 /* a comment { with braces } */
@@ -183,9 +185,9 @@ def test_tables_go_on_beyond_their_ends() -> None:
 
 @pytest.mark.parametrize("name", ["asap7_rvt_tt", "gt2n"])
 def test_real_libraries(name: str) -> None:
-    path = SHARED / f"{name}.lib.gz"
+    path = LIBERTY / f"{name}.lib.gz"
     if not path.exists():
-        pytest.skip("shared/data/liberty is not here")
+        pytest.skip("FGMP_LIBERTY names no folder with this library")
     library = liberty.read(path)
     assert library.voltage == pytest.approx(0.7)
     assert all(cell.arcs and cell.output_energy for cell in library.cells.values() if cell.arcs)

@@ -12,20 +12,30 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from fgmp.errors import InputError
 from fgmp.hardware.inference import LANES, PREFILL, Machine, Work, bits_of, serve
 from fgmp.hardware.silicon import FP8, MIXED
 
 
 @cache
-def machine(kind: str) -> Machine:
-    """A machine of the lanes in the table: ``mixed`` or ``fp8``."""
-    table = tomllib.loads((Path(__file__).parent / "lanes.toml").read_text())[kind]
-    quantizer = table.pop("quantizer")
+def machine(kind: str, quantizer: str | None = None) -> Machine:
+    """A machine of the lanes in the table: ``mixed`` or ``fp8``, which is charged no quantizer.
+
+    Raises:
+        InputError: no energy is known of the ``quantizer``, "rule, scales, sensitivities".
+    """
+    tables = tomllib.loads((Path(__file__).parent / "lanes.toml").read_text())
+    table, quantizers = tables[kind], tables["quantizer"]
+    if quantizer is not None and quantizer not in quantizers:
+        raise InputError(
+            f"energies are known of quantizers for (rule, scales, sensitivities) "
+            f"{'; '.join(quantizers)}, got {quantizer}"
+        )
     datapath = {"mixed": MIXED, "fp8": FP8}[kind]
     return Machine(
         name=kind,
         fj_per_op={**table, "control": 0.0},
-        quantizer_fj=quantizer,
+        quantizer_fj=0.0 if quantizer is None else quantizers[quantizer],
         bits=bits_of(datapath.kind),
         lanes=LANES,
         rows=1,
@@ -33,9 +43,14 @@ def machine(kind: str) -> Machine:
     )
 
 
-def percent_of_fp8(work: Sequence[Work]) -> float:
-    """Energy of a model's linears on the mixed machine, as percent of the FP8 machine's."""
+def percent_of_fp8(work: Sequence[Work], quantizer: str) -> float:
+    """Energy of a model's linears on the mixed machine, as percent of the FP8 machine's.
+
+    Args:
+        work: the linears.
+        quantizer: see :func:`machine`.
+    """
     wide = [replace(linear, mix={(True, True): 1.0}) for linear in work]
-    ours = sum(serve(work, machine("mixed"), PREFILL).values())
+    ours = sum(serve(work, machine("mixed", quantizer), PREFILL).values())
     theirs = sum(serve(wide, machine("fp8"), PREFILL).values())
     return 100 * ours / theirs

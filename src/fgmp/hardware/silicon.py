@@ -22,7 +22,7 @@ from fgmp.hardware.timing import Timing
 
 PERIOD_NS = 2.5
 """Clock period that synthesis sizes for and leakage is counted over: 400 MHz, which every design
-point of docs/energy.md meets on ASAP7. In the embedded library it is 1250 tau."""
+point of docs/energy.md with exact totals meets on ASAP7. In the embedded library it is 1250 tau."""
 
 MIXED = Datapath(shared=True, fp8_cuts=("significands", "sums"))
 """The recommended lane: the least energy of the design points in docs/energy.md, and less area than

@@ -1,6 +1,6 @@
 """Quantizers side by side: area and energy on a model's own activations (docs/energy.md).
 
-    python benchmarks/quantizer_points.py CHECKPOINT --data TEXT [--liberty FILE] -o RESULT.json
+    python runs/quantizer_points.py CHECKPOINT --data TEXT [--liberty FILE] -o RESULT.json
 
 Every quantizer sees the activations of the one checkpoint, and records of its own rule and
 sensitivities; thresholds are chosen anew so that as many blocks stay in FP4. ``percent`` is of
@@ -10,12 +10,12 @@ Llama-2-7B's: the quantizer's energy a block over that of the operations a block
 
 import argparse
 import json
-import platform
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from provenance import provenance
 from rich.console import Console
 
 from fgmp import accelerator
@@ -104,8 +104,8 @@ def main() -> None:
         rows.append(row | {"seconds": time.perf_counter() - started})
         console.print(point, row["area_um2"], row["inertial_a_block"])
         result = {
-            "command": "benchmarks/quantizer_points.py",
-            "python": platform.python_version(),
+            "command": "runs/quantizer_points.py",
+            **provenance(),
             "library": library.name,
             "data": Path(given.data).name,
             "lane_an_operation": given.lane,

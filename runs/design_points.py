@@ -1,6 +1,6 @@
 """Lanes side by side: area against energy, on a model's own operands (docs/energy.md).
 
-    python benchmarks/design_points.py CHECKPOINT ... --data TEXT --liberty FILE -o RESULT.json
+    python runs/design_points.py CHECKPOINT ... --data TEXT --liberty FILE -o RESULT.json
 
 Every lane is synthesized once and driven by the operands of every checkpoint; FP8-only lanes and
 variations by those of the first alone, for FP8 codes hardly depend on the share of FP4 blocks.
@@ -9,12 +9,12 @@ Savings are against the best FP8-only lane whose totals are exact.
 
 import argparse
 import json
-import platform
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from provenance import provenance
 from rich.console import Console
 
 from fgmp import accelerator
@@ -99,8 +99,8 @@ def main() -> None:
         rows.append(facts)
         console.print(facts["kind"], facts["addition"], facts["cuts"], energy)
         result = {
-            "command": "benchmarks/design_points.py",
-            "python": platform.python_version(),
+            "command": "runs/design_points.py",
+            **provenance(),
             "library": library.name,
             "data": Path(given.data).name,
             "mix": {name: inference.unit_shares(own.mix) for name, own in found.items()},
