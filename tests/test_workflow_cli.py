@@ -293,8 +293,8 @@ def test_a_calibration_serves_several_budgets(
     sizes = [stored_bytes(tmp_path / f"out{bits}") for bits in (5.0, 6.0)]
     facts = run(*arguments, "-o", tmp_path / "bytes", "--max-bytes", sizes[1] - 1, "--json").json
     assert sizes[0] < facts["tensor_bytes"] == stored_bytes(tmp_path / "bytes") < sizes[1]
-    facts = run(*arguments, "-o", tmp_path / "energy", "--max-energy", "80%", "--json").json
-    assert 78 < facts["budget"]["energy_percent"] <= 80
+    facts = run(*arguments, "-o", tmp_path / "energy", "--max-energy", "95%", "--json").json
+    assert 93 < facts["budget"]["energy_percent"] <= 95
     done = run(*arguments, "-o", tmp_path / "increase", "--max-increase", "50%")
     assert done.code == 0 and "all-FP8's perplexity on held-out text" in done.out
     assert len(begun) == 6  # sequences went backward once each
