@@ -46,9 +46,17 @@ def test_machines_know_every_unit() -> None:
     assert inference.serve(wide, fp8, 8)["quantizer"] == 0
 
 
+PROFILES = [
+    ("benefit", "search"),
+    ("benefit", "max"),
+    ("difference", "max"),
+    ("truncated", "search"),
+]
+
+
 def test_every_hardware_recipe_has_a_quantizer() -> None:
     """Of the rules with a quantizer; ``difference`` with searched scales was not measured."""
-    for rule, scales in (("benefit", "search"), ("benefit", "max"), ("difference", "max")):
+    for rule, scales in PROFILES:
         for sensitivities in SENSITIVITIES:
             if (rule, scales, sensitivities) != ("benefit", "max", "powers"):
                 known = budget.machine("mixed", f"{rule}, {scales}, {sensitivities}")
