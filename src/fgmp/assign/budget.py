@@ -24,8 +24,8 @@ from fgmp.formats.spec import FP4_BITS, FP8_BITS
 from fgmp.sensitivity.histogram import ScoreHistogram
 
 RELIEF = 0.4
-"""Share of the weights' harm that compensation is taken to leave: an estimate from two models, made
-when all layers were compensated at once."""
+"""Share of the weights' harm that compensation is taken to leave: between 0.2 and 0.4 three models
+were indifferent (``runs/constants.py``, docs/results.md)."""
 
 _OCTAVES = 400.0
 
