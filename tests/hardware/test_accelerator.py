@@ -1,6 +1,7 @@
 """Whole linears through the array: bit for bit, whatever the shape and whoever pauses."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from benches import a_site, a_weight, an_input, draw
 from torch import Tensor
 
 from fgmp.errors import InputError
+from fgmp.formats.activation import power_codes
 from fgmp.formats.spec import BLOCK
 from fgmp.hardware.array import Array
 from fgmp.hardware.datapath import Datapath
@@ -70,6 +72,20 @@ def test_linears_one_after_the_other() -> None:
         waits = ("first", "activations", "weights", "epilogue")
         rest = counters["cycles"] - counters["working"] - sum(counters[w] for w in waits)
         assert 0 <= rest < 60, "all but the pipeline's end is accounted for"
+
+
+def test_an_array_for_powers_of_two() -> None:
+    """Padding has no sensitivity, which is no power of two."""
+    x = an_input(5, 40, seed=11)
+    layer = a_layer([3], 40, x, weights=0.4, activations=0.4, seed=11)
+    array = replace(SMALL, sensitivities="powers")
+    with pytest.raises(InputError, match="sensitivities must be 'powers' for this array"):
+        array.require_rules("linear_0", layer.site)
+    codes = power_codes(layer.site.sensitivity)
+    powers = replace(layer, site=replace(layer.site, sensitivity=codes))
+    array.require_rules("linear_0", powers.site)
+    SMALL.require_rules("linear_0", powers.site)
+    run(array, (powers, x))
 
 
 def test_who_waits_for_whom() -> None:
