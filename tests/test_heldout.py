@@ -12,20 +12,24 @@ from fgmp.sensitivity.fisher import causal_lm_loss
 COUNTS = torch.full((50,), 10.0, dtype=torch.float64)
 
 
-def trial(losses: torch.Tensor, kl: float | None = None) -> Trial:
-    return Trial(losses.double(), COUNTS[: len(losses)], kl)
+def trial(losses: torch.Tensor, kl: float | None = None, original: float = 0.0) -> Trial:
+    counts = COUNTS[: len(losses)]
+    return Trial(losses.double(), counts, torch.full_like(counts, original), kl)
 
 
-def test_a_loss_counts_beyond_two_standard_errors() -> None:
+def test_the_nearer_loss_is_better_beyond_two_standard_errors() -> None:
+    """Whichever side of the original's it lies on: a loss may be anything."""
     g = torch.Generator().manual_seed(0)
-    base = torch.rand(50, generator=g) * 40
+    far = torch.rand(50, generator=g) + 4
     noise = torch.randn(50, generator=g)
     noise = (noise - noise.mean()) / noise.std()
-    error = 1 / math.sqrt(50)  # of the mean of a sequence's summed loss
-    for shift, clear in ((-2.1, True), (-1.9, False), (1.0, False)):
-        other = trial(base + noise + shift * error)
-        assert other.clearly_better(trial(base)) == clear
-    assert not trial(base[:1] - 5).clearly_better(trial(base[:1]))  # one sequence says nothing
+    error = 1 / math.sqrt(50)  # of the mean of the squares
+    for shift, clear in ((2.1, True), (1.9, False), (-1.0, False)):
+        near = (far.square() - noise - shift * error).sqrt()
+        for sign in (1, -1):
+            assert trial(sign * near).clearly_better(trial(far)) == clear
+    assert trial(near).harm == pytest.approx(float(near.double().square().mean().sqrt()) / 10)
+    assert not trial(far[:1] / 9).clearly_better(trial(far[:1]))  # one sequence says nothing
 
 
 def test_a_kl_counts_outright() -> None:

@@ -365,7 +365,7 @@ def test_a_uniform_format_that_is_nearer_is_returned(
     monkeypatch.setattr(candidates, "pack_weights", spoilt)
     lines: list[str] = []
     model = fgmp.quantize(make_model("llama"), tokens, Recipe(clip="off"), report=lines.append)
-    assert any("all NVFP4 does better on held-out text" in line for line in lines)
+    assert any("all NVFP4 is nearer to the original on held-out text" in line for line in lines)
     result = config_of(model).result
     assert result["uniform"]["used"] == "nvfp4" and result["fp4_weights"] == 1
     monkeypatch.undo()

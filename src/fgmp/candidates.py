@@ -168,8 +168,9 @@ def choose(
     best = _best(measured, [own, *(n for n in everything if n in UNIFORM)], base, bound)
     if best != own:
         task.report(
-            f"all {best.upper()} does better on held-out text ({measured[best].harm:.5f} nats "
-            f"against {measured[own].harm:.5f}) at no more bits: that is what you get"
+            f"all {best.upper()} is nearer to the original on held-out text "
+            f"({measured[best].harm:.5f} nats against {measured[own].harm:.5f}) at no more bits: "
+            "that is what you get"
         )
     budget = dict(point.facts)
     if base:

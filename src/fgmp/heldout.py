@@ -3,8 +3,9 @@
 All candidates see the same sequences side by side with the original. Of a causal language model
 the measure is the mean KL of a candidate's predictions from the original's: it does not see
 whether a wrong prediction happened to be lucky, and so tells candidates apart on far less text
-than the loss does. Of any other model there is only the loss, and then a difference counts where
-it exceeds two of its standard errors.
+than the loss does. Of any other model there is only the loss. A loss need not be a merit, and a
+lower one no better model: what counts is how far it is from the original's, sequence by sequence,
+and a difference counts where it exceeds two of its standard errors.
 """
 
 import math
@@ -29,12 +30,14 @@ class Trial:
     Attributes:
         losses: summed loss of each sequence in nats, float64 (B,).
         predictions: in each sequence, float64 (B,).
+        original: the original's losses.
         kl: mean KL from the original, nats a prediction; None where only a loss is known.
     """
 
     losses: Tensor
     predictions: Tensor
-    kl: float | None
+    original: Tensor
+    kl: float | None = None
 
     @property
     def nll(self) -> float:
@@ -43,15 +46,23 @@ class Trial:
 
     @property
     def harm(self) -> float:
-        """What the candidate with the least of it is chosen by."""
-        return self.nll if self.kl is None else self.kl
+        """What the candidate with the least of it is chosen by: KL, or the root of the mean squared
+        distance of a sequence's loss from the original's, a prediction."""
+        return float(self._squares.mean().sqrt()) if self.kl is None else self.kl
+
+    @property
+    def _squares(self) -> Tensor:
+        """Squared distance of each sequence's mean loss from the original's."""
+        return ((self.losses - self.original) / self.predictions).square()
 
     def clearly_better(self, other: "Trial") -> bool:
-        """Less harm than ``other``, and by KL or by more than the loss is noisy."""
+        """Less harm than ``other``, and by KL or by more than the distance is noisy."""
         if self.kl is not None and other.kl is not None:
             return self.kl < other.kl
-        shift, error = self._shift(other)
-        return shift + _CLEAR * error < 0
+        nearer = other._squares - self._squares
+        if len(nearer) < 2:
+            return False
+        return bool(nearer.mean() > _CLEAR * nearer.std() / math.sqrt(len(nearer)))
 
     def increase_percent(self, base: "Trial") -> float:
         """By how much perplexity exceeds that of ``base``."""
@@ -97,26 +108,24 @@ def trials(
     """
     losses: dict[str, list[float]] = {name: [] for name in candidates}
     divergence = dict.fromkeys(candidates, 0.0)
-    counts = []
+    counts: list[int] = []
+    wanted: list[float] = []
     language = loss is causal_lm_loss
     with frozen(model):
         try:
             for sample in samples:
                 reference = _log_probabilities(model, sample) if language else None
+                wanted.append(_loss_of(model, sample, loss, reference)[0])
                 for name, modules in candidates.items():
                     put(model, modules)
-                    if reference is None:
-                        value, count = loss(model, sample)
-                    else:
-                        own = _log_probabilities(model, sample)
-                        targets = sample[1:].to(own.device)
-                        value = nn.functional.nll_loss(own, targets, reduction="sum")
-                        count = len(targets)
+                    own = None if reference is None else _log_probabilities(model, sample)
+                    value, count = _loss_of(model, sample, loss, own)
+                    if own is not None and reference is not None:
                         terms = nn.functional.kl_div(
                             own, reference, reduction="none", log_target=True
                         )
                         divergence[name] += float(terms.sum(dtype=torch.float64))
-                    losses[name].append(float(value))
+                    losses[name].append(value)
                 put(model, original)
                 counts.append(count)
                 advance()
@@ -128,10 +137,22 @@ def trials(
         name: Trial(
             torch.tensor(values, dtype=torch.float64),
             predictions,
+            torch.tensor(wanted, dtype=torch.float64),
             divergence[name] / total if language else None,
         )
         for name, values in losses.items()
     }
+
+
+def _loss_of(
+    model: nn.Module, sample: Any, loss: Loss, log_probabilities: Tensor | None
+) -> tuple[float, int]:
+    """Summed loss and predictions of a sequence; of a language model's, known log-probabilities."""
+    if log_probabilities is None:
+        value, count = loss(model, sample)
+        return float(value), count
+    targets = sample[1:].to(log_probabilities.device)
+    return float(nn.functional.nll_loss(log_probabilities, targets, reduction="sum")), len(targets)
 
 
 def _log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
