@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hardware": {"console", "errors", "progress", "formats", "pack"},
     "assign": {"formats", "sensitivity", "pack"},
     "kernels": {"errors", "formats", "pack"},
-    "model": {"errors", "formats", "pack", "kernels"},
+    "model": {"errors", "formats", "sensitivity", "pack", "kernels"},
     "evaluation": {"formats", "pack", "model", "progress"},
     "report": {"evaluation"},
     "sequential": {"formats", "sensitivity", "pack", "model"},

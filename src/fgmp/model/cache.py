@@ -45,6 +45,7 @@ from fgmp.kernels import ops
 from fgmp.kernels.check import PLANES
 from fgmp.model.linear import ActivationSite, MixedLinear, mixed_linears
 from fgmp.pack.planes import BlockCodes, PackedWeight, append_rows, pack_blocks, rows, select_rows
+from fgmp.sensitivity.fisher import frozen
 
 KINDS = {"fp8": "fp8", "nvfp4": "fp4", "mixed": "mixed"}
 """Kinds of cache, and the mode of the planes that each holds."""
@@ -217,7 +218,7 @@ def packed_cache(model: nn.Module, samples: Tensor, kind: str, fp4: float = 0.7)
         )
     _check(model)
     seen = [_Seen() for _ in DynamicCache(config=model.config).layers]
-    with _differentiable(model), _evaluating(model):
+    with _differentiable(model), frozen(model):
         for sample in samples:
             _observe(model, sample, seen, gradients=kind == "mixed")
     records = [layer.records() for layer in seen]
@@ -326,18 +327,6 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return (gradient.float() @ ctx.linear.weight).to(gradient.dtype), None
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout drops, for a while."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager
