@@ -36,8 +36,10 @@ fgmp hw synth --json > "$results/synth_embedded.json"
 fgmp hw synth --liberty "$asap7" --json > "$results/synth_asap7.json"
 fgmp hw synth --liberty "$gt2n" --json > "$results/synth_gt2n.json"
 
+lane=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["lanes"]["fgmp"]["inertial"])' \
+    "$results/energy_asap7_70.json")
 python "$(dirname "$0")/quantizer_points.py" "$work/wiki5m-70" --data "$text" --liberty "$asap7" \
-    --lane 51.3 -o "$results/quantizer_points_asap7.json"
+    --lane "$lane" -o "$results/quantizer_points_asap7.json"
 
 if command -v sta > /dev/null; then
     python "$(dirname "$0")/opensta.py" --liberty "$asap7" --lane mixed \
