@@ -1,15 +1,17 @@
 """Tables and plots of docs/results.md, from what ``runs/accuracy.py --json`` wrote.
 
-    python runs/figures.py docs/results/accuracy-*.json
+    python runs/figures.py
 
-Prints a Markdown table for each file, one of the paired differences and one of the ablations, and
-draws ``<file>.svg`` beside each: KL gap recovered over the mean of the bits of a weight and of an
-activation value, with 95% intervals. It computes no result.
+Fills what stands between ``<!-- NAME -->`` and ``<!-- end -->`` in docs/results.md with the table
+of that name, made of ``docs/results/accuracy-MODEL.json``, and draws ``accuracy-MODEL.svg`` beside
+each: KL gap recovered over the mean of the bits of a weight and of an activation value, with 95%
+intervals. It computes no result.
 """
 
 import json
+import re
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +30,49 @@ KINDS = {
 }
 
 
+DOCS = Path(__file__).parents[1] / "docs"
+MODELS = {
+    "wiki5m": "wiki5m",
+    "babyllama105": "babyllama105",
+    "stories260K": "stories260K",
+    "demo": "demonstration model",
+    "gpt-neox": "GPT-NeoX",
+}
+"""What the tables call the model of ``accuracy-MODEL.json``, in their order."""
+
+GOALS = {
+    "70% FP4": ("90%, then 94%", ["ours 70%", "ours, mean of 70%"]),
+    "90% FP4": ("76%, then 84%", ["ours 90%", "ours, mean of 90%"]),
+    "100% FP4": ("45%, then 55%", ["ours 100%"]),
+}
+"""Goals in KL gap recovered, and the rows of which the better one counts."""
+
+Facts = dict[str, Any]
+
+
 def kind_of(name: str) -> str:
     return next((kind for kind in KINDS if kind in name), "ours")
 
 
-def mean_bits(row: dict[str, Any]) -> float:
+def mean_bits(row: Facts) -> float:
     """Of a weight and of an activation value."""
     return (row["bits_per_weight"] + activation_bits(row["name"], row["fp4_activations"])) / 2
 
 
-def table(facts: dict[str, Any], names: Collection[str]) -> list[str]:
-    """The rows of one model that every seed has."""
+def results() -> dict[str, Facts]:
+    """What there is, by model, in the order of the tables."""
+    files = {model: DOCS / "results" / f"accuracy-{model}.json" for model in MODELS}
+    return {model: json.loads(f.read_text()) for model, f in files.items() if f.exists()}
+
+
+def table(facts: Facts) -> list[str]:
+    """The rows of one model that every seed has, and what they were made with."""
     lines = [
         "| row | bits/w | FP4 act | perplexity | KL | KL gap recovered | by seed | 95% interval |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in facts["rows"]:
-        if row["name"] in names:
+        if row["name"] in ROWS:
             low, high = row["kl_gap_recovered_ci95"]
             seeds = row["kl_gap_recovered_by_seed"]
             lines.append(
@@ -53,41 +81,106 @@ def table(facts: dict[str, Any], names: Collection[str]) -> list[str]:
                 f"| {row['kl_gap_recovered_percent']:.1f}% | {min(seeds):.1f} - {max(seeds):.1f} "
                 f"| {low:.1f} - {high:.1f} |"
             )
+    calibrations = facts["seeds"]
+    revisions = sorted({revision for row in facts["rows"] for revision in row["revisions"]})
+    return [
+        *lines,
+        "",
+        f"{facts['calibration_sequences']} calibration sequences of {facts['seq_len']} tokens, "
+        f"{facts['evaluation_tokens']:,} evaluation tokens, "
+        f"{calibrations} calibration{'s' * (calibrations > 1)}, torch {facts['torch']}, "
+        f"revision {' and '.join(revisions)}.",
+    ]
+
+
+def goals(found: dict[str, Facts], encoder: Facts) -> list[str]:
+    """What was reached of the project's goals, by model; of the encoder, in drift."""
+    rows = [{row["name"]: row for row in facts["rows"]} for facts in found.values()]
+
+    def recovered(row: Facts, names: Iterable[str]) -> list[float]:
+        return [row[name]["kl_gap_recovered_percent"] for name in names if name in row]
+
+    header = ["", "goal", *(MODELS[model] for model in found), "encoder"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    drift = {row["name"]: row["gap_recovered_percent"] for row in encoder["rows"]}
+    for share, (goal, names) in GOALS.items():
+        cells = [f"{max(recovered(row, names)):.1f}%" for row in rows]
+        cells.append(f"{max(drift[name] for name in names if name in drift):.1f}%")
+        lines.append(f"| {share} | {goal} | {' | '.join(cells)} |")
+    for bits in ("5.4", "6.0"):
+        rivals = [f"ours at {bits} bits", f"autoquantize {bits} bits"]
+        left = [[100 - share for share in recovered(row, rivals)] for row in rows]
+        label = f"gap left at {bits} bits over that of AutoQuantize's rule"
+        cells = [f"{own / theirs:.2f}" for own, theirs in left]
+        lines.append(f"| {label} | 0.5, then 0.25 | {' | '.join(cells)} | |")
+    points = [recovered(row, ["ours 100%", "nvfp4, four over six"]) for row in rows]
+    cells = [f"{own - theirs:+.1f}" for own, theirs in points]
+    lines.append(f"| all FP4, points over Four Over Six | 0, then more | {' | '.join(cells)} | |")
     return lines
 
 
-def across(found: list[dict[str, Any]], names: Iterable[str]) -> list[str]:
-    """KL gap recovered by row and model."""
-    rows = [{row["name"]: row for row in facts["rows"]} for facts in found]
+def ablations(found: dict[str, Facts]) -> list[str]:
+    """KL gap recovered by row and model, and the points over the row that it changes."""
+    rows = [{row["name"]: row for row in facts["rows"]} for facts in found.values()]
     lines = _header("row", found)
-    for name in names:
-        cells = [f"{r[name]['kl_gap_recovered_percent']:.1f}%" if name in r else "" for r in rows]
+    for name in ABLATIONS:
+        cells = [_with_points(r[name], name.partition(",")[0]) if name in r else "" for r in rows]
         if any(cells):
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
-def versus(found: list[dict[str, Any]]) -> list[str]:
+def _with_points(row: Facts, whole: str) -> str:
+    share = f"{row['kl_gap_recovered_percent']:.1f}%"
+    over = row["kl_gap_recovered_points_over"].get(whole)
+    return f"{share}, {_points(over)}" if over else share
+
+
+def _points(over: Facts) -> str:
+    low, high = over["ci95"]
+    return f"{over['points']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def versus(found: dict[str, Facts]) -> list[str]:
     """Points of KL gap by which rows lie over others, with paired intervals."""
     over: dict[tuple[str, str], list[str]] = {}
-    for index, facts in enumerate(found):
+    for index, facts in enumerate(found.values()):
         for row in facts["rows"]:
-            for other, by in row.get("kl_gap_recovered_points_over", {}).items():
-                cells = over.setdefault((row["name"], other), [""] * len(found))
-                low, high = by["ci95"]
-                cells[index] = f"{by['points']:+.1f} ({low:+.1f} to {high:+.1f})"
+            for other, by in row["kl_gap_recovered_points_over"].items():
+                if row["name"] in ROWS:
+                    cells = over.setdefault((row["name"], other), [""] * len(found))
+                    cells[index] = _points(by)
     lines = _header("row, and over which", found)
     for (name, other), cells in over.items():
         lines.append(f"| {name}, over {other} | " + " | ".join(cells) + " |")
     return lines
 
 
-def _header(first: str, found: list[dict[str, Any]]) -> list[str]:
-    columns = [first, *(facts["model"] for facts in found)]
+def _header(first: str, found: dict[str, Facts]) -> list[str]:
+    columns = [first, *(MODELS[model] for model in found)]
     return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
 
 
-def plot(facts: dict[str, Any]) -> str:
+def filled(text: str, found: dict[str, Facts], encoder: Facts) -> str:
+    """``text`` with every marked table as the results have it.
+
+    Raises:
+        KeyError: no table is called so.
+    """
+    tables = {
+        "goals": goals(found, encoder),
+        **{f"accuracy-{model}": table(facts) for model, facts in found.items()},
+        "versus": versus(found),
+        "ablations": ablations(found),
+    }
+
+    def fill(place: re.Match[str]) -> str:
+        return "\n".join([f"<!-- {place[1]} -->", *tables[place[1]], "<!-- end -->"])
+
+    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def plot(model: str, facts: Facts) -> str:
     """An SVG of what a user would choose from."""
     rows = [row for row in facts["rows"] if row["name"] in ROWS]
 
@@ -115,7 +208,7 @@ def plot(facts: dict[str, Any]) -> str:
         )
     parts.append(
         f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 10}" text-anchor="middle">mean of the bits '
-        f"of a weight and of an activation value ({facts['model']})</text>"
+        f"of a weight and of an activation value ({MODELS[model]})</text>"
         f'<text x="14" y="{HEIGHT / 2}" transform="rotate(-90 14 {HEIGHT / 2})" '
         'text-anchor="middle">KL gap recovered</text>'
     )
@@ -134,20 +227,13 @@ def plot(facts: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    found = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
-    for name, facts in zip(sys.argv[1:], found, strict=True):
-        Path(name).with_suffix(".svg").write_text(plot(facts))
-        print(f"## {facts['model']}\n")
-        print("\n".join(table(facts, ROWS)))
-        print(
-            f"\n{facts['calibration_sequences']} calibration sequences of {facts['seq_len']} "
-            f"tokens, {facts['evaluation_tokens']:,} evaluation tokens, {facts['seeds']} "
-            f"calibration seeds, torch {facts['torch']}, "
-            f"revision {facts.get('revision', 'unknown')}.\n"
-        )
-    print("\n".join(["## Differences", "", *versus(found), ""]))
-    print("\n".join(["## Ablations", "", *across(found, ABLATIONS)]))
+    found = results()
+    for model, facts in found.items():
+        (DOCS / "results" / f"accuracy-{model}.svg").write_text(plot(model, facts))
+    page = DOCS / "results.md"
+    encoder = json.loads((DOCS / "results" / "encoder.json").read_text())
+    page.write_text(filled(page.read_text(), found, encoder))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
