@@ -5,13 +5,13 @@
 All rows see the same model, calibration text and evaluation windows. Bits are counted from the
 bytes of packed planes. ``kl`` is the mean token KL from the original; a model's *gap* is that of
 all-NVFP4 less that of all-FP8, and ``kl_gap_recovered_percent`` says how much of it a row closes,
-with a 95% interval by a bootstrap over windows, paired across all rows, of the mean over
-calibrations. ``--seeds`` says how many of these the rows of ``ROWS`` get; those of ``ABLATIONS``
-get the first. A row is better or worse than those it is compared with (``VERSUS``) if the interval
-of the difference excludes zero. Losses by window are cached under DIR, so an interrupted run goes
-on where it stopped and a row that is there already costs nothing: each says which code made it. If
-both texts are the same file, calibration takes windows of its first half and evaluation those of
-its second.
+with a 95% interval by a bootstrap over windows and calibrations, paired across all rows, of the
+mean over calibrations. ``--seeds`` says how many of these the rows of ``ROWS`` get; those of
+``ABLATIONS`` get the first, and their intervals do not say how much another would change. A row is
+better or worse than those it is compared with (``VERSUS``) if the interval of the difference
+excludes zero. Losses by window are cached under DIR, so an interrupted run goes on where it stopped
+and a row that is there already costs nothing: each says which code made it. If both texts are the
+same file, calibration takes windows of its first half and evaluation those of its second.
 """
 
 import argparse
@@ -266,6 +266,8 @@ def measure(model: nn.Module, reference: list[Tensor], windows: Tensor) -> Measu
 def rows_of(found: dict[str, list[Measured]], original: Tensor, predictions: int) -> list[dict]:
     """The table: means over the seeds of a row, and paired bootstrap intervals.
 
+    A draw takes windows and, of a row with several, calibrations, both with replacement.
+
     Args:
         found: what each row measured, by seed; a row may have fewer seeds than another, and what
             it is compared with is then taken on its own seeds.
@@ -273,15 +275,22 @@ def rows_of(found: dict[str, list[Measured]], original: Tensor, predictions: int
         predictions: in a window.
     """
     count = len(original)
-    picks = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+    source = torch.Generator().manual_seed(0)
+    picks = torch.randint(count, (RESAMPLES, count), generator=source)
+    most = max(map(len, found.values()))
+    calibrations = {
+        n: torch.randint(n, (n, RESAMPLES), generator=source) for n in range(1, most + 1)
+    }
 
-    def kl(name: str, seeds: int) -> Tensor:
-        return torch.stack([m.kl for m in found[name][:seeds]]).mean(0) / predictions
+    def drawn(values: list[Tensor]) -> Tensor:
+        """Means (RESAMPLES,) of a value by window and calibration."""
+        means = torch.stack([v[picks].mean(-1) for v in values])
+        return means.gather(0, calibrations[len(values)]).mean(0) / predictions
 
     def recovered(name: str, seeds: int) -> tuple[float, Tensor]:
-        rows = [kl(n, seeds) for n in (name, "nvfp4", "fp8")]
-        drawn = _recovered(*(row[picks].mean(-1) for row in rows))
-        return _recovered(*(row.mean() for row in rows)).item(), drawn
+        rows = [[m.kl for m in found[n][:seeds]] for n in (name, "nvfp4", "fp8")]
+        means = [torch.stack(row).mean() / predictions for row in rows]
+        return _recovered(*means).item(), _recovered(*map(drawn, rows))
 
     def perplexity(name: str, seeds: int) -> float:
         loss = torch.stack([m.loss for m in found[name][:seeds]]).mean(0)
@@ -290,11 +299,11 @@ def rows_of(found: dict[str, list[Measured]], original: Tensor, predictions: int
     lines = []
     for name, measured in found.items():
         seeds = len(measured)
-        loss = torch.stack([m.loss for m in measured]).mean(0)
-        shift = ((loss - original) / predictions)[picks].mean(-1)
         base = original.sum().item() / count / predictions
-        share, drawn = recovered(name, seeds)
+        shift = drawn([m.loss - original for m in measured])
+        share, shares = recovered(name, seeds)
         ppl, ppl4, ppl8 = (perplexity(n, seeds) for n in (name, "nvfp4", "fp8"))
+        kls = [m.kl for m in measured]
         versus = {}
         for other in VERSUS.get(name, ()):
             if other in found:
@@ -309,13 +318,13 @@ def rows_of(found: dict[str, list[Measured]], original: Tensor, predictions: int
                 "fp4_activations": sum(m.fp4_activations for m in measured) / seeds,
                 "perplexity": ppl,
                 "ci95": [math.exp(base + d) for d in interval(shift)],
-                "kl": kl(name, seeds).mean().item(),
-                "kl_ci95": interval(kl(name, seeds)[picks].mean(-1)),
+                "kl": torch.stack(kls).mean().item() / predictions,
+                "kl_ci95": interval(drawn(kls)),
                 "gap_recovered_percent": 100 * (ppl4 - ppl) / (ppl4 - ppl8)
                 if ppl4 > 1.005 * ppl8
                 else None,
                 "kl_gap_recovered_percent": share,
-                "kl_gap_recovered_ci95": interval(drawn),
+                "kl_gap_recovered_ci95": interval(shares),
                 "kl_gap_recovered_by_seed": [
                     _recovered(
                         m.kl.mean(), found["nvfp4"][i].kl.mean(), found["fp8"][i].kl.mean()

@@ -82,6 +82,29 @@ def test_rows_are_compared_on_the_seeds_they_share() -> None:
     assert over["ci95"] == pytest.approx([25, 25])
 
 
+def test_intervals_cover_windows_and_calibrations() -> None:
+    def row(*means: float) -> list[Any]:
+        noise = torch.linspace(-0.1, 0.1, 50, dtype=torch.float64)
+        return [accuracy.Measured(10 + noise, 10 * (m + noise), 5.0, 0.5, "x") for m in means]
+
+    found = {
+        "fp8": row(1.0, 1.0, 1.0),
+        "nvfp4": row(5.0, 5.0, 5.0),
+        "ours 70%": row(2.0, 2.0, 2.0),
+        "ours 90%": row(1.0, 2.0, 3.0),
+        "paper 80%": row(3.0),
+    }
+    rows = {r["name"]: r for r in accuracy.rows_of(found, torch.full((50,), 9.0).double(), 10)}
+    same, apart, once = (rows[n] for n in ("ours 70%", "ours 90%", "paper 80%"))
+    assert same["kl_gap_recovered_percent"] == apart["kl_gap_recovered_percent"] == 75
+    # Noise is the same in all rows, so that windows alone leave a share as it is.
+    assert same["kl_gap_recovered_ci95"] == pytest.approx([75, 75])
+    assert once["kl_gap_recovered_ci95"] == pytest.approx([50, 50])
+    # Of 27 equally likely draws of three calibrations one takes the first or last throughout.
+    assert apart["kl_gap_recovered_ci95"] == pytest.approx([50, 100])
+
+
+
 def test_autoquantize_is_the_best_choice_under_its_budget(setting: Any) -> None:
     parts = baselines.Parts(setting)
     scores = baselines.layer_scores(parts, setting.text.samples)
