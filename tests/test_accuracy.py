@@ -104,7 +104,6 @@ def test_intervals_cover_windows_and_calibrations() -> None:
     assert apart["kl_gap_recovered_ci95"] == pytest.approx([50, 100])
 
 
-
 def test_autoquantize_is_the_best_choice_under_its_budget(setting: Any) -> None:
     parts = baselines.Parts(setting)
     scores = baselines.layer_scores(parts, setting.text.samples)
