@@ -38,6 +38,7 @@ from transformers.utils import logging
 from fgmp import Recipe, calibration_text, evaluation_windows, quantize
 from fgmp.assign import weights
 from fgmp.data import CalibrationText, choose_windows, overlap
+from fgmp.errors import FGMPError
 from fgmp.evaluation.compare import activation_fraction, start_counting, weight_bits
 from fgmp.evaluation.perplexity import batches, logits_of, loss_of
 from fgmp.formats.spec import FP4_BITS, FP8_BITS
@@ -178,7 +179,10 @@ VERSUS = {
 
 @dataclass
 class Setting:
-    """One calibration of one model: what a row is made of."""
+    """One calibration of one model: what a row is made of.
+
+    ``reuse``: ``state`` must hold the calibration; one of other code or text is refused.
+    """
 
     name: str
     text: CalibrationText
@@ -186,6 +190,7 @@ class Setting:
     seed: int
     state: Path
     console: Console
+    reuse: bool = False
 
     def load(self) -> nn.Module:
         """The original model, anew."""
@@ -215,6 +220,7 @@ class Setting:
             recipe,
             held_out=self.text.held_out,
             state=state,
+            reuse=self.reuse,
             progress=bars(self.console),
         )
 
@@ -361,6 +367,10 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("accuracy-cache"))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
+    if args.windows is not None and args.windows < 1:
+        parser.error(f"--windows must be 1 or more, got {args.windows}")
+    if args.seeds < 1:
+        parser.error(f"--seeds must be 1 or more, got {args.seeds}")
     logging.disable_progress_bar()
     console = Console(stderr=True)
     args.cache.mkdir(parents=True, exist_ok=True)
@@ -430,4 +440,7 @@ def _print(facts: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except FGMPError as error:
+        sys.exit(f"error: {error}")

@@ -17,6 +17,7 @@ by_channel      outlier channels in FP8: whole blocks of 16 channels, sorted by 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ from fgmp.model.convert import install
 from fgmp.model.linear import ActivationSite, mixed_linears, sites
 from fgmp.model.select import linearize
 from fgmp.model.store import config_of
-from fgmp.pack.planes import pack
+from fgmp.pack.planes import pack, packed_bytes
 from fgmp.sensitivity.fisher import causal_lm_loss, frozen
 from fgmp.sensitivity.moments import Moments
 
@@ -90,10 +91,14 @@ class Parts:
 
 
 def at_bits(setting: Setting, bits: float) -> nn.Module:
-    """Our default at so many bits a weight, row counters included; as many FP4 activations."""
+    """Our default with as many FP8 weight blocks as so many bits a weight hold, every byte counted;
+    the same share of its activation blocks is FP8."""
     shapes = [(m.packed.n, m.packed.k) for m in mixed_linears(setting.base).values()]
-    counters = sum(32 * (n + 1) for n, _ in shapes) / sum(n * k for n, k in shapes)
-    return setting.quantized(fp4=1 - (bits - FP4_BITS - counters) / E2M1.bits)
+    blocks = sum(n * -(-k // BLOCK) for n, k in shapes)
+    more = packed_bytes(BLOCK, BLOCK, 2) - packed_bytes(BLOCK, BLOCK, 1)
+    none = sum(packed_bytes(n, k, 1) - more for n, k in shapes)
+    room = bits / 8 * sum(n * k for n, k in shapes) - none
+    return setting.quantized(fp4=1 - math.floor(room / more) / blocks)
 
 
 def four_over_six(setting: Setting) -> nn.Module:

@@ -6,8 +6,8 @@
 ``damping`` keeps compensated weights near the original's, ``relief`` is what compensation is taken
 to leave of the weights' harm, by which a budget is divided. Calibrates on windows of the first half
 of TEXT, since ``runs/accuracy.py`` evaluates on the second where it has one text for both, and
-prints the mean token KL from the original, in nats, on other windows of that half and on the
-beginning of another text: damping guards against the second.
+prints the mean token KL from the original, in nats, on windows of that half that ``quantize`` was
+not given and on the beginning of another text: damping guards against the second.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import torch
 from accuracy import Setting, measure, stream
 from rich.console import Console
 from torch import nn
@@ -67,14 +68,17 @@ def main() -> None:
 
     tokenizer, original = load_tokenizer(args.model), load_model(args.model).eval()
     windows = evaluation_windows(args.calib, tokenizer, args.seq_len)
+    windows = windows[: len(windows) // 2]
     text = choose_windows(
-        windows[: len(windows) // 2].flatten(),
+        windows.flatten(),
         samples=args.samples,
         seq_len=args.seq_len,
         seed=0,
         source=args.calib,
     )
-    judges = {"held out": text.held_out[: args.windows]}
+    seen = torch.cat([text.samples, text.held_out])
+    fresh = [not (seen == window).all(1).any() for window in windows]
+    judges = {"same text": windows[fresh][: args.windows]}
     if args.other:
         judges["other"] = evaluation_windows(args.other, tokenizer, args.seq_len)[: args.windows]
     wanted = {n: [logits_of(original, batch) for batch in batches(w)] for n, w in judges.items()}

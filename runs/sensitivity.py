@@ -65,7 +65,7 @@ def estimated(setting: Setting, label: str, **fields: object) -> nn.Module:
         with safe_open(setting.state, framework="pt") as file:
             sums, facts = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
         save_file(sums | ESTIMATES[label](setting), state, metadata=facts)
-    return replace(setting, state=state).quantized(**fields)
+    return replace(setting, state=state, reuse=True).quantized(**fields)
 
 
 def from_gradients(add: Callable[[Tensor, Tensor], Tensor], setting: Setting) -> Tensors:

@@ -209,6 +209,8 @@ def test_auto_holds_out_the_last_eighth(tokens: Tensor) -> None:
         config_of(model).result["clip"]["held_out_nll"]
         == config_of(explicit).result["clip"]["held_out_nll"]
     )
+    with pytest.raises(InputError, match="max_increase needs at least 3 sequences, got 2"):
+        quantized(tokens[:2], max_increase=1.0)
     with pytest.raises(InputError, match="clip=auto needs at least 2 sequences, got 1"):
         fgmp.quantize(make_model("llama"), tokens[:1])
 
@@ -382,6 +384,17 @@ def test_all_fp8_is_a_choice_where_a_mix_takes_as_much(tokens: Tensor) -> None:
     assert config_of(quantized(tokens, policy="random")).result["uniform"]["held_out_kl"] == {}
 
 
+def test_all_fp8_is_a_choice_under_a_budget_that_holds_it(tokens: Tensor) -> None:
+    """A mean of 7.9 bits is more than 8 where files count, and so is room for all FP8."""
+    plenty = {"bits": 7.9}, {"max_bytes": 10**9}
+    for budget, expected in (
+        *((b, {"off", "nvfp4", "fp8"}) for b in plenty),
+        ({"bits": 6.0}, {"off", "nvfp4"}),
+    ):
+        model = quantized(tokens, compensate=False, **budget)
+        assert set(config_of(model).result["uniform"]["held_out_kl"]) == expected
+
+
 def test_held_out_kl_is_that_of_the_predictions(tokens: Tensor) -> None:
     model = fgmp.quantize(make_model("llama"), tokens[:5], Recipe(), held_out=tokens[5:])
     result = config_of(model).result
@@ -490,6 +503,9 @@ def test_what_is_no_sequence_is_refused_first(
 
 
 def test_held_out_text_must_hold_something(tokens: Tensor) -> None:
+    wanted = "max_increase needs at least 2 held-out sequences, an eighth of 16 samples, got 1"
+    with pytest.raises(InputError, match=wanted):
+        fgmp.quantize(make_model("llama"), tokens, Recipe(max_increase=1), held_out=tokens[:1])
     with pytest.raises(InputError, match="held_out needs at least one sequence, got none"):
         fgmp.quantize(make_model("llama"), tokens, held_out=tokens[:0])
 
@@ -506,6 +522,9 @@ def test_unreached_experts_are_reported(tokens: Tensor) -> None:
     fgmp.quantize(model, tokens[:1, :2], Recipe(clip="off"), report=lines.append)
     # Two tokens with two experts each, in each of two layers, reach half of the experts.
     assert any("sites were reached by no calibration token" in line for line in lines)
+    idle = {o for o, s in sites(model).items() if s.record.gamma == 0}
+    shares = {o: s.fp4_fraction for o, s in config_of(model).sites.items()}
+    assert idle and all(shares[owner] == 1 for owner in idle)
     assert all(torch.isfinite(m.weight).all() for m in mixed_linears(model).values())
     with torch.no_grad():
         assert model(input_ids=tokens).logits.isfinite().all()

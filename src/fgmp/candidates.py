@@ -21,7 +21,7 @@ from fgmp.formats.weight import quantize_weight
 from fgmp.heldout import Trial, trials
 from fgmp.model.convert import install, packed_linears
 from fgmp.model.linear import MixedLinear
-from fgmp.pack.planes import PackedWeight, pack
+from fgmp.pack.planes import PackedWeight, pack, packed_bytes
 from fgmp.sequential import pack_in_turn, stages
 from fgmp.solve import Point
 from fgmp.task import Scored, Task
@@ -50,11 +50,15 @@ class Assignment:
         install(model, self.weights, self.activations.records, self.linears_of)
 
     @property
+    def weight_bits(self) -> float:
+        """Mean of the bits of a weight, every byte counted."""
+        packed = self.weights.values()
+        return 8 * sum(p.nbytes for p in packed) / sum(p.n * p.k for p in packed)
+
+    @property
     def bits(self) -> float:
         """Mean of the bits of a weight, every byte counted, and of an activation, with its flag."""
-        packed = self.weights.values()
-        weights = 8 * sum(p.nbytes for p in packed) / sum(p.n * p.k for p in packed)
-        return (weights + stream_bits(self.activations.fp4_fraction)) / 2
+        return (self.weight_bits + stream_bits(self.activations.fp4_fraction)) / 2
 
 
 @dataclass(frozen=True)
@@ -156,8 +160,7 @@ def choose(
     everything = dict(candidates)
     if scored.policy.sensitivity == "fisher":
         rivals = ["nvfp4"]
-        above = task.recipe.budget is None and candidates[ours[0]].bits >= FP8_BITS
-        if point.shares == (0, 0) or above:
+        if point.shares == (0, 0) or _fp8_takes_no_more(task, candidates[ours[0]]):
             rivals.append("fp8")
         for name in rivals:
             everything[name] = uniformly(
@@ -192,6 +195,20 @@ def choose(
             "budget": budget,
         },
     )
+
+
+def _fp8_takes_no_more(task: Task, own: Assignment) -> bool:
+    """Whether all FP8 takes no more than ``own`` of what the recipe limits, every byte counted.
+
+    A mix with hardly any FP4 takes more bits, as its FP8 blocks have scale bytes, too.
+    """
+    shapes = [weight.shape for weight in task.tensors.values()]
+    weight_bits = 8 * sum(packed_bytes(n, k) for n, k in shapes) / sum(n * k for n, k in shapes)
+    if task.recipe.budget == "max_energy":  # it is that of all FP8 that is to be saved
+        return False
+    if task.recipe.budget == "max_bytes":
+        return weight_bits <= own.weight_bits
+    return (weight_bits + FP8_BITS) / 2 <= own.bits
 
 
 def _best(

@@ -75,12 +75,10 @@ class Trial:
         return low, high
 
     def _shift(self, other: "Trial") -> tuple[float, float]:
-        """Difference of the mean losses, and its standard error; that of one sequence is inf."""
+        """Difference of the mean losses, and its standard error; of two sequences or more."""
         total = self.predictions.sum()
         difference = self.losses - other.losses
         shift = float(difference.sum() / total)
-        if len(difference) < 2:
-            return shift, math.inf
         residual = difference - shift * self.predictions
         count = len(difference)
         error = residual.square().sum().sqrt() * math.sqrt(count / (count - 1)) / total

@@ -196,16 +196,22 @@ def _texts(
     """Sequences to calibrate on and sequences to compare candidates on."""
     if len(samples) == 0:
         raise InputError("quantize needs at least one calibration sequence, got none")
+    least = 1 if recipe.max_increase is None else 2  # to tell an increase from noise
     if held_out is not None:
         if len(held_out) == 0:
             raise InputError("held_out needs at least one sequence, got none")
+        if len(held_out) < least:
+            raise InputError(
+                f"max_increase needs at least {least} held-out sequences, an eighth of "
+                f"{8 * least} samples, got {len(held_out)}"
+            )
         return samples, held_out
-    held = max(1, len(samples) // 8)
+    held = max(least, len(samples) // 8)
     if recipe.clip != "auto" and recipe.max_increase is None:
         return samples, samples[-held:]
     if len(samples) <= held:
         why = "clip=auto" if recipe.clip == "auto" else "max_increase"
-        raise InputError(f"{why} needs at least 2 sequences, got {len(samples)}")
+        raise InputError(f"{why} needs at least {least + 1} sequences, got {len(samples)}")
     return samples[:-held], samples[-held:]
 
 
@@ -225,12 +231,16 @@ def _select(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
     return linears
 
 
+def _variants(recipe: Recipe) -> int:
+    """How many choices of scales are scored and packed."""
+    return 2 if recipe.clip == "auto" else 1
+
+
 def _packed_bytes(recipe: Recipe) -> float:
-    """Bytes a parameter of the planes held at once: clip=auto makes two variants, and all NVFP4
-    is compared with them."""
-    variants = 2 if recipe.clip == "auto" else 1
+    """Bytes a parameter of the planes held at once: of each variant, and of all NVFP4, which is
+    compared with them."""
     fp8_share = 1.0 if recipe.budget else 1 - recipe.fp4
-    return (FP4_BITS + variants * (FP4_BITS + E2M1.bits * fp8_share)) / 8
+    return (FP4_BITS + _variants(recipe) * (FP4_BITS + E2M1.bits * fp8_share)) / 8
 
 
 def _require_memory(task: Task) -> MemoryEstimate:
@@ -245,6 +255,8 @@ def _require_memory(task: Task) -> MemoryEstimate:
         task.samples[0],
         task.loss,
         _packed_bytes(task.recipe),
+        variants=_variants(task.recipe),
+        ranked=task.recipe.budget is not None,
         fisher=task.recipe.fisher,
         compensation=compensation,
     )
@@ -278,8 +290,8 @@ def _calibrate(
     unreached = [site.linears[0] for site in calibration.sites.values() if site.tokens == 0]
     if unreached:
         task.report(
-            f"{len(unreached)} sites were reached by no calibration token and keep default "
-            f"scales: {', '.join(unreached)}"
+            f"{len(unreached)} sites were reached by no calibration token: default scales, and "
+            f"nothing to say which blocks need FP8, so all in FP4: {', '.join(unreached)}"
         )
     return calibration
 

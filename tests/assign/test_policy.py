@@ -70,9 +70,21 @@ def test_only_the_global_threshold_prefers_the_sensitive_layer() -> None:
 
 
 def test_quantile_is_the_score_that_the_share_does_not_exceed() -> None:
-    scores = [torch.tensor([[5.0, 1.0]]), torch.tensor([[4.0], [2.0], [3.0]])]
+    scores = [torch.tensor([[5.0, 1.0]]).double(), torch.tensor([[4.0], [2.0], [3.0]]).double()]
     assert [quantile(scores, f) for f in (0.2, 0.4, 0.6, 0.8)] == [1, 2, 3, 4]
     assert quantile(scores, 0.09) == -math.inf and quantile(scores, 0.91) == math.inf
+
+
+def test_quantile_is_the_score_of_that_rank() -> None:
+    """Over signs, ties and magnitudes that no binning would tell apart."""
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randn(5000, generator=generator, dtype=torch.float64)
+    wide = draw.sign() * draw.abs() ** 90
+    scores = [wide[:3000].view(30, 100), wide[3000:], torch.zeros(700).double(), wide[:50]]
+    flat = torch.cat([s.flatten() for s in scores])
+    for share in (1e-3, 0.3, 0.5, 0.55, 0.7, 0.999):
+        wanted = torch.kthvalue(flat, round(share * len(flat))).values.item()
+        assert quantile(scores, share) == wanted
 
 
 def test_equal_scores_fall_on_the_fp4_side_together() -> None:

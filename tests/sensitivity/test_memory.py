@@ -39,8 +39,11 @@ def test_parts() -> None:
     found = estimate(model, linears, torch.zeros(10, 8), squares, 0.6)
     assert found.fisher == 4 * parameters
     assert found.scoring == 64 * 8 * 16
-    # A float64 score a block of 16.
-    assert found.packed == int((0.6 + 0.5) * parameters)
+    # A float64 score a block of 16, and 65,536 counts for each input.
+    assert found.packed == int((0.6 + 0.5) * parameters) + 2 * 8 * 65536
+    both = estimate(model, linears, torch.zeros(10, 8), squares, 0.6, variants=2, ranked=True)
+    # Two scores; one of them in a row with all others, sorted, and its place.
+    assert both.packed - found.packed == 4 * 0.5 * parameters
     # x, the tanh that is also the second input, and the squared output, of ten rows in fp32;
     # then one weight's gradient and its square.
     assert found.working == 10 * 4 * (8 + 16 + 4) + 2 * 4 * 8 * 16

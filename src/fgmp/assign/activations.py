@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
 from fgmp.assign.policy import Policy
 from fgmp.formats.activation import Site, site_threshold
+from fgmp.formats.spec import THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
 from fgmp.sensitivity.histogram import ScoreHistogram, achieved_fraction, global_threshold
 
 
@@ -39,7 +38,7 @@ def assign_activations(
         own = global_threshold([histogram], fp4_fraction) if policy.per_layer else shared
         done[name] = replace(record, threshold=site_threshold(own, record.r, record.gamma))
         # The two ends decide for every score, also at a site without any.
-        exact = {-torch.inf: 0.0, torch.inf: 1.0}.get(own)
+        exact = {THRESHOLD_ALL_FP8: 0.0, THRESHOLD_ALL_FP4: 1.0}.get(done[name].threshold)
         reached = achieved_fraction(histogram, done[name].threshold)
         fractions[name] = reached if exact is None else exact
     blocks = {name: histogram.total for name, histogram in histograms.items()}

@@ -15,6 +15,7 @@ fp8, nvfp4        none: every block FP8, or FP4                              -
 ================  =========================================================  ============
 """
 
+import struct
 from dataclasses import dataclass
 
 import torch
@@ -87,9 +88,10 @@ def weight_masks(
 
 
 def quantile(scores: list[Tensor], fp4_fraction: float) -> float:
-    """The smallest score that at least this share of all scores does not exceed.
+    """The smallest of float64 scores that at least this share of all of them does not exceed.
 
-    -inf for a share of 0 and inf for 1.
+    -inf for a share of 0 and inf for 1. Found by bisection over the numbers that float64 has, in
+    at most 64 looks at the scores, since sorting them would take three times their memory.
     """
     count = sum(s.numel() for s in scores)
     kept = round(fp4_fraction * count)
@@ -97,8 +99,27 @@ def quantile(scores: list[Tensor], fp4_fraction: float) -> float:
         return -torch.inf
     if kept == count:
         return torch.inf
-    flat = torch.cat([s.flatten() for s in scores])
-    return torch.kthvalue(flat, kept).values.item()
+    low = _place(min(s.min().item() for s in scores))
+    high = _place(max(s.max().item() for s in scores))
+    while low < high:
+        middle = (low + high) // 2
+        if sum(int((s <= _number(middle)).sum()) for s in scores) >= kept:
+            high = middle
+        else:
+            low = middle + 1
+    return _number(low)
+
+
+def _place(number: float) -> int:
+    """Of a float64 among all of them in order, counted from zero."""
+    (bits,) = struct.unpack("<q", struct.pack("<d", abs(number)))
+    return -int(bits) if number < 0 else int(bits)
+
+
+def _number(place: int) -> float:
+    """The inverse of :func:`_place`."""
+    (magnitude,) = struct.unpack("<d", struct.pack("<q", abs(place)))
+    return -float(magnitude) if place < 0 else float(magnitude)
 
 
 def site_record(

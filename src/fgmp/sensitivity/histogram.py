@@ -19,6 +19,7 @@ from fgmp.formats.activation import Site, score_unit
 
 _DROPPED_BITS = 15  # of fp32's 23 mantissa bits
 _BINS = 1 << (31 - _DROPPED_BITS)
+HISTOGRAM_BYTES = _BINS * torch.int64.itemsize
 _LARGEST = torch.finfo(torch.float32).max
 
 

@@ -23,19 +23,22 @@ from torch import Tensor, nn
 from fgmp.errors import MemoryLimitError
 from fgmp.formats.spec import BLOCK
 from fgmp.sensitivity.fisher import Loss, frozen
+from fgmp.sensitivity.histogram import HISTOGRAM_BYTES
 
 _PROBE_TOKENS = 64
 _FISHER_BYTES = 4
 _SCORING_BYTES = 64
 """Of float64 copies of a weight, its Fisher information and its errors, an element: measured."""
 _SCORE_BYTES = 8 / BLOCK
+_RANKING = 3
+"""Copies of the scores while a budget ranks them: in one row, sorted, and their order."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes: ``held`` already, ``fisher``, ``packed`` planes and scores, ``working`` set, and what
-    scoring and packing hold beside the planes: ``compensation``, and ``scoring`` of the largest
-    weight.
+    """Bytes: ``held`` already, ``fisher``, ``packed`` planes, scores and histograms, ``working``
+    set, and what scoring and packing hold beside the planes: ``compensation``, and ``scoring`` of
+    the largest weight.
     """
 
     held: int
@@ -59,21 +62,29 @@ def estimate(
     loss: Loss,
     packed_bytes_per_parameter: float,
     *,
+    variants: int = 1,
+    ranked: bool = False,
     fisher: str = "exact",
     compensation: int = 0,
 ) -> MemoryEstimate:
-    """Predict the peak of quantizing ``model``; ``sample`` is one calibration sequence."""
+    """Predict the peak of quantizing ``model``; ``sample`` is one calibration sequence.
+
+    Weights are scored under each of ``variants`` choices of scales and, for a budget, ``ranked``.
+    Which linears share a site, and so a histogram, is not known yet: each is taken to have its own.
+    """
     parameters = sum(linear.weight.numel() for linear in linears.values())
     device = next(model.parameters()).device
     largest = max(linear.weight.numel() for linear in linears.values())
     # The probe comes first: what its passes load and cache stays, and counts as held.
     working = _working_set(model, linears, sample, loss)
+    scores = (variants + _RANKING * ranked) * _SCORE_BYTES
     if fisher == "exact":
         working += 2 * _FISHER_BYTES * largest
     return MemoryEstimate(
         held=held_bytes(device),
         fisher=fisher_bytes(linears, fisher),
-        packed=int((packed_bytes_per_parameter + _SCORE_BYTES) * parameters),
+        packed=int((packed_bytes_per_parameter + scores) * parameters)
+        + HISTOGRAM_BYTES * len(linears),
         working=working,
         compensation=compensation,
         scoring=_SCORING_BYTES * largest,
