@@ -91,8 +91,8 @@ class Parts:
 
 
 def at_bits(setting: Setting, bits: float) -> nn.Module:
-    """Our default with as many FP8 weight blocks as so many bits a weight hold, every byte counted;
-    the same share of its activation blocks is FP8."""
+    """Our default with as many FP8 weight blocks as so many bits a weight hold, were every weight
+    to mix formats: every byte counted. The same share of its activation blocks is FP8."""
     shapes = [(m.packed.n, m.packed.k) for m in mixed_linears(setting.base).values()]
     blocks = sum(n * -(-k // BLOCK) for n, k in shapes)
     more = packed_bytes(BLOCK, BLOCK, 2) - packed_bytes(BLOCK, BLOCK, 1)

@@ -145,8 +145,8 @@ def test_four_over_six_takes_the_better_scale(setting: Any) -> None:
 
 def test_our_bits_are_counted_with_the_row_counters(setting: Any) -> None:
     model = baselines.at_bits(setting, 6.0)
-    # One block is 8 bytes: a few hundredths of a bit on weights this small.
-    assert 5.97 < accuracy.weight_bits(model) <= 6
+    # Of weights this small some are all FP4 or all FP8, and need no row counters.
+    assert 5.85 < accuracy.weight_bits(model) <= 6
 
 
 def test_estimates_of_the_sensitivities(setting: Any) -> None:
