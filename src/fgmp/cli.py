@@ -79,8 +79,8 @@ def quantize(
     bits: Annotated[
         float | None,
         typer.Option(
-            help="A budget instead of shares: mean of the bits of a weight and of an activation "
-            "value, 4.5 to 8."
+            help="A budget instead of shares: mean of the formats' bits of a weight and of an "
+            "activation value, 4.5 (all FP4) to 8 (all FP8)."
         ),
     ] = None,
     max_bytes: Annotated[
@@ -373,7 +373,7 @@ def _coverage(facts: dict[str, Any]) -> str:
 def _budget(facts: dict[str, float]) -> dict[str, str]:
     shown = {}
     if "bits" in facts:
-        shown["budget"] = f"{facts['bits']:.3f} bits, weights and activations together"
+        shown["budget"] = f"{facts['bits']:.3f} bits, weights' and activations' formats together"
     if "energy_percent" in facts:
         shown["energy"] = f"{facts['energy_percent']:.1f}% of all-FP8's"
     if "increase_percent" in facts:

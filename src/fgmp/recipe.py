@@ -36,8 +36,10 @@ class Recipe:
         fp4_activations: share of activation blocks kept in FP4, on the calibration tokens;
             None: the same as ``fp4``.
         bits: instead of the two shares, a budget: the mean of the bits of a weight and of an
-            activation value, 4.5 to 8, spent where it does least harm. This and the three budgets
-            that follow exclude each other and the shares, and need ``policy: fisher``.
+            activation value, spent where it does least harm. A value has the bits of its block's
+            format, 4.5 or 8; scale bytes of FP8 blocks, counters and padding are not in it. This
+            and the three budgets that follow exclude each other and the shares, and need
+            ``policy: fisher``.
         max_bytes: the bytes that all tensors of the checkpoint may have.
         max_increase: percent by which perplexity on held-out text may exceed all-FP8's.
         max_energy: percent of the energy that an FP8 machine takes for the same matrix products.
