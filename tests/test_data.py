@@ -43,8 +43,22 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     assert read_documents(path) == ["één\n\ntwo"]
     path.write_text("one<|endoftext|>\ntwo<|endoftext|>  \n")
     assert read_documents(str(path)) == ["one", "\ntwo"]
-    path.write_text("")
-    assert read_documents(path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", ""),
+        ("a.txt", " \n<|endoftext|>\n"),
+        ("a.jsonl", "\n"),
+        ("a.jsonl", '{"text": ""}\n{"text": " "}\n'),
+    ],
+)
+def test_a_text_without_text_is_refused(name: str, content: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(InputError, match=rf"^text {path}: holds no text$"):
+        read_documents(path)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson"])
@@ -99,7 +113,9 @@ def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((name, config, split))
         if name == "gone":
             raise RuntimeError("not on the hub")
-        return Loaded(text=["a", " ", "b"]) if name != "speech" else Loaded(audio=["a"])
+        if name == "speech":
+            return Loaded(audio=["a"])
+        return Loaded(text=["a", " ", "b"] if name == "wiki" else [" "])
 
     module = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", module)
@@ -108,6 +124,8 @@ def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("wiki", None, "train"), ("wiki", "raw", "train"), ("wiki", "raw", "test")]
     with pytest.raises(InputError, match=r'speech: no column "text", only \[\'audio\'\]'):
         read_documents("speech")
+    with pytest.raises(InputError, match="text blank: holds no text"):
+        read_documents("blank")
     with pytest.raises(InputError, match="gone: no such file, and as a dataset: not on the hub"):
         read_documents("gone")
 
@@ -197,8 +215,11 @@ def test_evaluation_takes_all_windows(tmp_path: Path) -> None:
     ]
     assert evaluation_windows(path, Bytes(), 100).shape == (1, 9)  # a short text is one window
     path.write_text("\n")
-    with pytest.raises(InputError, match=r"a\.txt: nothing to predict in 0 tokens"):
+    with pytest.raises(InputError, match=r"a\.txt: holds no text"):
         evaluation_windows(path, Bytes(), 3)
+    path.write_text("a")
+    with pytest.raises(InputError, match=r"a\.txt: nothing to predict in 1 tokens"):
+        evaluation_windows(path, lambda documents, **options: {"input_ids": [[97]]}, 3)
 
 
 def test_overlap_finds_a_passage_wherever_it_lies() -> None:

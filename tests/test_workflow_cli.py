@@ -441,6 +441,8 @@ def test_errors(run: Run, place: Place, tmp_path: Path) -> None:
     a_model().save_pretrained(bare)
     short = tmp_path / "short.txt"
     short.write_text("too short")
+    blank = tmp_path / "blank.jsonl"
+    blank.write_text('{"text": ""}\n')
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("fp5: 0.7\n")
     broken = tmp_path / "broken"
@@ -459,6 +461,7 @@ def test_errors(run: Run, place: Place, tmp_path: Path) -> None:
             quantize("--calib", short),
             "short.txt: calibration needs at least 2 sequences of 32 tokens",
         ),
+        (quantize("--calib", blank), "blank.jsonl: holds no text"),
         (quantize(*text, model=tmp_path / "nowhere"), "nowhere: no such folder"),
         (quantize(*text, model=empty), "empty: cannot be loaded"),
         (quantize(*text, model=bert), "bert: not a causal language model"),
@@ -481,6 +484,7 @@ def test_errors(run: Run, place: Place, tmp_path: Path) -> None:
             "out: could not be written",
         ),
         (["eval", place.model, "--data", tmp_path / "no.txt"], "no.txt: no such file"),
+        (["eval", place.model, "--data", blank], "blank.jsonl: holds no text"),
         (["eval", tmp_path / "nowhere", "--data", place.text], "nowhere: no such folder"),
         (["compare", place.model, place.model, "--data", place.text], "not an fgmp checkpoint"),
         (

@@ -34,10 +34,20 @@ _NOTHING = torch.zeros(0, dtype=torch.int64)
 
 
 def read_documents(source: str | Path) -> list[str]:
-    """The documents of a text file, a JSON-lines file or a Hugging Face dataset."""
+    """The documents of a text file, a JSON-lines file or a Hugging Face dataset, one or more.
+
+    Raises:
+        InputError: nothing can be read there, or all of it is blank.
+    """
     path = Path(source)
-    if not path.exists():
-        return _read_dataset(str(source))
+    documents = _read_file(path) if path.exists() else _read_dataset(str(source))
+    documents = [d for d in documents if d.strip()]
+    if not documents:
+        raise InputError(f"text {source}: holds no text")
+    return documents
+
+
+def _read_file(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except IsADirectoryError as error:
@@ -49,10 +59,8 @@ def read_documents(source: str | Path) -> list[str]:
     if path.suffix in (".jsonl", ".ndjson"):
         # Not splitlines, which also parts at characters that JSON allows inside a string.
         lines = enumerate(text.split("\n"), start=1)
-        documents = [_text_of(line, path, number) for number, line in lines if line.strip()]
-    else:
-        documents = text.split(SEPARATOR)
-    return [d for d in documents if d.strip()]
+        return [_text_of(line, path, number) for number, line in lines if line.strip()]
+    return text.split(SEPARATOR)
 
 
 def tokenize(documents: list[str], tokenizer: Any) -> Tensor:
@@ -243,4 +251,4 @@ def _read_dataset(source: str) -> list[str]:
         raise InputError(f"text {source}: no such file, and as a dataset: {error}") from error
     if "text" not in loaded.column_names:
         raise InputError(f'dataset {source}: no column "text", only {loaded.column_names}')
-    return [text for text in loaded["text"] if text.strip()]
+    return list(loaded["text"])
