@@ -337,7 +337,8 @@ def test_a_calibration_of_something_else_is_refused(run: Run, place: Place, tmp_
         (quantize("--seed", "5"), "a calibration of other token sequences (text, tok"),
         (quantize("--calibration", lacking), "not a calibration state (File does not contain te"),
         (quantize("--calibration", lacking), missing),
-        (quantize("--calibration", place.text), "not a calibration state ("),
+        (quantize("--calibration", place.text), "name another file, or move this one away"),
+        (quantize("--calibration", tmp_path), "is a folder, not a calibration state"),
         (quantize("--bits", "4.4"), "bits must be from 4.5 (all FP4) to 8 (all FP8), got 4.4"),
         (quantize("--bits", "5", "--fp4", "0.5"), "give one of fp4, bits, max_bytes,"),
         (quantize("--max-bytes", "1k"), "max_bytes must be at least "),
@@ -351,7 +352,24 @@ def test_a_calibration_of_something_else_is_refused(run: Run, place: Place, tmp_
         done = run(*arguments)
         assert done.code == 1 and done.out == "" and "Traceback" not in done.err, (arguments, done)
         assert message in done.err and done.err.count("delete it") <= 1, (message, done.err)
+        used = message == "max_energy must be at least "
+        assert ("gradients are taken from" in done.err) == used, done.err
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("folder", ["/proc", "taken"])
+def test_a_calibration_that_could_not_be_kept_is_refused_first(
+    folder: str, run: Run, place: Place, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("")
+    kept = tmp_path / folder / "new" / "kept.safetensors"
+    quantize = ("quantize", place.model, "--calib", place.text, *SMALL)
+    for options in (("-o", tmp_path / "out", "--calibration", kept), ("-o", kept)):
+        done = run(*quantize, *options)
+        assert done.code == 1 and "peak memory" not in done.err, done
+        assert "kept.safetensors: could not be written: " in done.err
+        assert "is no writable folder" in done.err
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
 
 def test_evaluating_on_calibration_text_is_warned_of(

@@ -270,11 +270,7 @@ def _calibrate(
     task: Task, groups: dict[str, list[str]] | None, state: Path | None, reuse: bool
 ) -> Calibration:
     """Gradients and ranges; says what may surprise."""
-    if reuse and state is not None and state.exists():
-        task.report(
-            f"gradients are taken from {state}; what depends on the recipe, the scores of "
-            "activations and the moments of inputs, takes passes forward"
-        )
+    kept = reuse and state is not None and state.exists()
     with task.progress("calibrating", len(task.samples)) as advance:
         calibration = calibrate(
             task.model,
@@ -286,6 +282,11 @@ def _calibrate(
             state=state,
             reuse=reuse,
             advance=advance,
+        )
+    if kept:
+        task.report(
+            f"gradients are taken from {state}; what depends on the recipe, the scores of "
+            "activations and the moments of inputs, takes passes forward"
         )
     unreached = [site.linears[0] for site in calibration.sites.values() if site.tokens == 0]
     if unreached:

@@ -83,6 +83,8 @@ def quantize_to(
     reporter = reporter or Reporter()
     started = time.perf_counter()
     checkpoint.require_free(output)
+    if saved is not None and not saved.exists():
+        checkpoint.require_writable(saved)
     if is_quantized(model_name):
         raise InputError(f"model {model_name}: already quantized, by {QUANT_METHOD!r}")
     # The text comes before the model, whose loading may take minutes.

@@ -689,23 +689,24 @@ def test_samples_differ_by_every_number_in_them(tmp_path: Path) -> None:
 
 
 def corruptions(state: Path) -> Iterator[str]:
+    """Only what is known to be a state may be deleted."""
     whole = state.read_bytes()
     state.write_bytes(whole[: len(whole) // 2])
-    yield "truncated"
+    yield "move this one away"
     state.write_bytes(b"not a file of tensors")
-    yield "garbage"
+    yield "move this one away"
     save_file({"x": torch.zeros(1)}, state)
-    yield "no metadata"
+    yield "no state in its metadata.*move this one away"
     save_file({"x": torch.zeros(1)}, state, metadata={"state": "{"})
-    yield "not JSON"
+    yield "delete it"
     save_file({"x": torch.zeros(1)}, state, metadata={"state": "[1]"})
-    yield "no mapping"
+    yield "delete it"
     with safe_open_bytes(whole, state) as file:
         facts, names = file.metadata(), list(file.keys())
         tensors = {name: file.get_tensor(name) for name in names}
     del tensors[next(n for n in names if n.startswith("weight."))]
     save_file(tensors, state, metadata=facts)
-    yield "a tensor is missing"
+    yield "File does not contain tensor.*delete it"
 
 
 def safe_open_bytes(content: bytes, at: Path) -> safe_open:
@@ -719,11 +720,15 @@ def test_a_corrupt_state_is_named(tokens: Tensor, tmp_path: Path) -> None:
     state = tmp_path / "run.state"
     calibrate(model, linears, tokens[:2], state=state)
     found = []
-    for fault in corruptions(state):
-        with pytest.raises(InputError, match=r"run\.state: not a calibration state .* delete it"):
+    for message in corruptions(state):
+        with pytest.raises(
+            InputError, match=rf"run\.state: not a calibration state \(.*{message}$"
+        ):
             calibrate(model, linears, tokens[:2], state=state)
-        found.append(fault)
+        found.append(message)
     assert len(found) == 6
+    with pytest.raises(InputError, match="is a folder, not a calibration state"):
+        calibrate(model, linears, tokens[:2], state=tmp_path)
 
 
 def test_a_full_disk_costs_the_state_and_not_the_run(tokens: Tensor, tmp_path: Path) -> None:

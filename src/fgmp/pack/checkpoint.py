@@ -194,11 +194,19 @@ def write(
 
 def require_free(directory: Path) -> None:
     """Refuse a target folder that already holds something, or that cannot be made."""
-    parent = next(folder for folder in directory.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{directory}: could not be written: {parent} is no writable folder")
+    require_writable(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: already exists; choose another folder or remove it")
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a file or folder that could not be made, folders above it included."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):  # permissions alone do not tell: /proc has some
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: could not be written: {parent} is no writable folder") from error
 
 
 def require_space(directory: Path, needed: int) -> None:

@@ -337,9 +337,16 @@ class _Recorder:
         """Load an interrupted run's sums if they are of this very run; samples already done."""
         if not state.exists():
             return 0
+        if state.is_dir():
+            raise InputError(f"{state}: is a folder, not a calibration state")
+        advice = "name another file, or move this one away"  # which may be anything
         try:
             with safe_open(state, framework="pt") as file:
-                facts = json.loads(file.metadata()["state"])
+                metadata = file.metadata() or {}
+                if "state" not in metadata:
+                    raise ValueError("no state in its metadata")
+                advice = "delete it"
+                facts = json.loads(metadata["state"])
                 if facts["fingerprint"] != fingerprint:
                     if reuse:
                         raise InputError(_mismatch(state, facts["fingerprint"], fingerprint))
@@ -362,8 +369,8 @@ class _Recorder:
                     self.site_by_linear |= dict.fromkeys(linears, name)
         except InputError:
             raise
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{state}: not a calibration state ({error}); delete it") from error
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{state}: not a calibration state ({error}); {advice}") from error
         self.sums.predictions = predictions
         return done
 
