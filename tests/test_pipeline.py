@@ -245,15 +245,31 @@ def test_a_checkpoint_has_at_most_max_bytes(family: str, tokens: Tensor) -> None
         quantized(tokens, family, max_bytes=ends[0] - 1)
 
 
-def test_too_few_bytes_are_refused_before_calibration(tokens: Tensor) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Recipe(max_bytes=1000), "max_bytes must be at least"),
+        (
+            Recipe(max_energy=80, rule="difference", sensitivities="powers"),
+            r"energies are known of .*, got difference, search, powers",
+        ),
+        (
+            Recipe(max_energy=80, rule="truncated", scales="max", sensitivities="powers"),
+            r"energies are known of .*, got truncated, max, powers",
+        ),
+    ],
+)
+def test_hopeless_budgets_are_refused_before_calibration(
+    recipe: Recipe, message: str, tokens: Tensor
+) -> None:
     stages: list[str] = []
 
     def stage(title: str, steps: int) -> AbstractContextManager[Callable[[], None]]:
         stages.append(title)
         return nullcontext(lambda: None)
 
-    with pytest.raises(InputError, match="max_bytes must be at least"):
-        fgmp.quantize(make_model("llama"), tokens, Recipe(max_bytes=1000), progress=stage)
+    with pytest.raises(InputError, match=message):
+        fgmp.quantize(make_model("llama"), tokens, recipe, progress=stage)
     assert stages == []
 
 

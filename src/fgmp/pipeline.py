@@ -41,7 +41,7 @@ from fgmp.sensitivity.fisher import (
 from fgmp.sensitivity.histogram import ScoreHistogram, new_histogram
 from fgmp.sensitivity.memory import MemoryEstimate
 from fgmp.sequential import bytes_needed
-from fgmp.solve import require_bytes, solve
+from fgmp.solve import require_bytes, require_known_energy, solve
 from fgmp.task import Scored, Task
 
 
@@ -95,6 +95,8 @@ def quantize(
     linears = _select(model, recipe)
     if recipe.max_bytes is not None:  # what is hopeless is said before hours of calibration
         require_bytes(recipe.max_bytes, model, linears, {})
+    if recipe.max_energy is not None:
+        require_known_energy(recipe)
     total = matrices(model)
     task = Task(model, linears, samples, checked, loss, recipe, progress, report)
     needed = _require_memory(task)

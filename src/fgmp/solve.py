@@ -26,6 +26,7 @@ from fgmp.formats.spec import FP4_BITS, FP8_BITS
 from fgmp.model.linear import ActivationSite
 from fgmp.model.store import tensors_to_save
 from fgmp.pack.planes import packed_bytes
+from fgmp.recipe import Recipe
 from fgmp.sensitivity.fisher import frozen
 from fgmp.task import Scored, Task
 
@@ -138,6 +139,18 @@ def _bits_of_bytes(limit: int, task: Task, scored: Scored, frontier: Frontier) -
 # Energy.
 
 
+def require_known_energy(recipe: Recipe) -> None:
+    """Refuse a rule, scales and sensitivities whose quantizer was never measured."""
+    from fgmp.hardware.budget import machine
+
+    machine("mixed", _quantizer(recipe))
+
+
+def _quantizer(recipe: Recipe) -> str:
+    """As ``hardware.budget`` calls it."""
+    return f"{recipe.rule}, {recipe.scales}, {recipe.sensitivities}"
+
+
 def _bits_of_energy(
     limit: float, task: Task, scored: Scored, frontier: Frontier
 ) -> tuple[float, float]:
@@ -200,8 +213,7 @@ def _energy_percent(task: Task, scored: Scored, shares: tuple[float, float]) -> 
             }
             n, k = task.linears[name].weight.shape
             work.append(Work(name, owner, n, k, mix, counts[owner].tokens / most))
-    recipe = task.recipe
-    return percent_of_fp8(work, f"{recipe.rule}, {recipe.scales}, {recipe.sensitivities}")
+    return percent_of_fp8(work, _quantizer(task.recipe))
 
 
 @dataclass
