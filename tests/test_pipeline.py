@@ -6,6 +6,7 @@ running the sites that came out over the activations of the unquantized model.
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -243,12 +244,18 @@ def test_a_checkpoint_has_at_most_max_bytes(family: str, tokens: Tensor) -> None
     message = rf"max_bytes must be at least {ends[0]:,}, .* FP8: {ends[1]:,}\), got {ends[0] - 1:,}"
     with pytest.raises(InputError, match=message):
         quantized(tokens, family, max_bytes=ends[0] - 1)
+    message = r"max_bytes must be more than ([0-9,]+), and ([0-9,]+) is enough, .* got 1$"
+    with pytest.raises(InputError, match=message) as refused:
+        quantized(tokens, family, max_bytes=1)
+    found = re.search(message, str(refused.value))
+    below, enough = (int(number.replace(",", "")) for number in found.groups())
+    assert below < ends[0] <= enough < 1.1 * ends[0]
 
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (Recipe(max_bytes=1000), "max_bytes must be at least"),
+        (Recipe(max_bytes=1000), "max_bytes must be more than"),
         (
             Recipe(max_energy=80, rule="difference", sensitivities="powers"),
             r"energies are known of .*, got difference, search, powers",

@@ -95,13 +95,22 @@ def solve(
 def require_bytes(
     max_bytes: int, model: nn.Module, linears: dict[str, nn.Linear], records: Mapping[str, Site]
 ) -> None:
-    """Refuse fewer bytes than all FP4 needs; without ``records``, sites are not counted yet."""
+    """Refuse fewer bytes than all FP4 needs.
+
+    Without ``records``, sites are not known yet: there are at most as many as linears.
+    """
     ends = [tensor_bytes(model, linears, records, dict.fromkeys(linears, n)) for n in (0, None)]
-    if max_bytes < ends[0]:
-        raise InputError(
-            f"max_bytes must be at least {ends[0]:,}, the tensors of the model with every "
-            f"quantized weight in FP4 (all in FP8: {ends[1]:,}), got {max_bytes:,}"
-        )
+    if max_bytes >= ends[0]:
+        return
+    if records:
+        bound, most = f"at least {ends[0]:,}", ends[1]
+    else:
+        sites = sum(_SITE_BYTES + linear.in_features for linear in linears.values())
+        bound, most = f"more than {ends[0]:,}, and {ends[0] + sites:,} is enough", ends[1] + sites
+    raise InputError(
+        f"max_bytes must be {bound}, for the tensors of the model with every quantized weight in "
+        f"FP4 (all in FP8: {most:,}), got {max_bytes:,}"
+    )
 
 
 def tensor_bytes(
