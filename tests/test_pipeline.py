@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import FAMILIES, make_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import fgmp
 from fgmp import InputError, Recipe, candidates
@@ -652,6 +653,17 @@ def test_uniform_baselines(name: str, fp4: float, tokens: Tensor) -> None:
         assert torch.equal(linear.weight, mixed_linears(base)[key].weight)
     with torch.no_grad():
         assert torch.equal(base(input_ids=tokens).logits, asked(input_ids=tokens).logits)
+
+
+def test_baselines_are_of_the_model_that_was_quantized(tokens: Tensor) -> None:
+    """Also where all that the checkpoint knows is there, and the model has more layers."""
+    mixed = quantized(tokens)
+    config = FAMILIES["llama"]()
+    config.num_hidden_layers = 3
+    longer = AutoModelForCausalLM.from_config(config)
+    message = "LlamaForCausalLM: not a quantized LlamaForCausalLM: model.layers.2.* got none and"
+    with pytest.raises(InputError, match=message):
+        uniform(longer, mixed, "fp8", 0.0)
 
 
 def logit_error(model: nn.Module, tokens: Tensor) -> float:

@@ -53,11 +53,11 @@ def a_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
 
 
-def a_model(layers: int = 1) -> nn.Module:
+def a_model(layers: int = 1, width: int = 32) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=257,
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=48,
         num_hidden_layers=layers,
         num_attention_heads=2,
@@ -248,6 +248,20 @@ def test_compare(run: Run, place: Place) -> None:
     assert facts["rows"][0]["perplexity"] == pytest.approx(
         run("eval", place.model, "--data", place.text, "--json").json["perplexity"]
     )
+
+
+def test_a_checkpoint_of_another_model_is_not_compared(
+    run: Run, place: Place, tmp_path: Path
+) -> None:
+    model = tmp_path / "wider"
+    a_model(width=64).save_pretrained(model)
+    a_tokenizer().save_pretrained(model)
+    done = run("compare", model, place.checkpoint, "--data", place.text)
+    assert done.code == 1 and done.out == "" and "comparing" not in done.err
+    assert (
+        f"{place.checkpoint}: not a quantized {model}: model.embed_tokens.weight must have the "
+        "same shape in both, got [257, 32] and [257, 64]"
+    ) in done.err
 
 
 def test_inspect(run: Run, place: Place) -> None:

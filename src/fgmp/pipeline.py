@@ -152,8 +152,12 @@ def uniform(
         policy_name: stored as the recipe's policy, ``fp8`` or ``nvfp4``.
         weight_fp4: share of FP4 blocks, 0 or 1, of weights and activations; scales are
             nearest-rounding ones.
+
+    Raises:
+        InputError: the two are not of one model, as far as names and shapes of parameters tell.
     """
     linearize(original)
+    _require_same_shapes(original, quantized)
     config = config_of(quantized)
     total = matrices(original)
     linears_of = {owner: site.linears for owner, site in config.sites.items()}
@@ -166,6 +170,23 @@ def uniform(
     assignment = uniformly(tensors, records, linears_of, weight_fp4)
     _finish(original, assignment, Recipe(policy=policy_name, fp4=weight_fp4, clip="off"), total)
     return original
+
+
+def _require_same_shapes(original: nn.Module, quantized: nn.Module) -> None:
+    found = {name: [*p.shape] for name, p in original.named_parameters()}
+    wanted = {name: [*p.shape] for name, p in quantized.named_parameters()}
+    for name, linear in mixed_linears(quantized).items():
+        wanted[f"{name}.weight"] = [linear.out_features, linear.in_features]
+    for name in wanted | found:
+        if wanted.get(name) != found.get(name):
+            first, second = (
+                getattr(model, "name_or_path", "") or type(model).__name__
+                for model in (quantized, original)
+            )
+            raise InputError(
+                f"{first}: not a quantized {second}: {name} must have the same shape in both, got "
+                f"{wanted.get(name, 'none')} and {found.get(name, 'none')}"
+            )
 
 
 def least_bytes(model: nn.Module, recipe: Recipe) -> int:
