@@ -69,7 +69,13 @@ from fgmp.recipe import BUDGETS, CLIP_CHOICES, POLICY_NAMES, Recipe
         ),
         (
             {"fp4_activations": 0.7, "bits": 5},
-            "recipe: give one of fp4, bits, max_bytes, max_increase, max_energy, got fp4 and bits",
+            "recipe: give one of fp4, bits, max_bytes, max_increase, max_energy, "
+            "got fp4_activations and bits",
+        ),
+        (
+            {"fp4": 0.5, "fp4_activations": 0.7, "bits": 5},
+            "recipe: give one of fp4, bits, max_bytes, max_increase, max_energy, "
+            "got fp4 and fp4_activations and bits",
         ),
         (
             {"max_bytes": 10, "policy": "error"},
@@ -148,8 +154,11 @@ EVERYTHING = Recipe(
 )
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), EVERYTHING], ids=["default", "everything"])
+@pytest.mark.parametrize(
+    "recipe", [Recipe(), EVERYTHING, Recipe(bits=5.4)], ids=["default", "everything", "budget"]
+)
 def test_yaml_round_trip(recipe: Recipe, tmp_path: Path) -> None:
+    """A budget's file has the default share beside it, so the two may stand together."""
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.to_dict()))
     assert Recipe.from_yaml(file) == recipe
@@ -235,5 +244,5 @@ def test_an_option_replaces_the_file_s_amount() -> None:
     assert shares.with_options({"fp4": 0.6}) == Recipe(fp4=0.6, fp4_activations=0.4)
     with pytest.raises(InputError, match=r"give one of fp4, bits, .* got fp4 and max_bytes"):
         Recipe().with_options({"fp4": 0.7, "max_bytes": "3M"})
-    with pytest.raises(InputError, match=r"give one of fp4, bits, .* got fp4 and bits"):
+    with pytest.raises(InputError, match=r"give one of fp4, bits, .* got fp4_activations and bits"):
         file.with_options({"fp4_activations": 0.5})

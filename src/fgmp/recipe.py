@@ -152,11 +152,11 @@ class Recipe:
             raise InputError(
                 f"recipe: max_energy must be a percentage above 0 and at most 100, got {energy!r}"
             )
-        given = [name for name in BUDGETS if getattr(self, name) is not None]
-        if self.fp4 != type(self).fp4 or self.fp4_activations is not None:
-            given.insert(0, "fp4")
-        if len(given) > 1:
-            raise _several(given)
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        defaults = {"fp4": type(self).fp4, "fp4_activations": None}
+        shares = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if len(budgets) > 1 or (budgets and shares):
+            raise _several(shares + budgets)
         if self.budget and self.policy != "fisher":
             raise InputError(
                 f"recipe: {self.budget} needs scores of one unit, policy fisher, "
