@@ -62,7 +62,8 @@ class Recipe:
         seed: chooses the calibration sequences.
         headroom: activations up to this multiple of the largest calibrated one do not saturate.
         include: name patterns (shell style) of the linears to quantize. A pattern other than
-            ``*`` may name an output head or router, which are otherwise left alone.
+            ``*`` may name an output head or router, which are otherwise left alone; not a head
+            that shares its weight with the embedding.
         exclude: name patterns of linears to leave alone.
     """
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
 from transformers.pytorch_utils import Conv1D
 
+from fgmp.errors import InputError
 from fgmp.model.select import Experts, linearize, matrices, output_head, quantizable
 
 SIZES = {
@@ -171,7 +172,11 @@ def test_a_head_must_be_named() -> None:
 def test_a_tied_head_never() -> None:
     model = model_of("llama")
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert "lm_head" not in quantizable(model, ("*", "lm_head"))
+    assert "lm_head" not in quantizable(model)
+    assert "lm_head" not in quantizable(model, ("*", "lm_*"), ("lm_head",))
+    message = r"include \['\*', 'lm_head'\] names lm_head, whose weight is the embedding's"
+    with pytest.raises(InputError, match=message):
+        quantizable(model, ("*", "lm_head"))
 
 
 def test_a_router_must_be_named() -> None:

@@ -5,7 +5,8 @@ experts fused into one 3-D parameter. :func:`linearize` turns the second and thi
 first, so that everything after it knows one kind of layer. It works on a model with weights and
 on an empty one that is about to be loaded, and gives both the same names.
 
-Output heads, embeddings and routers stay in high precision unless an include pattern names them.
+Output heads and routers stay in high precision unless an include pattern names them; embeddings
+always do, and with them heads that share their weight.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from fgmp.errors import InputError
 
 ROUTERS = ("*.router", "*.router.*", "*.gate", "*.shared_expert_gate")
 """Name patterns of routers, which choose experts and hold next to no parameters."""
@@ -93,17 +96,27 @@ def linearize(model: nn.Module) -> None:
 def quantizable(
     model: nn.Module, include: tuple[str, ...] = ("*",), exclude: tuple[str, ...] = ()
 ) -> dict[str, nn.Linear]:
-    """The linears to quantize, by name, in module order; the model must be linearized."""
+    """The linears to quantize, by name, in module order; the model must be linearized.
+
+    Raises:
+        InputError: a pattern other than ``*`` names a linear whose weight is an embedding too.
+    """
     explicit = tuple(pattern for pattern in include if pattern != "*")
     head = output_head(model)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     chosen = {}
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear or id(module.weight) in embeddings:
+        if type(module) is not nn.Linear:
             continue
-        special = module is head or _matches(name, ROUTERS)
+        tied = id(module.weight) in embeddings
+        special = tied or module is head or _matches(name, ROUTERS)
         wanted = _matches(name, explicit) or ("*" in include and not special)
         if wanted and not _matches(name, exclude):
+            if tied:
+                raise InputError(
+                    f"include {list(include)} names {name}, whose weight is the embedding's and "
+                    "stays in high precision; exclude it, or untie the two"
+                )
             chosen[name] = module
     return chosen
 
