@@ -386,6 +386,16 @@ def test_a_calibration_that_could_not_be_kept_is_refused_first(
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
 
+def test_a_calibration_in_the_output_folder_is_refused(
+    run: Run, place: Place, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    kept = out / "kept.safetensors"
+    done = run("quantize", place.model, "--calib", place.text, "-o", out, "--calibration", kept)
+    assert done.code == 1 and f"{kept}: lies in {out}, which must be empty" in done.err
+    assert not out.exists()
+
+
 def test_evaluating_on_calibration_text_is_warned_of(
     run: Run, place: Place, tmp_path: Path
 ) -> None:

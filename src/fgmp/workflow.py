@@ -85,6 +85,8 @@ def quantize_to(
     checkpoint.require_free(output)
     if saved is not None and not saved.exists():
         checkpoint.require_writable(saved)
+        if output.absolute() in saved.absolute().parents:
+            raise InputError(f"{saved}: lies in {output}, which must be empty until the end")
     if is_quantized(model_name):
         raise InputError(f"model {model_name}: already quantized, by {QUANT_METHOD!r}")
     # The text comes before the model, whose loading may take minutes.
