@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "heldout": {"sensitivity", "model"},
     "task": {"progress", "recipe", "formats", "sensitivity", "assign"},
     "solve": {
-        *("errors", "formats", "sensitivity", "pack", "hardware", "assign", "model", "task"),
+        *("errors", "recipe", "formats", "sensitivity", "pack", "hardware", "assign", "model"),
+        "task",
     },
     "candidates": {
         *("formats", "pack", "assign", "model", "sequential", "heldout", "task", "solve"),

@@ -309,9 +309,18 @@ def test_a_calibration_serves_several_budgets(
     assert sizes[0] < facts["tensor_bytes"] == stored_bytes(tmp_path / "bytes") < sizes[1]
     facts = run(*arguments, "-o", tmp_path / "energy", "--max-energy", "95%", "--json").json
     assert 93 < facts["budget"]["energy_percent"] <= 95
-    done = run(*arguments, "-o", tmp_path / "increase", "--max-increase", "50%")
-    assert done.code == 0 and "all-FP8's perplexity on held-out text" in done.out
     assert len(begun) == 6  # sequences went backward once each
+
+
+def test_an_increase_is_bounded_on_held_out_text(run: Run, place: Place, tmp_path: Path) -> None:
+    quantize = ("quantize", place.model, "--calib", place.text, *SMALL, "--max-increase", "50%")
+    done = run(*quantize, "-o", tmp_path / "few")
+    assert done.code == 1 and "max_increase needs at least 2 held-out sequences" in done.err
+    done = run(*quantize, "--samples", "16", "-o", tmp_path / "enough")
+    assert done.code == 0 and "all-FP8's perplexity on held-out text" in done.out
+    config = json.loads((tmp_path / "enough" / "config.json").read_text())
+    budget = config["quantization_config"]["result"]["budget"]
+    assert budget["increase_low"] <= budget["increase_percent"] <= budget["increase_high"]
 
 
 def stored_bytes(checkpoint: Path) -> int:
