@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from provenance import provenance
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -264,7 +265,7 @@ def main() -> None:
         "model": Path(args.model).name,
         "calibration_sequences": len(text.samples),
         "seq_len": seq_len,
-        "torch": torch.__version__,
+        **provenance(),
         "estimates": correlations(setting),
     }
     print(json.dumps(facts, indent=1))
