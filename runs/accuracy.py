@@ -212,8 +212,8 @@ class Setting:
         if change is not None:
             model = change(model, self.text.samples)
             state = state.with_suffix(f".{change.__name__}.safetensors")
-        if recipe.fisher != "exact":
-            state = state.with_suffix(f".{recipe.fisher}.safetensors")
+        if (kind := f"{recipe.fisher}-{recipe.labels}") != "exact-text":
+            state = state.with_suffix(f".{kind}.safetensors")
         return quantize(
             model,
             self.text.samples,

@@ -17,7 +17,7 @@ by token                (g^2)^T (x^2): squares of each token's gradient, not of 
 nearest rank one        row sums times column sums of the exact F_w over its sum
 at the quantized point  exact, activations' as well, of the model quantized at 70%, straight through
 of drawn labels         exact, activations' as well, of labels drawn from the model's predictions:
-                        the true Fisher information rather than the empirical one
+                        the true Fisher information, of the recipe's ``labels: model``
 """
 
 from __future__ import annotations
@@ -48,7 +48,13 @@ from fgmp.model.linear import mixed_linears
 from fgmp.model.select import linearize, quantizable
 from fgmp.model.source import context_length, load_model, load_tokenizer
 from fgmp.sensitivity import memory
-from fgmp.sensitivity.fisher import Loss, calibrate, causal_lm_loss, frozen
+from fgmp.sensitivity.fisher import (
+    Loss,
+    calibrate,
+    causal_lm_loss,
+    drawn_label_loss,
+    frozen,
+)
 from fgmp.sensitivity.squares import SQUARES
 from fgmp.sequential import stage_bytes
 
@@ -120,15 +126,8 @@ def calibrated(
 
 
 def drawn_labels(setting: Setting) -> Tensors:
-    """Labels drawn from the model's predictions, seeded."""
-    generator = torch.Generator().manual_seed(setting.seed)
-
-    def loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
-        logits = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0, :-1].float()
-        labels = logits.detach().softmax(-1).multinomial(1, generator=generator).squeeze(1)
-        return nn.functional.cross_entropy(logits, labels, reduction="sum"), len(labels)
-
-    return calibrated(setting, loss)
+    """Those of ``labels: model``."""
+    return calibrated(setting, drawn_label_loss)
 
 
 def quantized_point(setting: Setting) -> Tensors:

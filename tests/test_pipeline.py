@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -431,6 +432,27 @@ def test_held_out_kl_is_that_of_the_predictions(tokens: Tensor) -> None:
     used = "on" if result["clip"]["used"] else "off"
     assert result["clip"]["held_out_kl"][used] == pytest.approx(kl, rel=1e-3)
     assert result["clip"]["held_out_kl"][used] == min(result["clip"]["held_out_kl"].values())
+
+
+def test_labels_of_the_model(tokens: Tensor, tmp_path: Any) -> None:
+    """Its own calibration, which one with the text's labels is not mistaken for."""
+    state, recipe = tmp_path / "kept.safetensors", {"clip": "off", "compensate": False}
+    drawn, text = (
+        fgmp.quantize(make_model("llama"), tokens, Recipe(labels=labels, **recipe), state=file)
+        for labels, file in (("model", state), ("text", None))
+    )
+    masks = [[m.packed.is_fp8() for m in mixed_linears(model).values()] for model in (drawn, text)]
+    assert any(not torch.equal(a, b) for a, b in zip(*masks, strict=True))
+    assert config_of(drawn).recipe["labels"] == "model"
+    with pytest.raises(InputError, match="a calibration of another loss, or other labels"):
+        fgmp.quantize(make_model("llama"), tokens, Recipe(**recipe), state=state, reuse=True)
+    with pytest.raises(InputError, match="labels: model needs a causal language model"):
+        fgmp.quantize(
+            make_model("llama"),
+            tokens,
+            Recipe(labels="model"),
+            loss=lambda m, x: causal_lm_loss(m, x),
+        )
 
 
 # What is quantized, and how far.

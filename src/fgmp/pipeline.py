@@ -36,6 +36,7 @@ from fgmp.sensitivity.fisher import (
     SiteStatistics,
     calibrate,
     causal_lm_loss,
+    drawn_label_loss,
     frozen,
 )
 from fgmp.sensitivity.histogram import ScoreHistogram, new_histogram
@@ -95,6 +96,8 @@ def quantize(
     linears = _select(model, recipe)
     if recipe.max_bytes is not None:  # what is hopeless is said before hours of calibration
         require_bytes(recipe.max_bytes, model, linears, {})
+    if recipe.labels == "model" and loss is not causal_lm_loss:
+        raise InputError("labels: model needs a causal language model, got another loss")
     if recipe.max_energy is not None:
         require_known_energy(recipe)
     total = matrices(model)
@@ -294,12 +297,13 @@ def _calibrate(
 ) -> Calibration:
     """Gradients and ranges; says what may surprise."""
     kept = reuse and state is not None and state.exists()
+    loss = drawn_label_loss if task.recipe.labels == "model" else task.loss
     with task.progress("calibrating", len(task.samples)) as advance:
         calibration = calibrate(
             task.model,
             task.linears,
             task.samples,
-            task.loss,
+            loss,
             fisher=task.recipe.fisher,
             groups=groups,
             state=state,

@@ -17,6 +17,7 @@ from fgmp.formats.spec import FP4_BITS, FP8_BITS
 
 CLIP_CHOICES = ("auto", "on", "off")
 FISHER_CHOICES = ("exact", "factored")
+LABEL_CHOICES = ("text", "model")
 RULE_NAMES = ("benefit", "difference", "truncated")
 SCALES_NAMES = ("search", "max")
 SENSITIVITY_NAMES = ("e4m3", "powers")
@@ -46,6 +47,8 @@ class Recipe:
         policy: which blocks get FP8; see ``fgmp.assign.policy``.
         fisher: what calibration keeps of a weight's squared gradients: ``exact``, four bytes a
             weight, or ``factored``, four a row and a column; see ``fgmp.sensitivity.squares``.
+        labels: of the loss whose gradients are squared: the next tokens of the ``text``, as the
+            paper has it, or drawn from the ``model``'s predictions, by the true Fisher information.
         rule: what makes a block FP8: ``benefit``, how much error that takes away, or
             ``difference``, how far apart the formats are, which is the paper's. ``truncated`` is
             ``benefit`` for narrow hardware: activations are judged with fewer bits.
@@ -75,6 +78,7 @@ class Recipe:
     max_energy: float | None = None
     policy: str = "fisher"
     fisher: str = "exact"
+    labels: str = "text"
     rule: str = "benefit"
     scales: str = "search"
     sensitivities: str = "e4m3"
@@ -109,6 +113,7 @@ class Recipe:
             raise InputError(f"recipe: clip must be auto, on or off, got {self.clip!r}")
         pairs = {
             "fisher": FISHER_CHOICES,
+            "labels": LABEL_CHOICES,
             "rule": RULE_NAMES,
             "scales": SCALES_NAMES,
             "sensitivities": SENSITIVITY_NAMES,

@@ -10,6 +10,8 @@ import signal
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from fgmp.errors import InputError
 from fgmp.model.select import linearize, quantizable
-from fgmp.sensitivity.fisher import Calibration, calibrate, causal_lm_loss
+from fgmp.sensitivity.fisher import Calibration, calibrate, causal_lm_loss, drawn_label_loss
 from fgmp.sensitivity.squares import SQUARES
 
 
@@ -612,6 +614,31 @@ def test_ctrl_c_waits_for_the_sequence_to_end(tokens: Tensor, tmp_path: Path) ->
     assert same(calibrate(model, linears, tokens[:4], state=state), whole)
 
 
+def test_drawn_labels_are_the_models() -> None:
+    """At one prediction made 40,000 times the mean gradient vanishes: labels are as likely as it
+    says, to four standard errors."""
+
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(torch.tensor([0.0, 1.0, -2.0, 2.5]))
+
+        def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+            return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
+
+    model, count = Constant(), 40_000
+    gradients = []
+    for tokens in (torch.zeros(count + 1), torch.zeros(count + 1), torch.ones(count + 1)):
+        loss, predictions = drawn_label_loss(model, tokens.long())
+        assert predictions == count
+        gradients.append(torch.autograd.grad(loss, model.logits)[0] / count)
+    p = model.logits.detach().softmax(0)
+    assert torch.equal(gradients[0], gradients[1])  # the same tokens draw the same labels
+    assert not torch.equal(gradients[0], gradients[2])
+    for gradient in gradients:
+        assert (gradient.abs() < 4 * (p * (1 - p) / count).sqrt()).all()
+
+
 def test_a_kept_calibration_is_used_again_or_refused(tokens: Tensor, tmp_path: Path) -> None:
     model, linears = prepared("llama")
     state = tmp_path / "state"
@@ -631,7 +658,7 @@ def test_a_kept_calibration_is_used_again_or_refused(tokens: Tensor, tmp_path: P
     def another(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
         return causal_lm_loss(model, tokens)
 
-    with pytest.raises(InputError, match="a calibration of another loss"):
+    with pytest.raises(InputError, match="a calibration of another loss, or other labels"):
         calibrate(model, linears, tokens[:3], another, state=state, reuse=True)
     assert state.read_bytes() == seen
 

@@ -90,6 +90,20 @@ def causal_lm_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
     return loss, len(tokens) - 1
 
 
+def drawn_label_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
+    """:func:`causal_lm_loss` with labels drawn from the model's own predictions.
+
+    Its squared gradients have the true Fisher information as their mean, the curvature of the KL
+    from the model, where labels of the text have the empirical one (arXiv 1905.12558). The same
+    tokens draw the same labels.
+    """
+    logits = next_token_logits(model, tokens)
+    seed = int.from_bytes(hashlib.sha256(_bytes(tokens)).digest()[:7], "little")
+    source = torch.Generator(logits.device).manual_seed(seed)
+    labels = logits.detach().softmax(-1).multinomial(1, generator=source).squeeze(-1)
+    return nn.functional.cross_entropy(logits, labels, reduction="sum"), len(labels)
+
+
 def calibrate(
     model: nn.Module,
     linears: dict[str, nn.Linear],
@@ -406,7 +420,7 @@ def _fingerprint(
 _MEANING = {
     "linears": "other layers (another model, or another include or exclude)",
     "sites": "other sites",
-    "loss": "another loss",
+    "loss": "another loss, or other labels",
     "weights": "other weights",
     "sequences": "other token sequences (text, tokenizer, samples, seq_len or seed)",
 }
