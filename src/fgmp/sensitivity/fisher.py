@@ -93,9 +93,9 @@ def causal_lm_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
 def drawn_label_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
     """:func:`causal_lm_loss` with labels drawn from the model's own predictions.
 
-    Its squared gradients have the true Fisher information as their mean, the curvature of the KL
-    from the model, where labels of the text have the empirical one (arXiv 1905.12558). The same
-    tokens draw the same labels.
+    Summed over one sequence, int64 (T,), in nats; T - 1 predictions. Its squared gradients have the
+    true Fisher information as their mean, the curvature of the KL from the model, where labels of
+    the text have the empirical one (arXiv 1905.12558). The same tokens draw the same labels.
     """
     logits = next_token_logits(model, tokens)
     seed = int.from_bytes(hashlib.sha256(_bytes(tokens)).digest()[:7], "little")
