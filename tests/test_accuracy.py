@@ -23,6 +23,7 @@ from fgmp.formats.spec import E2M1, E4M3, THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
 from fgmp.formats.weight import WeightCodes, nearest_scale_codes
 from fgmp.model.linear import mixed_linears, sites
 from fgmp.model.store import config_of
+from fgmp.pack.planes import packed_bytes
 from fgmp.sensitivity.moments import Moments
 
 
@@ -147,6 +148,11 @@ def test_our_bits_are_counted_with_the_row_counters(setting: Any) -> None:
     model = baselines.at_bits(setting, 6.0)
     # Of weights this small some are all FP4 or all FP8, and need no row counters.
     assert 5.85 < accuracy.weight_bits(model) <= 6
+    packed = [linear.packed for linear in mixed_linears(model).values()]
+    wide = sum(int(p.is_fp8().sum()) for p in packed)
+    were_all_mixed = sum(packed_bytes(p.n, p.k, 1) for p in packed) + 8 * (wide - len(packed))
+    room = 6 / 8 * sum(p.n * p.k for p in packed) - were_all_mixed
+    assert 0 <= room < 8  # not another block
 
 
 def test_estimates_of_the_sensitivities(setting: Any) -> None:

@@ -50,15 +50,11 @@ class Assignment:
         install(model, self.weights, self.activations.records, self.linears_of)
 
     @property
-    def weight_bits(self) -> float:
-        """Mean of the bits of a weight, every byte counted."""
-        packed = self.weights.values()
-        return 8 * sum(p.nbytes for p in packed) / sum(p.n * p.k for p in packed)
-
-    @property
     def bits(self) -> float:
         """Mean of the bits of a weight, every byte counted, and of an activation, with its flag."""
-        return (self.weight_bits + stream_bits(self.activations.fp4_fraction)) / 2
+        packed = self.weights.values()
+        weights = 8 * sum(p.nbytes for p in packed) / sum(p.n * p.k for p in packed)
+        return (weights + stream_bits(self.activations.fp4_fraction)) / 2
 
 
 @dataclass(frozen=True)
@@ -198,16 +194,15 @@ def choose(
 
 
 def _fp8_takes_no_more(task: Task, own: Assignment) -> bool:
-    """Whether all FP8 takes no more than ``own`` of what the recipe limits, every byte counted.
+    """Whether all FP8 takes no more bits than ``own``, every byte counted.
 
-    A mix with hardly any FP4 takes more bits, as its FP8 blocks have scale bytes, too.
+    A mix with hardly any FP4 takes more, as its FP8 blocks have scale bytes, too. A budget of bytes
+    or energy comes to all FP8 by itself where it holds that, and must not be given it elsewhere.
     """
+    if task.recipe.budget in ("max_bytes", "max_energy"):
+        return False
     shapes = [weight.shape for weight in task.tensors.values()]
     weight_bits = 8 * sum(packed_bytes(n, k) for n, k in shapes) / sum(n * k for n, k in shapes)
-    if task.recipe.budget == "max_energy":  # it is that of all FP8 that is to be saved
-        return False
-    if task.recipe.budget == "max_bytes":
-        return weight_bits <= own.weight_bits
     return (weight_bits + FP8_BITS) / 2 <= own.bits
 
 
