@@ -208,21 +208,25 @@ class Setting:
         """
         asked = {"clip": "on", "seq_len": self.seq_len, "seed": self.seed, **fields}
         recipe = Recipe(**asked)  # type: ignore[arg-type]
-        model, state = self.load(), self.state
+        model = self.load()
         if change is not None:
             model = change(model, self.text.samples)
-            state = state.with_suffix(f".{change.__name__}.safetensors")
-        if (kind := f"{recipe.fisher}-{recipe.labels}") != "exact-text":
-            state = state.with_suffix(f".{kind}.safetensors")
         return quantize(
             model,
             self.text.samples,
             recipe,
             held_out=self.text.held_out,
-            state=state,
+            state=self.calibration(recipe, change.__name__ if change else None),
             reuse=self.reuse,
             progress=bars(self.console),
         )
+
+    def calibration(self, recipe: Recipe, change: str | None = None) -> Path:
+        """Where the gradients that this recipe asks for are kept."""
+        kind = "" if change is None else f".{change}"
+        if (fisher := f"{recipe.fisher}-{recipe.labels}") != "exact-text":
+            kind += f".{fisher}"
+        return self.state.with_suffix(f"{kind}.safetensors")
 
     @cached_property
     def base(self) -> nn.Module:

@@ -67,12 +67,14 @@ Tensors = dict[str, Tensor]
 def estimated(setting: Setting, label: str, **fields: object) -> nn.Module:
     """The model quantized by a recipe on another estimate of the sensitivities."""
     state = setting.state.with_suffix(f".{label.replace(' ', '-')}.safetensors")
-    if not state.exists():
-        setting.base  # noqa: B018  calibrates
-        with safe_open(setting.state, framework="pt") as file:
+    other = replace(setting, state=state, reuse=True)
+    recipe = Recipe(**fields)  # type: ignore[arg-type]
+    if not other.calibration(recipe).exists():
+        setting.quantized(compensate=False)  # calibrates
+        with safe_open(setting.calibration(recipe), framework="pt") as file:
             sums, facts = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
-        save_file(sums | ESTIMATES[label](setting), state, metadata=facts)
-    return replace(setting, state=state, reuse=True).quantized(**fields)
+        save_file(sums | ESTIMATES[label](setting), other.calibration(recipe), metadata=facts)
+    return other.quantized(**fields)
 
 
 def from_gradients(add: Callable[[Tensor, Tensor], Tensor], setting: Setting) -> Tensors:

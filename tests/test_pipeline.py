@@ -165,7 +165,8 @@ def test_fisher_protects_what_matters(tokens: Tensor) -> None:
 def test_auto_keeps_the_lower_held_out_loss(favoured: str, tokens: Tensor) -> None:
     """Whichever it is; the loss is rigged on top of what is measured."""
     packed = {
-        clip: mixed_linears(quantized(tokens[:6], clip=clip, fp4=0.9)) for clip in ("on", "off")
+        clip: mixed_linears(quantized(tokens[:6], clip=clip, fp4=0.9, labels="text"))
+        for clip in ("on", "off")
     }
     key = next(iter(packed["on"]))
     assert not torch.equal(packed["on"][key].weight, packed["off"][key].weight)
@@ -433,25 +434,22 @@ def test_held_out_kl_is_that_of_the_predictions(tokens: Tensor) -> None:
     assert result["clip"]["held_out_kl"][used] == min(result["clip"]["held_out_kl"].values())
 
 
-def test_labels_of_the_model(tokens: Tensor, tmp_path: Any) -> None:
-    """Its own calibration, which one with the text's labels is not mistaken for."""
+def test_labels_of_the_model_and_of_the_text(tokens: Tensor, tmp_path: Any) -> None:
+    """Calibrations not mistaken for each other; another loss, here the text's, has its own."""
     state, recipe = tmp_path / "kept.safetensors", {"clip": "off", "compensate": False}
-    drawn, text = (
-        fgmp.quantize(make_model("llama"), tokens, Recipe(labels=labels, **recipe), state=file)
-        for labels, file in (("model", state), ("text", None))
-    )
-    masks = [[m.packed.is_fp8() for m in mixed_linears(model).values()] for model in (drawn, text)]
-    assert any(not torch.equal(a, b) for a, b in zip(*masks, strict=True))
-    assert config_of(drawn).recipe["labels"] == "model"
-    with pytest.raises(InputError, match="a calibration of another loss, or other labels"):
-        fgmp.quantize(make_model("llama"), tokens, Recipe(**recipe), state=state, reuse=True)
-    with pytest.raises(InputError, match="labels: model needs a causal language model"):
-        fgmp.quantize(
-            make_model("llama"),
-            tokens,
-            Recipe(labels="model"),
-            loss=lambda m, x: causal_lm_loss(m, x),
+
+    def masks(labels: str, **options: Any) -> list[Tensor]:
+        model = fgmp.quantize(
+            make_model("llama"), tokens, Recipe(labels=labels, **recipe), **options
         )
+        return [m.packed.is_fp8() for m in mixed_linears(model).values()]
+
+    drawn, text = masks("model", state=state), masks("text")
+    own = masks("model", loss=lambda model, sample: causal_lm_loss(model, sample))
+    assert any(not torch.equal(a, b) for a, b in zip(drawn, text, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(own, text, strict=True))
+    with pytest.raises(InputError, match="a calibration of another loss, or other labels"):
+        masks("text", state=state, reuse=True)
 
 
 # What is quantized, and how far.

@@ -96,8 +96,6 @@ def quantize(
     linears = _select(model, recipe)
     if recipe.max_bytes is not None:  # what is hopeless is said before hours of calibration
         require_bytes(recipe.max_bytes, model, linears, {})
-    if recipe.labels == "model" and loss is not causal_lm_loss:
-        raise InputError("labels: model needs a causal language model, got another loss")
     if recipe.max_energy is not None:
         require_known_energy(recipe)
     total = matrices(model)
@@ -297,7 +295,8 @@ def _calibrate(
 ) -> Calibration:
     """Gradients and ranges; says what may surprise."""
     kept = reuse and state is not None and state.exists()
-    loss = drawn_label_loss if task.recipe.labels == "model" else task.loss
+    drawn = task.recipe.labels == "model" and task.loss is causal_lm_loss
+    loss = drawn_label_loss if drawn else task.loss
     with task.progress("calibrating", len(task.samples)) as advance:
         calibration = calibrate(
             task.model,

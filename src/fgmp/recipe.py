@@ -17,11 +17,16 @@ from fgmp.formats.spec import FP4_BITS, FP8_BITS
 
 CLIP_CHOICES = ("auto", "on", "off")
 FISHER_CHOICES = ("exact", "factored")
-LABEL_CHOICES = ("text", "model")
+LABEL_CHOICES = ("model", "text")
 RULE_NAMES = ("benefit", "difference", "truncated")
 SCALES_NAMES = ("search", "max")
 SENSITIVITY_NAMES = ("e4m3", "powers")
-PAPER: dict[str, Any] = {"rule": "difference", "scales": "max", "compensate": False}
+PAPER: dict[str, Any] = {
+    "labels": "text",
+    "rule": "difference",
+    "scales": "max",
+    "compensate": False,
+}
 """What makes a recipe the paper's method: ``Recipe(fp4=0.7, **PAPER)``."""
 BUDGETS = ("bits", "max_bytes", "max_increase", "max_energy")
 """Instead of shares: fields that say what the result may cost, at most one of them at a time."""
@@ -47,8 +52,9 @@ class Recipe:
         policy: which blocks get FP8; see ``fgmp.assign.policy``.
         fisher: what calibration keeps of a weight's squared gradients: ``exact``, four bytes a
             weight, or ``factored``, four a row and a column; see ``fgmp.sensitivity.squares``.
-        labels: of the loss whose gradients are squared: the next tokens of the ``text``, as the
-            paper has it, or drawn from the ``model``'s predictions, by the true Fisher information.
+        labels: of the next-token loss whose gradients are squared: drawn from the ``model``'s own
+            predictions, which makes it the true Fisher information, or the next tokens of the
+            ``text``, as the paper has it. Another loss, given to ``quantize``, has its own.
         rule: what makes a block FP8: ``benefit``, how much error that takes away, or
             ``difference``, how far apart the formats are, which is the paper's. ``truncated`` is
             ``benefit`` for narrow hardware: activations are judged with fewer bits.
@@ -78,7 +84,7 @@ class Recipe:
     max_energy: float | None = None
     policy: str = "fisher"
     fisher: str = "exact"
-    labels: str = "text"
+    labels: str = "model"
     rule: str = "benefit"
     scales: str = "search"
     sensitivities: str = "e4m3"

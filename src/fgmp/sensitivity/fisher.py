@@ -1,4 +1,4 @@
-"""Calibration: the empirical Fisher information of weights and activations.
+"""Calibration: the Fisher information of weights and activations.
 
 With L the summed token losses of one sequence and n all predicted tokens (nats^2 a token):
 
