@@ -11,7 +11,7 @@ results=$(cd "$(dirname "$0")/.." && pwd)/docs/results
 asap7=$liberty/asap7_rvt_tt.lib.gz gt2n=$liberty/gt2n.lib.gz
 
 mkdir -p "$work"
-printf 'rule: difference\nscales: max\ncompensate: false\n' > "$work/paper.yaml"
+printf 'labels: text\nrule: difference\nscales: max\ncompensate: false\n' > "$work/paper.yaml"
 checkpoint() { # name, options
     [ -d "$work/$1" ] || fgmp quantize "$model" -o "$work/$1" --recipe "$work/paper.yaml" \
         --calib "$text" --samples 64 --calibration "$work/calibration" "${@:2}"

@@ -3,9 +3,10 @@
     python runs/figures.py
 
 Fills what stands between ``<!-- NAME -->`` and ``<!-- end -->`` in docs/results.md with the table
-of that name, made of ``docs/results/accuracy-MODEL.json``, and draws ``accuracy-MODEL.svg`` beside
-each: KL gap recovered over the mean of the bits of a weight and of an activation value, with 95%
-intervals. It computes no result.
+of that name, made of ``docs/results/accuracy-MODEL.json`` and of what ``runs/encoder.py`` and
+``runs/budgets.py`` wrote beside it, and draws ``accuracy-MODEL.svg`` for each model: KL gap
+recovered over the mean of the bits of a weight and of an activation value, with 95% intervals. It
+computes no result.
 """
 
 import json
@@ -15,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from accuracy import ABLATIONS, ROWS
+from accuracy import ABLATIONS, ROWS, whole
 
 from fgmp.formats.spec import FLAG_BITS, stream_bits
 
@@ -66,6 +67,12 @@ def results() -> dict[str, Facts]:
     """What there is, by model, in the order of the tables."""
     files = {model: DOCS / "results" / f"accuracy-{model}.json" for model in MODELS}
     return {model: json.loads(f.read_text()) for model, f in files.items() if f.exists()}
+
+
+def results_beside() -> dict[str, Facts]:
+    """What the encoder and the budgets came to, by file."""
+    names = ("encoder", "budgets-babyllama105")
+    return {name: json.loads((DOCS / "results" / f"{name}.json").read_text()) for name in names}
 
 
 def table(facts: Facts) -> list[str]:
@@ -132,7 +139,7 @@ def ablations(found: dict[str, Facts]) -> list[str]:
     rows = [{row["name"]: row for row in facts["rows"]} for facts in found.values()]
     lines = _header("row", found)
     for name in ABLATIONS:
-        cells = [_with_points(r[name], name.partition(",")[0]) if name in r else "" for r in rows]
+        cells = [_with_points(r[name], whole(name)) if name in r else "" for r in rows]
         if any(cells):
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
@@ -169,17 +176,43 @@ def _header(first: str, found: dict[str, Facts]) -> list[str]:
     return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
 
 
-def filled(text: str, found: dict[str, Facts], encoder: Facts) -> str:
+def budgets(facts: Facts) -> list[str]:
+    """What each budget comes to, as ``runs/budgets.py`` has it."""
+    lines = [
+        "| option | bits of the formats | FP4 weights | FP4 activations | bytes of tensors | KL "
+        "| KL of all NVFP4 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in facts["rows"]:
+        name, _, value = row["budget"].partition("=")
+        result = row["result"]
+        kl = result["uniform"]["held_out_kl"]
+        nvfp4, (own,) = kl["nvfp4"], [kl[name] for name in kl if name != "nvfp4"]
+        lines.append(
+            f"| `--{name.replace('_', '-')} {value}` | {result['budget']['bits']:.3f} "
+            f"| {result['fp4_weights']:.1%} | {result['fp4_activations']:.1%} "
+            f"| {result['tensor_bytes']:,} | {own:.4f} | {nvfp4:.3f} |"
+        )
+    return lines
+
+
+def filled(text: str, found: dict[str, Facts], others: dict[str, Facts]) -> str:
     """``text`` with every marked table as the results have it.
+
+    Args:
+        text: the page.
+        found: accuracy by model, of :func:`results`.
+        others: what other scripts found, of :func:`results_beside`.
 
     Raises:
         KeyError: no table is called so.
     """
     tables = {
-        "goals": goals(found, encoder),
+        "goals": goals(found, others["encoder"]),
         **{f"accuracy-{model}": table(facts) for model, facts in found.items()},
         "versus": versus(found),
         "ablations": ablations(found),
+        "budgets": budgets(others["budgets-babyllama105"]),
     }
 
     def fill(place: re.Match[str]) -> str:
@@ -239,8 +272,7 @@ def main() -> None:
     for model, facts in found.items():
         (DOCS / "results" / f"accuracy-{model}.svg").write_text(plot(model, facts))
     page = DOCS / "results.md"
-    encoder = json.loads((DOCS / "results" / "encoder.json").read_text())
-    page.write_text(filled(page.read_text(), found, encoder))
+    page.write_text(filled(page.read_text(), found, results_beside()))
 
 
 if __name__ == "__main__":
