@@ -16,8 +16,10 @@ factored                (sum over tokens g^2) (sum over tokens x^2) / tokens, of
 by token                (g^2)^T (x^2): squares of each token's gradient, not of a sequence's sum
 nearest rank one        row sums times column sums of the exact F_w over its sum
 at the quantized point  exact, activations' as well, of the model quantized at 70%, straight through
-of drawn labels         exact, activations' as well, of labels drawn from the model's predictions:
-                        the true Fisher information, of the recipe's ``labels: model``
+of the text's labels    exact, activations' as well, of the text's next tokens: the empirical Fisher
+                        information, of the recipe's ``labels: text``
+
+Labels of all others are drawn from the model's predictions, the default.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ def from_gradients(add: Callable[[Tensor, Tensor], Tensor], setting: Setting) ->
             stack.callback(linear.register_forward_pre_hook(differentiate).remove)
             stack.callback(linear.register_forward_hook(partial(after, name)).remove)
         for sample in setting.text.samples:
-            causal_lm_loss(model, sample)[0].backward()
+            drawn_label_loss(model, sample)[0].backward()
     return sums
 
 
@@ -116,7 +118,7 @@ def nearest_rank_one(setting: Setting) -> Tensors:
 
 
 def calibrated(
-    setting: Setting, loss: Loss = causal_lm_loss, weights: Tensors | None = None, **options: Any
+    setting: Setting, loss: Loss = drawn_label_loss, weights: Tensors | None = None, **options: Any
 ) -> Tensors:
     """F_w and F_x as sums, of another loss or at other weights, by options of ``calibrate``."""
     model, linears = _linears(setting)
@@ -127,11 +129,6 @@ def calibrated(
     return sums | {f"site.{n}": s.g2 * found.predictions for n, s in found.sites.items()}
 
 
-def drawn_labels(setting: Setting) -> Tensors:
-    """Those of ``labels: model``."""
-    return calibrated(setting, drawn_label_loss)
-
-
 def quantized_point(setting: Setting) -> Tensors:
     """Weights and activations as quantized at 70%; gradients pass through rounding."""
     packed = setting.quantized(fp4=0.7)
@@ -140,7 +137,7 @@ def quantized_point(setting: Setting) -> Tensors:
 
     def loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
         with _rounding(model, records):
-            return causal_lm_loss(model, tokens)
+            return drawn_label_loss(model, tokens)
 
     return calibrated(setting, loss, weights)
 
@@ -165,7 +162,7 @@ ESTIMATES: dict[str, Callable[[Setting], Tensors]] = {
     "by token": partial(from_gradients, by_token),
     "nearest rank one": nearest_rank_one,
     "at the quantized point": quantized_point,
-    "of drawn labels": drawn_labels,
+    "of the text's labels": partial(calibrated, loss=causal_lm_loss),
 }
 
 
