@@ -36,7 +36,6 @@ from fgmp.sensitivity.fisher import (
     SiteStatistics,
     calibrate,
     causal_lm_loss,
-    drawn_label_loss,
     frozen,
 )
 from fgmp.sensitivity.histogram import ScoreHistogram, new_histogram
@@ -277,7 +276,7 @@ def _require_memory(task: Task) -> MemoryEstimate:
         task.model,
         task.linears,
         task.samples[0],
-        task.loss,
+        task.fisher_loss,
         _packed_bytes(task.recipe),
         variants=_variants(task.recipe),
         ranked=task.recipe.budget is not None,
@@ -295,14 +294,12 @@ def _calibrate(
 ) -> Calibration:
     """Gradients and ranges; says what may surprise."""
     kept = reuse and state is not None and state.exists()
-    drawn = task.recipe.labels == "model" and task.loss is causal_lm_loss
-    loss = drawn_label_loss if drawn else task.loss
     with task.progress("calibrating", len(task.samples)) as advance:
         calibration = calibrate(
             task.model,
             task.linears,
             task.samples,
-            loss,
+            task.fisher_loss,
             fisher=task.recipe.fisher,
             groups=groups,
             state=state,

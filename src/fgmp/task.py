@@ -11,7 +11,7 @@ from fgmp.assign.weights import ScoredWeights
 from fgmp.formats.activation import Site
 from fgmp.progress import Stages, silent
 from fgmp.recipe import Recipe
-from fgmp.sensitivity.fisher import Loss
+from fgmp.sensitivity.fisher import Loss, causal_lm_loss, drawn_label_loss
 from fgmp.sensitivity.histogram import ScoreHistogram
 
 
@@ -37,6 +37,12 @@ class Task:
     recipe: Recipe
     progress: Stages = silent
     report: Callable[[str], None] = lambda line: None
+
+    @property
+    def fisher_loss(self) -> Loss:
+        """The loss whose gradients count: the next-token loss may draw its labels."""
+        drawn = self.recipe.labels == "model" and self.loss is causal_lm_loss
+        return drawn_label_loss if drawn else self.loss
 
     @property
     def tensors(self) -> dict[str, Tensor]:

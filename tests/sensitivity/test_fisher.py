@@ -481,6 +481,11 @@ def test_refuses_what_is_not_finite(tokens: Tensor) -> None:
             [0, 1],
             lambda m, i: (causal_lm_loss(m, tokens[i])[0] * (1.0, torch.nan)[i], 23),
         )
+    head = model.lm_head.weight.data.clone()
+    model.lm_head.weight.data[3] = torch.inf  # no linear that is quantized sees it
+    with pytest.raises(InputError, match="the loss of sequence 0 is nan"):
+        calibrate(model, linears, tokens[:1], drawn_label_loss)
+    model.lm_head.weight.data.copy_(head)
     # A finite loss whose gradient is not: the square root at zero.
     with pytest.raises(InputError, match=r"the gradient of model\.layers\.\d\.\S+ is not finite"):
         calibrate(

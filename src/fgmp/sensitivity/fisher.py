@@ -100,7 +100,11 @@ def drawn_label_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
     logits = next_token_logits(model, tokens)
     seed = int.from_bytes(hashlib.sha256(_bytes(tokens)).digest()[:7], "little")
     source = torch.Generator(logits.device).manual_seed(seed)
-    labels = logits.detach().softmax(-1).multinomial(1, generator=source).squeeze(-1)
+    likely = logits.detach().softmax(-1)
+    if likely.isnan().any():  # nothing can be drawn: the loss says so
+        return likely.sum(), len(likely)
+    labels = likely.multinomial(1, generator=source).squeeze(-1)
+    del likely  # as large as the logits
     return nn.functional.cross_entropy(logits, labels, reduction="sum"), len(labels)
 
 
