@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import yaml
 from provenance import provenance
 from rich.console import Console
 from transformers.utils import logging
@@ -38,8 +39,7 @@ def main() -> None:
         name, _, value = given.partition("=")
         if name not in BUDGETS:
             parser.error(f"a budget is one of {', '.join(BUDGETS)}, got {name!r}")
-        number = float(value) if name == "bits" else value
-        recipes[given] = Recipe().with_options({name: number})
+        recipes[given] = Recipe().with_options({name: yaml.safe_load(value)})
     logging.disable_progress_bar()
     text = calibration_text(
         args.calib, load_tokenizer(args.model), samples=args.samples, seq_len=args.seq_len, seed=0
