@@ -132,6 +132,7 @@ ABLATIONS: dict[str, Row] = {
     },
     "ours 70%, labels of the text": recipe(fp4=0.7, labels="text"),
     "ours 90%, labels of the text": recipe(fp4=0.9, labels="text"),
+    "ours 100%, labels of the text": recipe(fp4=1.0, labels="text"),
     "ours, mean of 70%, labels of the text": recipe(bits=stream(0.7), labels="text"),
     "ours, mean of 90%, labels of the text": recipe(bits=stream(0.9), labels="text"),
     "ours 70%, rule difference": recipe(fp4=0.7, rule="difference"),
