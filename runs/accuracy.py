@@ -192,7 +192,8 @@ VERSUS = {
 class Setting:
     """One calibration of one model: what a row is made of.
 
-    ``reuse``: ``state`` must hold the calibration; one of other code or text is refused.
+    ``state`` names the files that keep its gradients, see :meth:`calibration`. ``reuse``: what they
+    hold must be of this text and code; other is refused.
     """
 
     name: str
@@ -211,8 +212,6 @@ class Setting:
         self, change: Callable[[nn.Module, Tensor], nn.Module] | None = None, **fields: object
     ) -> nn.Module:
         """The model, ``change``d before if so asked, quantized by a recipe.
-
-        Calibration is kept by seed, change and kind of Fisher information.
 
         Scales are searched unless ``fields`` say otherwise: rows must not differ by what a short
         held-out text happened to decide.
@@ -234,10 +233,8 @@ class Setting:
 
     def calibration(self, recipe: Recipe, change: str | None = None) -> Path:
         """Where the gradients that this recipe asks for are kept."""
-        kind = "" if change is None else f".{change}"
-        if (fisher := f"{recipe.fisher}-{recipe.labels}") != "exact-text":
-            kind += f".{fisher}"
-        return self.state.with_suffix(f"{kind}.safetensors")
+        kind = f"{change or 'plain'}-{recipe.fisher}-{recipe.labels}"
+        return self.state.with_suffix(f".{kind}.safetensors")
 
     @cached_property
     def base(self) -> nn.Module:

@@ -26,6 +26,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from fgmp import Recipe
 from fgmp.assign.clip import error
 from fgmp.assign.compensate import compensated, factorize
 from fgmp.assign.weights import group_scale
@@ -303,7 +304,8 @@ class _ChannelSite(ActivationSite):
 
 def channel_harm(parts: Parts, setting: Setting) -> dict[str, Tensor]:
     """Fisher-weighted error that FP8 takes away, by site and channel, float64 (K,)."""
-    with safe_open(setting.state, framework="pt") as file:
+    kept = setting.calibration(Recipe.from_dict(config_of(setting.base).recipe))
+    with safe_open(kept, framework="pt") as file:
         predictions = json.loads(file.metadata()["state"])["predictions"]
         fisher = {n: file.get_tensor(f"weight.{n}").double() / predictions for n in parts.weights}
     harm: dict[str, Tensor] = {}
