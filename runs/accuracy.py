@@ -6,10 +6,8 @@ All rows see the same model, calibration text and evaluation windows. Bits are c
 bytes of packed planes. ``kl`` is the mean token KL from the original; a model's *gap* is that of
 all-NVFP4 less that of all-FP8, and ``kl_gap_recovered_percent`` says how much of it a row closes,
 with a 95% interval by a bootstrap over windows and calibrations, paired across all rows, of the
-mean over calibrations. ``--seeds`` says how many of these the rows of ``ROWS`` get; those of
-``ABLATIONS`` get the first, and their intervals do not say how much another would change. A row is
-better or worse than those it is compared with (``VERSUS``) if the interval of the difference
-excludes zero. Losses by window are cached under DIR, so an interrupted run goes on where it stopped
+mean over calibrations, of which ``--seeds`` says how many. A row is better or worse than those it
+is compared with (``VERSUS``) if the interval of the difference excludes zero. Losses by window are cached under DIR, so an interrupted run goes on where it stopped
 and a row that is there already costs nothing: each says which code made it. If both texts are the
 same file, calibration takes windows of its first half and evaluation those of its second.
 """
@@ -116,7 +114,7 @@ ROWS: dict[str, Row] = {
     "70% by channel": lambda s: baselines.by_channel(s, 0.7),
     "90% by channel": lambda s: baselines.by_channel(s, 0.9),
 }
-"""What a user would choose from, by name; these get every seed."""
+"""What a user would choose from, by name."""
 
 ABLATIONS: dict[str, Row] = {
     "ours 85% weights, 55% activations": recipe(fp4=0.85, fp4_activations=0.55),
@@ -166,7 +164,7 @@ ABLATIONS: dict[str, Row] = {
         for share in (0.7, 1.0)
     },
 }
-"""What takes the method apart, on the first seed."""
+"""What takes the method apart."""
 
 
 def whole(ablation: str) -> str:
@@ -411,14 +409,12 @@ def main() -> None:
             text = calibration_text(calib, tokenizer, **chosen)
         if share := overlap(text.samples, windows):
             console.print(f"warning: {share:.1%} of the evaluation windows repeat calibration text")
-        weights = hashlib.sha256(repr([p.sum().item() for p in original.parameters()]).encode())
+        sums = hashlib.sha256(repr([p.sum().item() for p in original.parameters()]).encode())
         seen = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-        key = f"{weights.hexdigest()[:8]}-{text.fingerprint[:8]}-{seen[:8]}"
+        key = f"{sums.hexdigest()[:8]}-{text.fingerprint[:8]}-{seen[:8]}"
         state = args.cache / f"{key}.calibration.safetensors"
         setting = Setting(args.model, text, seq_len, seed, state, console)
         for name in wanted:
-            if seed and name in ABLATIONS:
-                continue
             file = args.cache / f"{key}-{name.replace(' ', '_').replace('%', '')}.pt"
             if not file.exists():
                 console.rule(f"{name}, seed {seed}")
