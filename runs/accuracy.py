@@ -7,9 +7,10 @@ bytes of packed planes. ``kl`` is the mean token KL from the original; a model's
 all-NVFP4 less that of all-FP8, and ``kl_gap_recovered_percent`` says how much of it a row closes,
 with a 95% interval by a bootstrap over windows and calibrations, paired across all rows, of the
 mean over calibrations, of which ``--seeds`` says how many. A row is better or worse than those it
-is compared with (``VERSUS``) if the interval of the difference excludes zero. Losses by window are cached under DIR, so an interrupted run goes on where it stopped
-and a row that is there already costs nothing: each says which code made it. If both texts are the
-same file, calibration takes windows of its first half and evaluation those of its second.
+is compared with (``VERSUS``) if the interval of the difference excludes zero. Losses by window are
+cached under DIR, so an interrupted run goes on where it stopped and a row that is there already
+costs nothing: each says which code made it. If both texts are the same file, calibration takes
+windows of its first half and evaluation those of its second.
 """
 
 import argparse
