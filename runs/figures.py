@@ -76,7 +76,7 @@ def results_beside() -> dict[str, Facts]:
 
 
 def table(facts: Facts) -> list[str]:
-    """The rows of one model that every seed has, and what they were made with."""
+    """What a user would choose from, of one model, and what it was made with."""
     lines = [
         "| row | bits/w | FP4 act | perplexity | KL | KL gap recovered | by seed | 95% interval |",
         "|---|---|---|---|---|---|---|---|",
@@ -131,11 +131,6 @@ def goals(found: dict[str, Facts], encoder: Facts) -> list[str]:
 
 def ablations(found: dict[str, Facts]) -> list[str]:
     """KL gap recovered by row and model, and the points over the row that it changes."""
-    found = {
-        model: facts
-        for model, facts in found.items()
-        if any(row["name"] in ABLATIONS for row in facts["rows"])
-    }
     rows = [{row["name"]: row for row in facts["rows"]} for facts in found.values()]
     lines = _header("row", found)
     for name in ABLATIONS:
