@@ -39,7 +39,7 @@ from fgmp.assign import weights
 from fgmp.data import CalibrationText, choose_windows, overlap
 from fgmp.errors import FGMPError, InputError
 from fgmp.evaluation.compare import activation_fraction, start_counting, weight_bits
-from fgmp.evaluation.perplexity import batches, logits_of, loss_of
+from fgmp.evaluation.perplexity import batches, log_probabilities_of, logits_of, loss_of
 from fgmp.formats.spec import FP4_BITS, FP8_BITS
 from fgmp.model.source import context_length, load_model, load_tokenizer
 from fgmp.pipeline import uniform
@@ -284,8 +284,8 @@ class Original:
         self.losses = torch.cat(losses)
 
     def _at(self, batch: int) -> Tensor:
-        logits: Tensor = self.head.forward(self.inputs[batch])[:, :-1]  # past the hook above
-        return logits.float().log_softmax(-1)
+        logits: Tensor = self.head.forward(self.inputs[batch])  # past the hook above
+        return log_probabilities_of(logits[:, :-1])
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Tensor]:
@@ -301,10 +301,14 @@ def measure(model: nn.Module, reference: Iterable[Tensor], windows: Tensor) -> M
     for batch, wanted in zip(batches(windows), reference, strict=True):
         own = logits_of(model.eval(), batch)
         losses.append(loss_of(own, batch))
-        divergences.append((wanted.exp() * (wanted - own)).double().sum((1, 2)))
+        # Window by window: a batch at once is as many bits, and six times slower where the
+        # vocabulary is large (4.7 s against 0.8 for 16 windows of 255 tokens of 49,152).
+        divergences += [
+            (w.exp() * (w - o)).double().sum() for w, o in zip(wanted, own, strict=True)
+        ]
     return Measured(
         torch.cat(losses),
-        torch.cat(divergences),
+        torch.stack(divergences),
         weight_bits(model),
         activation_fraction(model),
         provenance()["revision"],

