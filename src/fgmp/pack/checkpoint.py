@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +41,8 @@ SCALE_CONVENTION = "multiplier"
 CHECKSUMS = "fgmp_crc32"
 """Key of a file's metadata: a JSON map from tensor name to CRC-32, eight hex digits."""
 FILE_CHECKSUMS = "fgmp_files_crc32"
-"""Likewise from the name of every other file of the folder to the CRC-32 of its bytes."""
+"""Likewise from the name of every other file of the folder to the CRC-32 of its bytes; the empty
+name has the CRC-32 of this map's other entries."""
 
 _FIXED = {
     "quant_method": QUANT_METHOD,
@@ -243,7 +244,7 @@ def _write_files(
         metadata = {
             "format": "pt",
             CHECKSUMS: json.dumps(sums),
-            FILE_CHECKSUMS: json.dumps(others),
+            FILE_CHECKSUMS: json.dumps({**others, "": _list_checksum(others)}),
         }
         save_file(part, folder / filename, metadata=metadata)
 
@@ -266,6 +267,14 @@ def checksum(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     kind = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} ".encode()
     return _crc32(flat.view(torch.uint8).numpy().data, zlib.crc32(kind))
+
+
+def _list_checksum(sums: Mapping[str, str]) -> str:
+    """CRC-32 of ``name``, a space, its checksum and a newline for every name, in ascending order.
+
+    Without it a byte changed in the list would be blamed on the file that the list speaks of.
+    """
+    return _crc32("".join(f"{name} {sums[name]}\n" for name in sorted(sums)).encode())
 
 
 def _crc32(data: bytes | memoryview, start: int = 0) -> str:
@@ -380,7 +389,14 @@ class Reader:
 
         Loading does not: a file may be edited on purpose. ``fgmp inspect`` does.
         """
-        for file, sums in self._file_sums.items():
+        for file, listed in self._file_sums.items():
+            sums = {name: str(wanted) for name, wanted in listed.items() if name}
+            found = _list_checksum(sums)
+            if listed.get("", found) != found:  # fgmp 0.1.0 wrote none
+                raise CheckpointError(
+                    f"{file}: its {FILE_CHECKSUMS} must have CRC-32 {listed['']}, got {found}: it "
+                    "was changed after the checkpoint was written"
+                )
             for name, wanted in sums.items():
                 path = file.parent / name
                 try:
