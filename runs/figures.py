@@ -38,6 +38,7 @@ MODELS = {
     "stories260K": "stories260K",
     "demo": "demonstration model",
     "gpt-neox": "GPT-NeoX",
+    "smollm2": "SmolLM2",
 }
 """What the tables call the model of ``accuracy-MODEL.json``, in their order."""
 
@@ -131,6 +132,11 @@ def goals(found: dict[str, Facts], encoder: Facts) -> list[str]:
 
 def ablations(found: dict[str, Facts]) -> list[str]:
     """KL gap recovered by row and model, and the points over the row that it changes."""
+    found = {
+        model: facts
+        for model, facts in found.items()
+        if any(row["name"] in ABLATIONS for row in facts["rows"])
+    }
     rows = [{row["name"]: row for row in facts["rows"]} for facts in found.values()]
     lines = _header("row", found)
     for name in ABLATIONS:
