@@ -117,6 +117,14 @@ ROWS: dict[str, Row] = {
 }
 """What a user would choose from, by name."""
 
+PASSES = 10
+TUNED: dict[str, dict[str, float]] = {
+    "ours 100%": {"fp4": 1.0},
+    "ours, mean of 70%": {"bits": stream(0.7)},
+    "ours, mean of 90%": {"bits": stream(0.9)},
+}
+"""Rows that are made again with what is not quantized tuned by so many passes."""
+
 ABLATIONS: dict[str, Row] = {
     "ours 85% weights, 55% activations": recipe(fp4=0.85, fp4_activations=0.55),
     "ours 70%, no compensation": recipe(fp4=0.7, compensate=False),
@@ -165,7 +173,8 @@ ABLATIONS: dict[str, Row] = {
         for share in (0.7, 1.0)
     },
 }
-"""What takes the method apart."""
+ABLATIONS |= {f"{name}, tuned": recipe(**fields, tune=PASSES) for name, fields in TUNED.items()}
+"""What takes the method apart, and what tuning adds to it."""
 
 
 def whole(ablation: str) -> str:

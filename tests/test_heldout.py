@@ -57,5 +57,5 @@ def test_the_original_is_back_after_an_error(tokens: torch.Tensor) -> None:
     name = "model.layers.0.mlp.up_proj"
     old = model.get_submodule(name)
     with pytest.raises(RuntimeError):
-        trials(model, {name: old}, {"bad": {name: nn.Linear(7, 7)}}, tokens, causal_lm_loss)
+        trials(model, {"bad": {name: nn.Linear(7, 7)}}, tokens, causal_lm_loss)
     assert model.get_submodule(name) is old

@@ -37,9 +37,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "candidates": {
         *("formats", "pack", "assign", "model", "sequential", "heldout", "task", "solve"),
     },
+    "tune": {"sensitivity", "model", "task", "candidates"},
     "pipeline": {
         *("errors", "progress", "recipe", "formats", "sensitivity", "pack", "assign", "model"),
-        *("sequential", "task", "solve", "candidates"),
+        *("sequential", "task", "solve", "candidates", "tune"),
     },
     "workflow": {
         *("errors", "progress", "recipe", "data", "demo.text"),

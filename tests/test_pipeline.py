@@ -492,8 +492,6 @@ def test_factored_fisher_information(family: str, tokens: Tensor) -> None:
     # Another ranking of the blocks, but a near one: chance alone agrees on 58% of them.
     agreement = (flags[0] == flags[1]).double().mean().item()
     assert 0.8 < agreement < 1
-    saved = [config_of(x).result["peak_bytes_predicted"] for x in (model, exact)]
-    assert saved[0] < saved[1]
 
 
 def test_headroom_widens_the_range(tokens: Tensor) -> None:

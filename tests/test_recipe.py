@@ -147,6 +147,7 @@ EVERYTHING = Recipe(
     sensitivities="powers",
     clip="on",
     compensate=False,
+    tune=2,
     samples=3,
     seq_len=64,
     seed=7,

@@ -19,8 +19,7 @@ from fgmp.formats.activation import Site, site_threshold
 from fgmp.formats.spec import FP8_BITS, stream_bits
 from fgmp.formats.weight import quantize_weight
 from fgmp.heldout import Trial, trials
-from fgmp.model.convert import install, packed_linears
-from fgmp.model.linear import MixedLinear
+from fgmp.model.convert import packed_linears, with_parameters
 from fgmp.pack.planes import PackedWeight, pack, packed_bytes
 from fgmp.sequential import pack_in_turn, stages
 from fgmp.solve import Point
@@ -35,19 +34,20 @@ _ON, _OFF = "on", "off"
 
 @dataclass(frozen=True)
 class Assignment:
-    """What quantizing decided, before it is put into the model; sites go by their owner."""
+    """What quantizing decided, before it is put into the model; sites go by their owner.
+
+    ``parameters``: new values of those that are not quantized, by name; the rest stay.
+    """
 
     weights: dict[str, PackedWeight]
     activations: ActivationAssignment
     linears_of: dict[str, list[str]]
+    parameters: dict[str, Tensor] = field(default_factory=dict)
 
-    def linears(self, model: nn.Module) -> dict[str, MixedLinear]:
-        """The packed linears by name, not yet in the model."""
-        return packed_linears(model, self.weights, self.activations.records, self.linears_of)
-
-    def install(self, model: nn.Module) -> None:
-        """Put it into the model, in place."""
-        install(model, self.weights, self.activations.records, self.linears_of)
+    def modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        """What takes the places of the model's modules, by name: not yet put there."""
+        linears = packed_linears(model, self.weights, self.activations.records, self.linears_of)
+        return with_parameters(model, linears, self.parameters)
 
     @property
     def bits(self) -> float:
@@ -131,9 +131,9 @@ def uniformly(
 
 def measure(task: Task, candidates: Mapping[str, Assignment]) -> dict[str, Trial]:
     """What the held-out sequences say of each candidate."""
-    packed = {name: assignment.linears(task.model) for name, assignment in candidates.items()}
+    modules = {name: assignment.modules(task.model) for name, assignment in candidates.items()}
     with task.progress("checking on held-out text", len(task.held_out)) as advance:
-        return trials(task.model, task.linears, packed, task.held_out, task.loss, advance)
+        return trials(task.model, modules, task.held_out, task.loss, advance)
 
 
 def choose(

@@ -129,6 +129,10 @@ def quantize(
     clip: Annotated[
         str | None, typer.Option(help="Search FP4 block scales: auto, on or off. [default: auto]")
     ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(help="Passes that tune norms, embeddings and biases. [default: 0]"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL and write a packed checkpoint.
@@ -151,6 +155,7 @@ def quantize(
         "seed": seed,
         "policy": policy,
         "clip": clip,
+        "tune": tune,
     }
     chosen = Recipe.from_yaml(recipe) if recipe else Recipe()
     chosen = chosen.with_options({k: v for k, v in given.items() if v is not None})

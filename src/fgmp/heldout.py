@@ -88,7 +88,6 @@ class Trial:
 @torch.no_grad()
 def trials(
     model: nn.Module,
-    original: Mapping[str, nn.Module],
     candidates: Mapping[str, Mapping[str, nn.Module]],
     samples: Sequence[Any] | Tensor,
     loss: Loss,
@@ -97,9 +96,8 @@ def trials(
     """Measure candidates on sequences.
 
     Args:
-        model: holds ``original``, and does so again afterwards.
-        original: modules by name.
-        candidates: what takes their places, by the candidate's name.
+        model: the original, and so again afterwards.
+        candidates: modules that take the places of its own, by name, by the candidate's name.
         samples: sequences, each given to ``loss`` as it is.
         loss: KL is measured where this is ``causal_lm_loss``.
         advance: called after each sequence.
@@ -109,6 +107,8 @@ def trials(
     counts: list[int] = []
     wanted: list[float] = []
     language = loss is causal_lm_loss
+    replaced = {name for modules in candidates.values() for name in modules}
+    original = {name: model.get_submodule(name) for name in replaced}
     with frozen(model):
         try:
             for sample in samples:
@@ -124,7 +124,7 @@ def trials(
                         )
                         divergence[name] += float(terms.sum(dtype=torch.float64))
                     losses[name].append(value)
-                put(model, original)
+                    put(model, original)
                 counts.append(count)
                 advance()
         finally:

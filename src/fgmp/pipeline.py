@@ -22,6 +22,7 @@ from fgmp.errors import InputError
 from fgmp.formats.activation import Site, sensitivity_codes
 from fgmp.formats.spec import E2M1, E4M3, FP4_BITS
 from fgmp.formats.weight import check_finite
+from fgmp.model.convert import put
 from fgmp.model.linear import ActivationSite, mixed_linears, sites
 from fgmp.model.select import linearize, matrices, quantizable
 from fgmp.model.store import CONFIG_ATTRIBUTE, config_of, tensors_to_save
@@ -43,6 +44,7 @@ from fgmp.sensitivity.memory import MemoryEstimate
 from fgmp.sequential import bytes_needed
 from fgmp.solve import require_bytes, require_known_energy, solve
 from fgmp.task import Scored, Task
+from fgmp.tune import tune
 
 
 def quantize(
@@ -67,8 +69,8 @@ def quantize(
         recipe: what the result shall be; ``samples`` overrides its number and length.
         loss: (model, sample) to (summed loss in nats, number of predictions).
         held_out: sequences that tell which of several results is nearest to the original. Default:
-            the last eighth of ``samples``; under ``clip="auto"`` or ``max_increase`` they then take
-            no part in calibration.
+            the last eighth of ``samples``; under ``clip="auto"``, ``max_increase`` or ``tune`` they
+            then take no part in calibration.
         groups: activation sites that override those found by tensor identity.
         state: file that keeps an interrupted calibration, from which a later call goes on.
         reuse: ``state`` is a calibration to be used again: refuse one of another model, of other
@@ -83,7 +85,7 @@ def quantize(
 
     Raises:
         InputError: no linear to quantize, a weight or activation that is not finite, too few
-            samples, a budget that cannot be met.
+            samples, a budget that cannot be met, ``tune`` with another loss.
         MemoryLimitError: the run would not fit.
     """
     recipe = recipe or Recipe()
@@ -91,6 +93,11 @@ def quantize(
     if loss is causal_lm_loss:
         _require_tokens("samples", samples)
         _require_tokens("held_out", () if held_out is None else held_out)
+    elif recipe.tune:
+        raise InputError(
+            f"tune needs the predictions of a causal language model, got another loss and tune "
+            f"{recipe.tune}"
+        )
     samples, checked = _texts(samples, held_out, recipe)
     linears = _select(model, recipe)
     if recipe.max_bytes is not None:  # what is hopeless is said before hours of calibration
@@ -124,6 +131,8 @@ def quantize(
     candidates = mixed(task, scored, calibration.weights, point.shares, scored.variants)
     calibration.weights = {}
     choice = choose(task, scored, point, candidates, base)
+    if recipe.tune:
+        choice = tune(task, choice)
     _finish(model, choice.assignment, recipe, total)
 
     config = config_of(model)
@@ -230,10 +239,15 @@ def _texts(
             )
         return samples, held_out
     held = max(least, len(samples) // 8)
-    if recipe.clip != "auto" and recipe.max_increase is None:
+    if recipe.clip != "auto" and recipe.max_increase is None and not recipe.tune:
         return samples, samples[-held:]
     if len(samples) <= held:
-        why = "clip=auto" if recipe.clip == "auto" else "max_increase"
+        asked = {
+            "max_increase": recipe.max_increase is not None,
+            "clip=auto": recipe.clip == "auto",
+            "tune": recipe.tune,
+        }
+        why = next(name for name, given in asked.items() if given)
         raise InputError(f"{why} needs at least {least + 1} sequences, got {len(samples)}")
     return samples[:-held], samples[-held:]
 
@@ -282,6 +296,7 @@ def _require_memory(task: Task) -> MemoryEstimate:
         ranked=task.recipe.budget is not None,
         fisher=task.recipe.fisher,
         compensation=compensation,
+        tuned=bool(task.recipe.tune),
     )
     memory.require(needed, device)
     task.report(f"peak memory will be about {needed.peak / 1e9:.2f} GB")
@@ -404,7 +419,7 @@ def _finish(
     model: nn.Module, assignment: Assignment, recipe: Recipe, total: dict[str, int]
 ) -> None:
     """Install, and write down what the checkpoint's configuration will say."""
-    assignment.install(model)
+    put(model, assignment.modules(model))
     activations = assignment.activations
     packed = mixed_linears(model)
     elements = sum(m.packed.n * m.packed.k for m in packed.values())

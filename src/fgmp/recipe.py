@@ -66,6 +66,9 @@ class Recipe:
             without.
         compensate: let weights not yet rounded make up for the errors of those that are, and of
             the activations; not in the paper. See ``fgmp.assign.compensate``.
+        tune: passes over the calibration text in which norms, biases, embeddings and whatever else
+            is not quantized are tuned to the packed model, after all else; 0: none. Training, if
+            little of it; not in the paper. See ``fgmp.tune``.
         samples: calibration sequences.
         seq_len: tokens in a calibration sequence; capped at the model's context.
         seed: chooses the calibration sequences.
@@ -90,6 +93,7 @@ class Recipe:
     sensitivities: str = "e4m3"
     clip: str = "auto"
     compensate: bool = True
+    tune: int = 0
     samples: int = 512
     seq_len: int = 512
     seed: int = 0
@@ -135,7 +139,7 @@ class Recipe:
             )
         if not isinstance(self.compensate, bool):
             raise InputError(f"recipe: compensate must be true or false, got {self.compensate!r}")
-        for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0)):
+        for name, least in (("tune", 0), ("samples", 1), ("seq_len", 2), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(

@@ -22,10 +22,8 @@ Every read decodes the whole cache: this saves memory and shows what the format 
 It is no fast attention kernel.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +41,8 @@ from fgmp.formats.activation import (
 from fgmp.formats.spec import BLOCK, FP8_BLOCK
 from fgmp.kernels import ops
 from fgmp.kernels.check import PLANES
-from fgmp.model.linear import ActivationSite, MixedLinear, mixed_linears
+from fgmp.model.gradients import differentiable
+from fgmp.model.linear import ActivationSite, mixed_linears
 from fgmp.pack.planes import BlockCodes, PackedWeight, append_rows, pack_blocks, rows, select_rows
 from fgmp.sensitivity.fisher import frozen
 
@@ -218,7 +217,7 @@ def packed_cache(model: nn.Module, samples: Tensor, kind: str, fp4: float = 0.7)
         )
     _check(model)
     seen = [_Seen() for _ in DynamicCache(config=model.config).layers]
-    with _differentiable(model), frozen(model):
+    with differentiable(mixed_linears(model).values()), frozen(model):
         for sample in samples:
             _observe(model, sample, seen, gradients=kind == "mixed")
     records = [layer.records() for layer in seen]
@@ -314,37 +313,6 @@ class _Reached(DynamicLayer):  # type: ignore[misc]
         reached = (x if x.requires_grad else x.detach().requires_grad_() for x in states)
         keys, values = super().update(*reached)
         return keys, values
-
-
-class _StraightThrough(torch.autograd.Function):
-    """A packed linear whose gradient is that of its dequantized weight."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: MixedLinear) -> Tensor:
-        ctx.linear = linear
-        return MixedLinear.forward(linear, x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return (gradient.float() @ ctx.linear.weight).to(gradient.dtype), None
-
-
-@contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Let gradients pass a model's packed linears."""
-    linears = mixed_linears(model).values()
-    for linear in linears:
-        linear.forward = partial(_apply_straight, linear)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for linear in linears:
-            del linear.forward
-
-
-def _apply_straight(linear: MixedLinear, x: Tensor) -> Tensor:
-    y: Tensor = _StraightThrough.apply(x, linear)  # type: ignore[no-untyped-call]
-    return y
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Put packed weights and sites into a model, in place of its linears."""
 
+import copy
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fgmp.errors import CheckpointError
 from fgmp.formats.activation import Site
@@ -42,6 +43,33 @@ def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Put modules where their names say, in place."""
     for name, module in modules.items():
         replace_module(model, name, module)
+
+
+def with_parameters(
+    model: nn.Module, linears: Mapping[str, MixedLinear], values: Mapping[str, Tensor]
+) -> dict[str, nn.Module]:
+    """``linears`` and copies of other modules, with new values of parameters.
+
+    Args:
+        model: an unquantized, linearized model; stays as it is. Parameters that its modules share
+            the copies share, too.
+        linears: packed ones, by name; new values of their biases are set in place.
+        values: by the name of a parameter that is not quantized.
+    """
+    old = {name: model.get_parameter(name) for name in values}
+    new = {id(p): nn.Parameter(values[n], requires_grad=p.requires_grad) for n, p in old.items()}
+    made: dict[str, nn.Module] = dict(linears)
+    for name, module in model.named_modules():
+        changed = {key: new[id(p)] for key, p in module._parameters.items() if id(p) in new}
+        if not changed:
+            continue
+        if name in linears:
+            linears[name].bias = changed["bias"]
+            changed["bias"].requires_grad_(False)
+        else:
+            made[name] = copy.copy(module)
+            made[name]._parameters = module._parameters | changed
+    return made
 
 
 def install(

@@ -30,6 +30,9 @@ _FISHER_BYTES = 4
 _SCORING_BYTES = 64
 """Of float64 copies of a weight, its Fisher information and its errors, an element: measured."""
 _SCORE_BYTES = 8 / BLOCK
+_TUNING_BYTES, _TUNING_COPIES = 16, 3
+"""Of a tuned parameter, an element: its fp32 copy, that one's gradient and two moments; and how
+often it is held in its own dtype: tuned, its gradient, the result."""
 _RANKING = 3
 """Copies of the scores while a budget ranks them: in one row, sorted, and their order."""
 
@@ -38,7 +41,7 @@ _RANKING = 3
 class MemoryEstimate:
     """Bytes: ``held`` already, ``fisher``, ``packed`` planes, scores and histograms, ``working``
     set, and what scoring and packing hold beside the planes: ``compensation``, and ``scoring`` of
-    the largest weight.
+    the largest weight. ``tuning`` comes last, when F_w is gone.
     """
 
     held: int
@@ -47,12 +50,14 @@ class MemoryEstimate:
     working: int
     compensation: int = 0
     scoring: int = 0
+    tuning: int = 0
 
     @property
     def peak(self) -> int:
-        """The largest amount that is held at once: calibration's, or packing's."""
+        """The largest amount that is held at once: calibration's, packing's, or tuning's."""
         packing = self.packed + self.compensation + self.scoring
-        return self.held + self.fisher + max(packing, self.working)
+        tuning = self.packed + self.tuning + self.working if self.tuning else 0
+        return self.held + max(self.fisher + max(packing, self.working), tuning)
 
 
 def estimate(
@@ -66,6 +71,7 @@ def estimate(
     ranked: bool = False,
     fisher: str = "exact",
     compensation: int = 0,
+    tuned: bool = False,
 ) -> MemoryEstimate:
     """Predict the peak of quantizing ``model``; ``sample`` is one calibration sequence.
 
@@ -78,6 +84,9 @@ def estimate(
     # The probe comes first: what its passes load and cache stays, and counts as held.
     working = _working_set(model, linears, sample, loss)
     scores = (variants + _RANKING * ranked) * _SCORE_BYTES
+    weights = {id(linear.weight) for linear in linears.values()}
+    rest = [p for p in model.parameters() if id(p) not in weights]
+    tuning = sum(_TUNING_BYTES * p.numel() + _TUNING_COPIES * p.nbytes for p in rest)
     if fisher == "exact":
         working += 2 * _FISHER_BYTES * largest
     return MemoryEstimate(
@@ -88,6 +97,7 @@ def estimate(
         working=working,
         compensation=compensation,
         scoring=_SCORING_BYTES * largest,
+        tuning=tuning if tuned else 0,
     )
 
 

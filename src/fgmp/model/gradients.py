@@ -1,0 +1,50 @@
+"""Gradients through a packed network, for who calibrates or tunes what is around it.
+
+A packed linear's gradient is that of its dequantized weight, and goes straight through the
+quantizer of its input. Codes have none: packed weights are constants.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fgmp.model.linear import MixedLinear
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, linear: MixedLinear) -> Tensor:
+        ctx.linear = linear
+        return MixedLinear.forward(linear, x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        wanted, bias_wanted, _ = ctx.needs_input_grad
+        x = bias = None
+        if wanted:
+            x = (gradient.float() @ ctx.linear.weight).to(gradient.dtype)
+        if bias_wanted:
+            bias = gradient.float().flatten(0, -2).sum(0).to(ctx.linear.bias.dtype)
+        return x, bias, None
+
+
+@contextmanager
+def differentiable(linears: Iterable[MixedLinear]) -> Iterator[None]:
+    """Let gradients pass packed linears, to their inputs and biases, for a while."""
+    linears = list(linears)
+    for linear in linears:
+        linear.forward = partial(_apply, linear)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del linear.forward
+
+
+def _apply(linear: MixedLinear, x: Tensor) -> Tensor:
+    y: Tensor = _StraightThrough.apply(x, linear.bias, linear)  # type: ignore[no-untyped-call]
+    return y
