@@ -30,7 +30,8 @@ from fgmp.model.linear import mixed_linears, sites
 from fgmp.model.select import linearize
 from fgmp.model.store import config_of, tensors_to_save
 from fgmp.pipeline import uniform
-from fgmp.sensitivity.fisher import causal_lm_loss
+from fgmp.sensitivity import memory
+from fgmp.sensitivity.fisher import causal_lm_loss, drawn_label_loss
 
 
 def quantized(tokens: Tensor, family: str = "llama", **recipe: object) -> nn.Module:
@@ -432,6 +433,22 @@ def test_held_out_kl_is_that_of_the_predictions(tokens: Tensor) -> None:
     used = "on" if result["clip"]["used"] else "off"
     assert result["clip"]["held_out_kl"][used] == pytest.approx(kl, rel=1e-3)
     assert result["clip"]["held_out_kl"][used] == min(result["clip"]["held_out_kl"].values())
+
+
+@pytest.mark.parametrize("labels, loss", [("model", drawn_label_loss), ("text", causal_lm_loss)])
+def test_memory_is_predicted_of_the_loss_that_is_differentiated(
+    labels: str, loss: object, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    estimate = memory.estimate
+
+    def noted(*args: Any, **kwargs: Any) -> memory.MemoryEstimate:
+        seen.append(args[3])
+        return estimate(*args, **kwargs)
+
+    monkeypatch.setattr(memory, "estimate", noted)
+    quantized(tokens, labels=labels, compensate=False)
+    assert seen == [loss]
 
 
 def test_labels_of_the_model_and_of_the_text(tokens: Tensor, tmp_path: Any) -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from fgmp.assign.policy import POLICIES
 from fgmp.errors import InputError
-from fgmp.recipe import BUDGETS, CLIP_CHOICES, POLICY_NAMES, Recipe
+from fgmp.recipe import BUDGETS, CLIP_CHOICES, PAPER, POLICY_NAMES, Recipe
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,18 @@ def test_activations_follow_weights_unless_told() -> None:
 def test_a_recipe_is_final() -> None:
     with pytest.raises(FrozenInstanceError):
         Recipe().fp4 = 0.5  # type: ignore[misc]
+
+
+def test_the_defaults_are_the_documented_ones() -> None:
+    found = {key: getattr(Recipe(), key) for key in ("fp4", "tune", *PAPER)}
+    assert found == {
+        "fp4": 0.7,
+        "tune": 0,
+        "labels": "model",
+        "rule": "benefit",
+        "scales": "search",
+        "compensate": True,
+    }
 
 
 EVERYTHING = Recipe(
