@@ -118,6 +118,10 @@ def goals(found: dict[str, Facts], encoder: Facts) -> list[str]:
         cells = [f"{max(recovered(row, names)):.1f}%" for row in rows]
         cells.append(f"{max(drift[name] for name in names if name in drift):.1f}%")
         lines.append(f"| {share} | {goal} | {' | '.join(cells)} |")
+        tuned = [recovered(row, [f"{name}, tuned" for name in names]) for row in rows]
+        cells = [f"{max(shares):.1f}%" if shares else "" for shares in tuned]
+        if any(cells):
+            lines.append(f"| {share}, tuned | {goal} | {' | '.join(cells)} | |")
     for bits in ("5.4", "6.0"):
         rivals = [f"ours at {bits} bits", f"autoquantize {bits} bits"]
         left = [[100 - share for share in recovered(row, rivals)] for row in rows]
