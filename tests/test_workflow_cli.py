@@ -169,6 +169,7 @@ def test_quantize(run: Run, place: Place, tmp_path: Path) -> None:
             "held_out_nll": {own: None, "nvfp4": None},
             "held_out_kl": {own: None, "nvfp4": None},
         },
+        "tune": {},
         "seconds": None,
         "peak_bytes": None,
     }
@@ -271,7 +272,7 @@ def test_inspect(run: Run, place: Place) -> None:
     assert set(facts) == {
         *("path", "intact", "tensors", "file_bytes", "linears", "quantized_weights", "fp8_share"),
         *("bits_per_weight", "bytes", "unquantized", "quantized_share", "recipe"),
-        *("calibration", "clip"),
+        *("calibration", "clip", "tune"),
     }
     assert facts["bytes"]["streamed_image"] > image_bytes(1, 0)
 
@@ -677,3 +678,15 @@ def test_gpt2_goes_through_too(run: Run, place: Place, tmp_path: Path) -> None:
         "compare", tmp_path / "model", tmp_path / "out", "--data", place.text, "--json"
     ).json
     assert len(facts["rows"]) == 4
+
+
+def test_tuning_is_told_and_stored(place: Place, run: Run, tmp_path: Path) -> None:
+    options = ("--calib", place.text, *SMALL, "--fp4", "1.0", "--tune", "2")
+    done = run("quantize", place.model, "-o", tmp_path / "a", *options, "--json")
+    kl = done.json["tune"]["held_out_kl"]
+    assert done.json["tune"]["used"] == (kl["with"] < kl["without"])
+    assert run("inspect", tmp_path / "a", "--json").json["tune"] == done.json["tune"]
+    assert run("inspect", place.checkpoint, "--json").json["tune"] == {}
+    shown = run("quantize", place.model, "-o", tmp_path / "b", *options)
+    assert shown.code == 0
+    assert f"KL on held-out text {kl['without']:.5f} without" in " ".join(shown.out.split())

@@ -389,6 +389,15 @@ def _budget(facts: dict[str, float]) -> dict[str, str]:
     return shown
 
 
+def _tuning(facts: dict[str, Any]) -> dict[str, str]:
+    """What tuning did, for a person."""
+    if not facts:
+        return {}
+    kl = facts["held_out_kl"]
+    moved = f"KL on held-out text {kl['without']:.5f} without, {kl['with']:.5f} with"
+    return {"tuning": moved if facts["used"] else f"left out: {moved}"}
+
+
 def _print_summary(summary: dict[str, Any]) -> None:
     fractions = summary["fp4_fraction"]
     print_facts(
@@ -401,6 +410,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
             "quantized": _coverage(summary),
             **_budget(summary["budget"]),
             "clipping": "on" if summary["clip"]["used"] else "off",
+            **_tuning(summary["tune"]),
             "time": f"{summary['seconds']:.1f} s",
             "peak memory": f"{summary['peak_bytes'] / 1e9:.2f} GB",
         }

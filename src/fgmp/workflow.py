@@ -150,6 +150,7 @@ def quantize_to(
         "budget": result["budget"],
         "clip": result["clip"],
         "uniform": result["uniform"],
+        "tune": result.get("tune", {}),
         "seconds": time.perf_counter() - started,
         "peak_bytes": result["peak_bytes"],
     }

@@ -38,7 +38,7 @@ class Stage(wiring.Component):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     if shutil.which("verilator") is None:
-        pytest.skip("Verilator is not on the path: apt-get install verilator")
+        pytest.skip("needs Verilator")
     return Model(Stage(), tmp_path_factory.mktemp("verilator"))
 
 

@@ -87,6 +87,7 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
         "recipe": config.recipe,
         "calibration": {k: v for k, v in config.calibration.items() if k != "digest"},
         "clip": config.result.get("clip"),
+        "tune": config.result.get("tune", {}),
     }
 
 
