@@ -2,7 +2,8 @@
 
 A sample of the bytes of the small files, of the safetensors header and of the tensors is tried in
 turn with one bit flipped; CRC-32 catches every single-bit error by construction. The list of the
-other files' checksums is tried byte by byte: what is changed there must not be blamed on them.
+other files' checksums and that list's own are tried byte by byte: what is changed there must not
+be blamed on them.
 """
 
 import random
@@ -16,7 +17,7 @@ from conftest import make_model
 import fgmp
 from fgmp.errors import FGMPError
 from fgmp.evaluation.inspect import inspect_checkpoint
-from fgmp.pack.checkpoint import FILE_CHECKSUMS
+from fgmp.pack.checkpoint import FILE_CHECKSUMS, LIST_CHECKSUM
 
 _TRIALS_A_FILE = 150
 
@@ -39,9 +40,10 @@ def test_every_changed_byte_is_named(checkpoint: Path, tmp_path: Path) -> None:
         limit = header if path.suffix == ".safetensors" else len(original)
         places = rng.sample(range(limit), min(limit, _TRIALS_A_FILE))
         places += rng.sample(range(len(original)), 20)
-        listed = original.find(FILE_CHECKSUMS.encode())
-        if listed >= 0:
-            places += range(listed, original.index(b"}", listed))
+        for key, end in ((FILE_CHECKSUMS, b"}"), (LIST_CHECKSUM, b",")):
+            at = original.find(key.encode())
+            if at >= 0:
+                places += range(at, original.index(end, at))
         broken = tmp_path / "broken"
         shutil.copytree(checkpoint, broken, dirs_exist_ok=True)
         for place in places:

@@ -41,8 +41,10 @@ SCALE_CONVENTION = "multiplier"
 CHECKSUMS = "fgmp_crc32"
 """Key of a file's metadata: a JSON map from tensor name to CRC-32, eight hex digits."""
 FILE_CHECKSUMS = "fgmp_files_crc32"
-"""Likewise from the name of every other file of the folder to the CRC-32 of its bytes; the empty
-name has the CRC-32 of this map's other entries."""
+"""Likewise from the name of every other file of the folder to the CRC-32 of its bytes."""
+LIST_CHECKSUM = "fgmp_list_crc32"
+"""Key of the CRC-32 of that map's text. Without it a byte changed in the map would be blamed on the
+file that it speaks of. fgmp 0.1.0 wrote none."""
 
 _FIXED = {
     "quant_method": QUANT_METHOD,
@@ -241,10 +243,12 @@ def _write_files(
     for filename, names in split.filename_to_tensors.items():
         part = {name: tensors[name].cpu() for name in names}
         sums = {name: checksum(tensor) for name, tensor in part.items()}
+        listed = json.dumps(others)
         metadata = {
             "format": "pt",
             CHECKSUMS: json.dumps(sums),
-            FILE_CHECKSUMS: json.dumps({**others, "": _list_checksum(others)}),
+            FILE_CHECKSUMS: listed,
+            LIST_CHECKSUM: _crc32(listed.encode()),
         }
         save_file(part, folder / filename, metadata=metadata)
 
@@ -267,14 +271,6 @@ def checksum(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     kind = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} ".encode()
     return _crc32(flat.view(torch.uint8).numpy().data, zlib.crc32(kind))
-
-
-def _list_checksum(sums: Mapping[str, str]) -> str:
-    """CRC-32 of ``name``, a space, its checksum and a newline for every name, in ascending order.
-
-    Without it a byte changed in the list would be blamed on the file that the list speaks of.
-    """
-    return _crc32("".join(f"{name} {sums[name]}\n" for name in sorted(sums)).encode())
 
 
 def _crc32(data: bytes | memoryview, start: int = 0) -> str:
@@ -320,7 +316,7 @@ class Reader:
     def __init__(self, files: Iterable[str | os.PathLike[str]]) -> None:
         self._files: dict[str, Path] = {}
         self._sums: dict[str, str] = {}
-        self._file_sums: dict[Path, dict[str, str]] = {}
+        self._metadata: dict[Path, dict[str, str]] = {}
         for file in map(Path, files):
             try:
                 with safe_open(file, framework="pt") as opened:
@@ -330,7 +326,7 @@ class Reader:
                 raise CheckpointError(f"{file}: unreadable or truncated: {error}") from error
             try:
                 sums = json.loads(metadata[CHECKSUMS])
-                self._file_sums[file] = dict(json.loads(metadata[FILE_CHECKSUMS]))
+                dict(json.loads(metadata[FILE_CHECKSUMS]))
                 self._sums |= {name: str(sums[name]) for name in names}
             except (KeyError, ValueError, TypeError) as error:
                 raise CheckpointError(
@@ -345,6 +341,7 @@ class Reader:
             if missing:
                 raise CheckpointError(f"{file}: tensor {sorted(missing)[0]} is missing")
             self._files |= dict.fromkeys(names, file)
+            self._metadata[file] = metadata
 
     @property
     def names(self) -> list[str]:
@@ -389,15 +386,23 @@ class Reader:
 
         Loading does not: a file may be edited on purpose. ``fgmp inspect`` does.
         """
-        for file, listed in self._file_sums.items():
-            sums = {name: str(wanted) for name, wanted in listed.items() if name}
-            found = _list_checksum(sums)
-            if listed.get("", found) != found:  # fgmp 0.1.0 wrote none
+        changed = "it was changed after the checkpoint was written"
+        known = {"format", CHECKSUMS, FILE_CHECKSUMS, LIST_CHECKSUM}
+        for file, metadata in self._metadata.items():
+            if unknown := metadata.keys() - known:
                 raise CheckpointError(
-                    f"{file}: its {FILE_CHECKSUMS} must have CRC-32 {listed['']}, got {found}: it "
-                    "was changed after the checkpoint was written"
+                    f"{file}: its metadata must hold {', '.join(sorted(known))} only, got "
+                    f"{min(unknown)}: {changed}"
                 )
-            for name, wanted in sums.items():
+            listed = metadata[FILE_CHECKSUMS]
+            found = _crc32(listed.encode())
+            wanted = metadata.get(LIST_CHECKSUM, found)
+            if found != wanted:
+                raise CheckpointError(
+                    f"{file}: its {FILE_CHECKSUMS} must have CRC-32 {wanted}, got {found}: "
+                    f"{changed}"
+                )
+            for name, wanted in dict(json.loads(listed)).items():
                 path = file.parent / name
                 try:
                     found = _crc32(path.read_bytes())
@@ -405,8 +410,7 @@ class Reader:
                     raise CheckpointError(f"{path}: {error.strerror}") from error
                 if found != wanted:
                     raise CheckpointError(
-                        f"{path}: its bytes must have CRC-32 {wanted}, got {found}: it was "
-                        "changed after the checkpoint was written"
+                        f"{path}: its bytes must have CRC-32 {wanted}, got {found}: {changed}"
                     )
 
     def packed(self, linear: str) -> PackedWeight:
