@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fgmp.heldout import Trial, trials
+from fgmp.model.convert import Replacement
 from fgmp.sensitivity.fisher import causal_lm_loss
 
 COUNTS = torch.full((50,), 10.0, dtype=torch.float64)
@@ -57,5 +58,5 @@ def test_the_original_is_back_after_an_error(tokens: torch.Tensor) -> None:
     name = "model.layers.0.mlp.up_proj"
     old = model.get_submodule(name)
     with pytest.raises(RuntimeError):
-        trials(model, {"bad": {name: nn.Linear(7, 7)}}, tokens, causal_lm_loss)
+        trials(model, {"bad": Replacement({name: nn.Linear(7, 7)})}, tokens, causal_lm_loss)
     assert model.get_submodule(name) is old

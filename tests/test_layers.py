@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "candidates": {
         *("formats", "pack", "assign", "model", "sequential", "heldout", "task", "solve"),
     },
-    "tune": {"sensitivity", "model", "task", "candidates"},
+    "tune": {"sensitivity", "model", "heldout", "task", "candidates"},
     "pipeline": {
         *("errors", "progress", "recipe", "formats", "sensitivity", "pack", "assign", "model"),
         *("sequential", "task", "solve", "candidates", "tune"),

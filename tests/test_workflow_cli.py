@@ -630,7 +630,7 @@ def test_an_interrupted_run_goes_on(
         patch.setattr(fgmp.progress, "bars", interrupting)
         done = run(*command, "--json")
     assert done.code == 130 and done.out == ""
-    assert "the same command goes on where this one stopped\ninterrupted\n" in done.err
+    assert "the calibration is kept: the same command goes on from it\ninterrupted\n" in done.err
     assert [p.name for p in tmp_path.iterdir()] == [".out.calibration.safetensors"]
     assert len(begun) == 4
     assert run(*command, "--json").code == 0

@@ -19,7 +19,7 @@ from fgmp.formats.activation import Site, site_threshold
 from fgmp.formats.spec import FP8_BITS, stream_bits
 from fgmp.formats.weight import quantize_weight
 from fgmp.heldout import Trial, trials
-from fgmp.model.convert import packed_linears, with_parameters
+from fgmp.model.convert import Replacement, packed_linears
 from fgmp.pack.planes import PackedWeight, pack, packed_bytes
 from fgmp.sequential import pack_in_turn, stages
 from fgmp.solve import Point
@@ -36,7 +36,7 @@ _ON, _OFF = "on", "off"
 class Assignment:
     """What quantizing decided, before it is put into the model; sites go by their owner.
 
-    ``parameters``: new values of those that are not quantized, by name; the rest stay.
+    ``parameters``: new values of those that are not quantized, see :class:`Replacement`.
     """
 
     weights: dict[str, PackedWeight]
@@ -44,10 +44,11 @@ class Assignment:
     linears_of: dict[str, list[str]]
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
-    def modules(self, model: nn.Module) -> dict[str, nn.Module]:
-        """What takes the places of the model's modules, by name: not yet put there."""
-        linears = packed_linears(model, self.weights, self.activations.records, self.linears_of)
-        return with_parameters(model, linears, self.parameters)
+    def replacement(self, model: nn.Module) -> Replacement:
+        """What takes the places of the model's linears and parameters: not yet put there."""
+        records = self.activations.records
+        linears = packed_linears(model, self.weights, records, self.linears_of)
+        return Replacement(linears, self.parameters)
 
     @property
     def bits(self) -> float:
@@ -131,9 +132,9 @@ def uniformly(
 
 def measure(task: Task, candidates: Mapping[str, Assignment]) -> dict[str, Trial]:
     """What the held-out sequences say of each candidate."""
-    modules = {name: assignment.modules(task.model) for name, assignment in candidates.items()}
+    made = {name: assignment.replacement(task.model) for name, assignment in candidates.items()}
     with task.progress("checking on held-out text", len(task.held_out)) as advance:
-        return trials(task.model, modules, task.held_out, task.loss, advance)
+        return trials(task.model, made, task.held_out, task.loss, advance)
 
 
 def choose(
@@ -163,23 +164,15 @@ def choose(
                 task.tensors, scored.records, scored.linears_of, UNIFORM[name]
             )
     measured = measure(task, everything) if len(everything) > 1 else {}
-    own = _best(measured, ours, base, bound)
-    best = _best(measured, [own, *(n for n in everything if n in UNIFORM)], base, bound)
+    own = best_of(measured, ours, base, bound)
+    best = best_of(measured, [own, *(n for n in everything if n in UNIFORM)], base, bound)
     if best != own:
         task.report(
             f"all {best.upper()} is nearer to the original on held-out text "
             f"({measured[best].harm:.5f} nats against {measured[own].harm:.5f}) at no more bits: "
             "that is what you get"
         )
-    budget = dict(point.facts)
-    if base:
-        increase = measured[best].increase_percent(base["fp8"])
-        low, high = measured[best].increase_interval(base["fp8"])
-        budget |= {"increase_percent": increase, "increase_low": low, "increase_high": high}
-        task.report(
-            f"perplexity on held-out text is {increase:+.2f}% ({low:+.2f}% to {high:+.2f}%) from "
-            "all-FP8's"
-        )
+    budget = point.facts | (told_increase(task, measured[best], base) if base else {})
     return Choice(
         everything[best],
         {
@@ -193,20 +186,7 @@ def choose(
     )
 
 
-def _fp8_takes_no_more(task: Task, own: Assignment) -> bool:
-    """Whether all FP8 takes no more bits than ``own``, every byte counted.
-
-    A mix with hardly any FP4 takes more, as its FP8 blocks have scale bytes, too. A budget of bytes
-    or energy comes to all FP8 by itself where it holds that, and must not be given it elsewhere.
-    """
-    if task.recipe.budget in ("max_bytes", "max_energy"):
-        return False
-    shapes = [weight.shape for weight in task.tensors.values()]
-    weight_bits = 8 * sum(packed_bytes(n, k) for n, k in shapes) / sum(n * k for n, k in shapes)
-    return (weight_bits + FP8_BITS) / 2 <= own.bits
-
-
-def _best(
+def best_of(
     measured: Mapping[str, Trial], names: list[str], base: Mapping[str, Trial], bound: float | None
 ) -> str:
     """The first of ``names``, or one that is clearly better; first come those that keep a bound."""
@@ -218,6 +198,30 @@ def _best(
         if measured[name].clearly_better(measured[best]):
             best = name
     return best
+
+
+def told_increase(task: Task, trial: Trial, base: Mapping[str, Trial]) -> dict[str, float]:
+    """By how much held-out perplexity exceeds all FP8's, in percent, as a budget stores it."""
+    increase = trial.increase_percent(base["fp8"])
+    low, high = trial.increase_interval(base["fp8"])
+    task.report(
+        f"perplexity on held-out text is {increase:+.2f}% ({low:+.2f}% to {high:+.2f}%) from "
+        "all-FP8's"
+    )
+    return {"increase_percent": increase, "increase_low": low, "increase_high": high}
+
+
+def _fp8_takes_no_more(task: Task, own: Assignment) -> bool:
+    """Whether all FP8 takes no more bits than ``own``, every byte counted.
+
+    A mix with hardly any FP4 takes more, as its FP8 blocks have scale bytes, too. A budget of bytes
+    or energy comes to all FP8 by itself where it holds that, and must not be given it elsewhere.
+    """
+    if task.recipe.budget in ("max_bytes", "max_energy"):
+        return False
+    shapes = [weight.shape for weight in task.tensors.values()]
+    weight_bits = 8 * sum(packed_bytes(n, k) for n, k in shapes) / sum(n * k for n, k in shapes)
+    return (weight_bits + FP8_BITS) / 2 <= own.bits
 
 
 def _figures(measured: Mapping[str, Trial], names: Iterable[str]) -> dict[str, dict[str, float]]:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgmp.model.convert import put
+from fgmp.model.convert import Replacement
 from fgmp.sensitivity.fisher import Loss, causal_lm_loss, frozen, next_token_logits
 
 _CLEAR = 2.0
 """Standard errors."""
+_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Trial:
 @torch.no_grad()
 def trials(
     model: nn.Module,
-    candidates: Mapping[str, Mapping[str, nn.Module]],
+    candidates: Mapping[str, Replacement],
     samples: Sequence[Any] | Tensor,
     loss: Loss,
     advance: Callable[[], None] = lambda: None,
@@ -97,7 +98,7 @@ def trials(
 
     Args:
         model: the original, and so again afterwards.
-        candidates: modules that take the places of its own, by name, by the candidate's name.
+        candidates: what it becomes for a while, by name.
         samples: sequences, each given to ``loss`` as it is.
         loss: KL is measured where this is ``causal_lm_loss``.
         advance: called after each sequence.
@@ -107,28 +108,19 @@ def trials(
     counts: list[int] = []
     wanted: list[float] = []
     language = loss is causal_lm_loss
-    replaced = {name for modules in candidates.values() for name in modules}
-    original = {name: model.get_submodule(name) for name in replaced}
     with frozen(model):
-        try:
-            for sample in samples:
-                reference = _log_probabilities(model, sample) if language else None
-                wanted.append(_loss_of(model, sample, loss, reference)[0])
-                for name, modules in candidates.items():
-                    put(model, modules)
+        for sample in samples:
+            reference = _log_probabilities(model, sample) if language else None
+            wanted.append(_loss_of(model, sample, loss, reference)[0])
+            for name, replacement in candidates.items():
+                with replacement.within(model):
                     own = None if reference is None else _log_probabilities(model, sample)
                     value, count = _loss_of(model, sample, loss, own)
-                    if own is not None and reference is not None:
-                        terms = nn.functional.kl_div(
-                            own, reference, reduction="none", log_target=True
-                        )
-                        divergence[name] += float(terms.sum(dtype=torch.float64))
-                    losses[name].append(value)
-                    put(model, original)
-                counts.append(count)
-                advance()
-        finally:
-            put(model, original)
+                losses[name].append(value)
+                if own is not None and reference is not None:
+                    divergence[name] += _divergence(own, reference)
+            counts.append(count)
+            advance()
     predictions = torch.tensor(counts, dtype=torch.float64)
     total = float(predictions.sum())
     return {
@@ -151,6 +143,16 @@ def _loss_of(
         return float(value), count
     targets = sample[1:].to(log_probabilities.device)
     return float(nn.functional.nll_loss(log_probabilities, targets, reduction="sum")), len(targets)
+
+
+def _divergence(own: Tensor, wanted: Tensor) -> float:
+    """Summed KL in nats of log-probabilities (T, V); some rows at a time, as they are large."""
+    return sum(
+        float(
+            nn.functional.kl_div(o, w, reduction="none", log_target=True).sum(dtype=torch.float64)
+        )
+        for o, w in zip(own.split(_ROWS), wanted.split(_ROWS), strict=True)
+    )
 
 
 def _log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -22,9 +22,8 @@ from fgmp.errors import InputError
 from fgmp.formats.activation import Site, sensitivity_codes
 from fgmp.formats.spec import E2M1, E4M3, FP4_BITS
 from fgmp.formats.weight import check_finite
-from fgmp.model.convert import put
 from fgmp.model.linear import ActivationSite, mixed_linears, sites
-from fgmp.model.select import linearize, matrices, quantizable
+from fgmp.model.select import linearize, matrices, output_head, quantizable
 from fgmp.model.store import CONFIG_ATTRIBUTE, config_of, tensors_to_save
 from fgmp.model.transformers import mark_quantized
 from fgmp.pack.checkpoint import CheckpointConfig, SiteConfig
@@ -132,7 +131,7 @@ def quantize(
     calibration.weights = {}
     choice = choose(task, scored, point, candidates, base)
     if recipe.tune:
-        choice = tune(task, choice)
+        choice = tune(task, choice, base)
     _finish(model, choice.assignment, recipe, total)
 
     config = config_of(model)
@@ -297,11 +296,19 @@ def _require_memory(task: Task) -> MemoryEstimate:
         fisher=task.recipe.fisher,
         compensation=compensation,
         tuned=bool(task.recipe.tune),
+        vocabulary=_vocabulary(task),
     )
     memory.require(needed, device)
     task.report(f"peak memory will be about {needed.peak / 1e9:.2f} GB")
     memory.reset_peak(device)
     return needed
+
+
+def _vocabulary(task: Task) -> int:
+    """Words that a causal language model tells apart, as far as it names its output head."""
+    head = output_head(task.model)
+    weight = None if head is None else head.weight
+    return len(weight) if task.loss is causal_lm_loss and isinstance(weight, Tensor) else 0
 
 
 def _calibrate(
@@ -419,7 +426,7 @@ def _finish(
     model: nn.Module, assignment: Assignment, recipe: Recipe, total: dict[str, int]
 ) -> None:
     """Install, and write down what the checkpoint's configuration will say."""
-    put(model, assignment.modules(model))
+    assignment.replacement(model).put(model)
     activations = assignment.activations
     packed = mixed_linears(model)
     elements = sum(m.packed.n * m.packed.k for m in packed.values())

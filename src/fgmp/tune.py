@@ -14,15 +14,16 @@ to the model's dtype at each step. Whether the result is used is decided on held
 """
 
 import math
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from fgmp.candidates import Assignment, Choice, measure
-from fgmp.model.convert import put
+from fgmp.candidates import Assignment, Choice, best_of, measure, told_increase
+from fgmp.heldout import Trial
+from fgmp.model.convert import Replacement
 from fgmp.model.gradients import differentiable
 from fgmp.model.linear import MixedLinear
 from fgmp.sensitivity.fisher import frozen, next_token_logits
@@ -34,78 +35,93 @@ _BETAS = (0.9, 0.95)
 _WARMUP = 0.1
 
 
-def tune(task: Task, choice: Choice) -> Choice:
+def tune(task: Task, choice: Choice, base: Mapping[str, Trial]) -> Choice:
     """The choice with tuned parameters, if that brings it nearer to the original on held-out text.
 
-    ``facts["tune"]`` tells the held-out KL, nats a prediction, without and with.
+    ``facts["tune"]`` tells the held-out KL, nats a prediction, without and with. Under
+    ``max_increase``, ``base`` is what was measured of all FP8, and the bound holds as it does for
+    any candidate.
     """
     tuned = replace(choice.assignment, parameters=tuned_parameters(task, choice.assignment))
     trials = measure(task, {"without": choice.assignment, "with": tuned})
-    used = trials["with"].clearly_better(trials["without"])
-    if not used:
-        task.report("tuning brought predictions on held-out text no nearer: it is left out")
+    used = best_of(trials, ["without", "with"], base, task.recipe.max_increase) == "with"
     figures = {name: trial.kl for name, trial in trials.items()}
     facts = choice.facts | {"tune": {"used": used, "held_out_kl": figures}}
-    return Choice(tuned if used else choice.assignment, facts)
+    if not used:
+        nearer = trials["with"].clearly_better(trials["without"])
+        why = "does not keep max_increase" if nearer else "brings predictions no nearer"
+        task.report(f"tuning {why} on held-out text: it is left out")
+        return Choice(choice.assignment, facts)
+    if base:
+        facts["budget"] = facts["budget"] | told_increase(task, trials["with"], base)
+    return Choice(tuned, facts)
 
 
 def tuned_parameters(task: Task, assignment: Assignment) -> dict[str, Tensor]:
     """Values of all parameters but quantized weights, by name, tuned for ``assignment``.
 
-    Those of the outermost module itself are left out: it cannot be replaced. The model is left as
-    it was, also after an error.
+    The model is left as it was, also after an error.
     """
     model, samples = task.model, task.samples
-    quantized = {f"{name}.weight" for name in task.linears}
-    start = {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()
-        if "." in name and name not in quantized
-    }
-    modules = replace(assignment, parameters={n: v.clone() for n, v in start.items()}).modules(
-        model
-    )
-    originals = {name: model.get_submodule(name) for name in modules}
-    packed = [module for module in modules.values() if isinstance(module, MixedLinear)]
+    linears = assignment.replacement(model).linears
+    with Replacement(linears).within(model):
+        values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    packed = Replacement(linears, values)
     steps = task.recipe.tune * math.ceil(len(samples) / SEQUENCES_A_STEP)
+    adam = _Adam(values, steps)
     order = torch.Generator().manual_seed(task.recipe.seed)
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(frozen(model))
-            put(model, modules)
-            stack.enter_context(frozen(model))
-            stack.enter_context(differentiable(packed))
-            parameters = {name: model.get_parameter(name) for name in start}
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
-            adam = _Adam(parameters, steps)
-            advance = stack.enter_context(task.progress("tuning", task.recipe.tune * len(samples)))
-            for _ in range(task.recipe.tune):
-                for chosen in torch.randperm(len(samples), generator=order).split(SEQUENCES_A_STEP):
-                    for index in chosen.tolist():
-                        put(model, originals)
-                        with torch.no_grad():
-                            wanted = next_token_logits(model, samples[index]).log_softmax(-1)
-                        put(model, modules)
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        stack.enter_context(
+            differentiable(m for m in linears.values() if isinstance(m, MixedLinear))
+        )
+        advance = stack.enter_context(task.progress("tuning", task.recipe.tune * len(samples)))
+        for _ in range(task.recipe.tune):
+            for chosen in torch.randperm(len(samples), generator=order).split(SEQUENCES_A_STEP):
+                for index in chosen.tolist():
+                    with torch.no_grad():
+                        wanted = next_token_logits(model, samples[index]).log_softmax(-1).exp_()
+                    with packed.within(model), _gradients(model, adam.gradients):
                         own = next_token_logits(model, samples[index]).log_softmax(-1)
-                        kl = nn.functional.kl_div(own, wanted, reduction="sum", log_target=True)
-                        (kl / (len(wanted) * len(chosen))).backward()
-                        advance()
-                    adam.step()
+                        # KL less the entropy of what is wanted, which has no gradient.
+                        loss = -torch.dot(wanted.flatten(), own.flatten())
+                        (loss / (len(wanted) * len(chosen))).backward()
+                    advance()
+                adam.step()
+    return values
+
+
+@contextmanager
+def _gradients(model: nn.Module, gathered: dict[str, Tensor | None]) -> Iterator[None]:
+    """Parameters take gradients, which add to what was ``gathered`` by name, for a while."""
+    parameters = {name: model.get_parameter(name) for name in gathered}
+    kept = {name: parameter.grad for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.grad = gathered[name]
+            parameter.requires_grad_(True)
+        yield
     finally:
-        put(model, originals)
-    return {name: p.detach().clone() for name, p in parameters.items()}
+        for name, parameter in parameters.items():
+            gathered[name] = parameter.grad
+            parameter.grad = kept[name]
+            parameter.requires_grad_(False)
 
 
 class _Adam:
-    """Adam on fp32 copies of parameters, each tensor at a rate of its own size."""
+    """Adam on fp32 copies of tensors, each at a rate of its own size.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], steps: int) -> None:
-        self.parameters = list(parameters.values())
-        self.copies = [p.detach().float().clone() for p in self.parameters]
+    Attributes:
+        gradients: by name, to be filled between steps.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], steps: int) -> None:
+        self.values = values
+        self.gradients: dict[str, Tensor | None] = dict.fromkeys(values)
+        self.copies = {n: v.to(torch.float32, copy=True) for n, v in values.items()}
         groups = [
             {"params": [copy], "lr": RATE * copy.square().mean().sqrt().item()}
-            for copy in self.copies
+            for copy in self.copies.values()
         ]
         self.optimizer = torch.optim.Adam(groups, betas=_BETAS)
 
@@ -118,11 +134,12 @@ class _Adam:
     @torch.no_grad()
     def step(self) -> None:
         """Move by the gradients that have gathered, and forget them."""
-        for parameter, copy in zip(self.parameters, self.copies, strict=True):
-            gradient = parameter.grad
+        for name, copy in self.copies.items():
+            gradient = self.gradients[name]
             copy.grad = None if gradient is None else gradient.float()
-            parameter.grad = None
+            self.gradients[name] = None
         self.optimizer.step()
         self.schedule.step()
-        for parameter, copy in zip(self.parameters, self.copies, strict=True):
-            parameter.copy_(copy)
+        for name, copy in self.copies.items():
+            copy.grad = None
+            self.values[name].copy_(copy)

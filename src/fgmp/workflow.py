@@ -119,7 +119,7 @@ def quantize_to(
         )
     except KeyboardInterrupt:
         if state.exists():
-            reporter.line("the same command goes on where this one stopped")
+            reporter.line("the calibration is kept: the same command goes on from it")
         raise
     except FGMPError:
         if state.exists() and saved is None:

@@ -1,7 +1,8 @@
 """Put packed weights and sites into a model, in place of its linears."""
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -39,37 +40,40 @@ def packed_linears(
     return made
 
 
-def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules where their names say, in place."""
-    for name, module in modules.items():
-        replace_module(model, name, module)
+@dataclass(frozen=True)
+class Replacement:
+    """What an unquantized, linearized model becomes: packed linears, and values of parameters.
 
-
-def with_parameters(
-    model: nn.Module, linears: Mapping[str, MixedLinear], values: Mapping[str, Tensor]
-) -> dict[str, nn.Module]:
-    """``linears`` and copies of other modules, with new values of parameters.
-
-    Args:
-        model: an unquantized, linearized model; stays as it is. Parameters that its modules share
-            the copies share, too.
-        linears: packed ones, by name; new values of their biases are set in place.
-        values: by the name of a parameter that is not quantized.
+    Attributes:
+        linears: by name.
+        values: of parameters that are not quantized, by the names these have once the linears are
+            there; the rest keep theirs. A parameter takes the tensor itself and stays the object it
+            is, so what shares the parameter or holds on to its module sees the value, too.
     """
-    old = {name: model.get_parameter(name) for name in values}
-    new = {id(p): nn.Parameter(values[n], requires_grad=p.requires_grad) for n, p in old.items()}
-    made: dict[str, nn.Module] = dict(linears)
-    for name, module in model.named_modules():
-        changed = {key: new[id(p)] for key, p in module._parameters.items() if id(p) in new}
-        if not changed:
-            continue
-        if name in linears:
-            linears[name].bias = changed["bias"]
-            changed["bias"].requires_grad_(False)
-        else:
-            made[name] = copy.copy(module)
-            made[name]._parameters = module._parameters | changed
-    return made
+
+    linears: Mapping[str, nn.Module]
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def put(self, model: nn.Module) -> None:
+        """Change the model, in place."""
+        for name, linear in self.linears.items():
+            replace_module(model, name, linear)
+        for name, value in self.values.items():
+            model.get_parameter(name).data = value
+
+    @contextmanager
+    def within(self, model: nn.Module) -> Iterator[None]:
+        """Change the model for a while."""
+        linears = {name: model.get_submodule(name) for name in self.linears}
+        values: dict[str, Tensor] = {}
+        try:
+            Replacement(self.linears).put(model)
+            values |= {name: model.get_parameter(name).data for name in self.values}
+            Replacement({}, self.values).put(model)
+            yield
+        finally:
+            Replacement({}, values).put(model)
+            Replacement(linears).put(model)
 
 
 def install(
@@ -79,7 +83,7 @@ def install(
     linears_of: Mapping[str, list[str]],
 ) -> None:
     """Replace linears of a linearized model by packed ones, in place; see above."""
-    put(model, packed_linears(model, weights, records, linears_of))
+    Replacement(packed_linears(model, weights, records, linears_of)).put(model)
 
 
 def install_from(model: nn.Module, config: CheckpointConfig, reader: Reader) -> None:

@@ -1,10 +1,11 @@
 """How much memory a run will take, before it starts, and what it took.
 
-The peak of a calibration is the sum of five parts: what the process holds already (the model),
-the sums that F_w is made of, what compensation holds, the block scores and packed planes with what
-scoring one weight takes, and the working set of one sequence: the tensors that its backward pass
-keeps, the logits' gradients and, where one is formed, a weight gradient. The working set is
-measured on a short prefix of one sequence and scaled up. F_w takes four bytes a quantized
+The peak is what the process holds already (the model), and on top the largest of three: in
+calibration, the sums that F_w is made of and the working set of one sequence; in packing, those
+sums, what compensation holds, the block scores and packed planes, and what scoring one weight
+takes; last, the planes, what tuning holds and a working set again. A working set is the tensors
+that a backward pass keeps, measured on a short prefix of one sequence and scaled up, the copies of
+its logits beside them and, where one is formed, a weight gradient. F_w takes four bytes a quantized
 parameter, or if it is factored four a row and a column.
 """
 
@@ -30,9 +31,16 @@ _FISHER_BYTES = 4
 _SCORING_BYTES = 64
 """Of float64 copies of a weight, its Fisher information and its errors, an element: measured."""
 _SCORE_BYTES = 8 / BLOCK
-_TUNING_BYTES, _TUNING_COPIES = 16, 3
-"""Of a tuned parameter, an element: its fp32 copy, that one's gradient and two moments; and how
-often it is held in its own dtype: tuned, its gradient, the result."""
+_DEQUANTIZED_BYTES = 4
+_LOGITS_COPIES = 5
+"""Of a sequence's logits in fp32, beside what backward keeps: themselves, a draw of labels or the
+original's, gradients of log-probabilities and of logits: measured."""
+_TUNING_BYTES, _TUNING_COPIES = 12, 2
+"""Of a tuned parameter, an element: its fp32 copy and two moments; and how often it is held in its
+own dtype: tuned, and its gradient. If that is not fp32 the gradient is held in fp32, too."""
+_STEP_BYTES, _STEP_COPIES = 4, 2
+"""Of the largest, likewise: the root that a step divides by, and gradients before they are added
+up."""
 _RANKING = 3
 """Copies of the scores while a budget ranks them: in one row, sorted, and their order."""
 
@@ -41,7 +49,8 @@ _RANKING = 3
 class MemoryEstimate:
     """Bytes: ``held`` already, ``fisher``, ``packed`` planes, scores and histograms, ``working``
     set, and what scoring and packing hold beside the planes: ``compensation``, and ``scoring`` of
-    the largest weight. ``tuning`` comes last, when F_w is gone.
+    the largest weight. ``logits`` are copies of one sequence's. ``tuning`` comes last, when F_w is
+    gone.
     """
 
     held: int
@@ -50,14 +59,28 @@ class MemoryEstimate:
     working: int
     compensation: int = 0
     scoring: int = 0
+    logits: int = 0
     tuning: int = 0
 
     @property
     def peak(self) -> int:
-        """The largest amount that is held at once: calibration's, packing's, or tuning's."""
+        """The largest amount that is held at once: calibration's, packing's, or what follows."""
+        return self.held + max(self._early, self._late)
+
+    @property
+    def tuning_is_the_peak(self) -> bool:
+        """Whether it would be lower without."""
+        return bool(self.tuning) and self._late > self._early
+
+    @property
+    def _early(self) -> int:
         packing = self.packed + self.compensation + self.scoring
-        tuning = self.packed + self.tuning + self.working if self.tuning else 0
-        return self.held + max(self.fisher + max(packing, self.working), tuning)
+        return self.fisher + max(packing, self.working + self.logits)
+
+    @property
+    def _late(self) -> int:
+        tuning = self.tuning + self.working if self.tuning else 0
+        return self.packed + tuning + self.logits
 
 
 def estimate(
@@ -72,9 +95,11 @@ def estimate(
     fisher: str = "exact",
     compensation: int = 0,
     tuned: bool = False,
+    vocabulary: int = 0,
 ) -> MemoryEstimate:
     """Predict the peak of quantizing ``model``; ``sample`` is one calibration sequence.
 
+    ``vocabulary``: words that logits of each of its tokens are for, of a causal language model.
     Weights are scored under each of ``variants`` choices of scales and, for a budget, ``ranked``.
     Which linears share a site, and so a histogram, is not known yet: each is taken to have its own.
     """
@@ -87,6 +112,8 @@ def estimate(
     weights = {id(linear.weight) for linear in linears.values()}
     rest = [p for p in model.parameters() if id(p) not in weights]
     tuning = sum(_TUNING_BYTES * p.numel() + _TUNING_COPIES * p.nbytes for p in rest)
+    tuning += sum(4 * p.numel() for p in rest if p.dtype != torch.float32)
+    tuning += max((_STEP_BYTES * p.numel() + _STEP_COPIES * p.nbytes for p in rest), default=0)
     if fisher == "exact":
         working += 2 * _FISHER_BYTES * largest
     return MemoryEstimate(
@@ -97,7 +124,8 @@ def estimate(
         working=working,
         compensation=compensation,
         scoring=_SCORING_BYTES * largest,
-        tuning=tuning if tuned else 0,
+        logits=_LOGITS_COPIES * 4 * len(sample) * vocabulary if vocabulary else 0,
+        tuning=tuning + _DEQUANTIZED_BYTES * largest if tuned else 0,
     )
 
 
@@ -105,10 +133,11 @@ def require(estimate: MemoryEstimate, device: torch.device) -> None:
     """Refuse a run that cannot fit."""
     extra, free = estimate.peak - estimate.held, free_bytes(device)
     if extra > free:
+        ways = "" if not estimate.tuning_is_the_peak else "tune: 0, "
         raise MemoryLimitError(
             f"quantizing needs {extra / 1e9:.2f} GB more on {device}, {free / 1e9:.2f} GB are "
-            "free; use a shorter seq_len, fisher: factored, compensate: false, or a machine with "
-            "more memory"
+            f"free; use {ways}a shorter seq_len, fisher: factored, compensate: false, or a machine "
+            "with more memory"
         )
 
 
