@@ -292,11 +292,11 @@ class Original:
         keep.remove()
         self.losses = torch.cat(losses)
 
+    @torch.no_grad()
     def _at(self, batch: int) -> Tensor:
         logits: Tensor = self.head.forward(self.inputs[batch])  # past the hook above
         return log_probabilities_of(logits[:, :-1])
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[Tensor]:
         """fp32 (b, L - 1, V) of one batch after the other."""
         return (self._at(batch) for batch in range(len(self.inputs)))

@@ -82,18 +82,18 @@ def table(facts: Facts) -> list[str]:
         "| row | bits/w | FP4 act | perplexity | KL | KL gap recovered | by seed | 95% interval |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in facts["rows"]:
-        if row["name"] in ROWS:
-            low, high = row["kl_gap_recovered_ci95"]
-            seeds = row["kl_gap_recovered_by_seed"]
-            lines.append(
-                f"| {row['name']} | {row['bits_per_weight']:.2f} | {row['fp4_activations']:.1%} "
-                f"| {row['perplexity']:.3f} | {row['kl']:.5f} "
-                f"| {row['kl_gap_recovered_percent']:.1f}% | {min(seeds):.1f} - {max(seeds):.1f} "
-                f"| {low:.1f} - {high:.1f} |"
-            )
+    shown = [row for row in facts["rows"] if row["name"] in ROWS]
+    for row in shown:
+        low, high = row["kl_gap_recovered_ci95"]
+        seeds = row["kl_gap_recovered_by_seed"]
+        lines.append(
+            f"| {row['name']} | {row['bits_per_weight']:.2f} | {row['fp4_activations']:.1%} "
+            f"| {row['perplexity']:.3f} | {row['kl']:.5f} "
+            f"| {row['kl_gap_recovered_percent']:.1f}% | {min(seeds):.1f} - {max(seeds):.1f} "
+            f"| {low:.1f} - {high:.1f} |"
+        )
     calibrations = facts["seeds"]
-    revisions = sorted({revision for row in facts["rows"] for revision in row["revisions"]})
+    revisions = sorted({revision for row in shown for revision in row["revisions"]})
     return [
         *lines,
         "",

