@@ -143,6 +143,8 @@ def ablations(found: dict[str, Facts]) -> list[str]:
     }
     rows = [{row["name"]: row for row in facts["rows"]} for facts in found.values()]
     lines = _header("row", found)
+    seeds = [{str(row["seeds"]) for name, row in r.items() if name in ABLATIONS} for r in rows]
+    lines.append(f"| calibrations | {' | '.join(' or '.join(sorted(s)) for s in seeds)} |")
     for name in ABLATIONS:
         cells = [_with_points(r[name], whole(name)) if name in r else "" for r in rows]
         if any(cells):
