@@ -13,13 +13,14 @@ ROOT = Path(fgmp.__file__).parent
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "fingerprint": set(),
     "progress": set(),
     "console": set(),
     "demo.text": set(),
     "data": {"errors"},
     "formats": {"errors"},
     "recipe": {"errors", "formats"},
-    "sensitivity": {"errors", "formats"},
+    "sensitivity": {"errors", "fingerprint", "formats"},
     "pack": {"errors", "formats"},
     "hardware": {"console", "errors", "progress", "formats", "pack"},
     "assign": {"formats", "sensitivity", "pack"},
@@ -35,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "task",
     },
     "candidates": {
-        *("formats", "pack", "assign", "model", "sequential", "heldout", "task", "solve"),
+        *("fingerprint", "formats", "pack", "assign", "model", "sequential", "heldout", "task"),
+        "solve",
     },
     "tune": {"sensitivity", "model", "heldout", "task", "candidates"},
     "pipeline": {

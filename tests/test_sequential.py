@@ -7,6 +7,7 @@ all that is packed so far, and sums moments in float64.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from fgmp.model.linear import sites
 from fgmp.model.select import linearize, quantizable, routers
 from fgmp.model.store import config_of
 from fgmp.pack.planes import PackedWeight
+from fgmp.pack.unfinished import Unfinished
 from fgmp.sensitivity.fisher import Loss, causal_lm_loss
 from fgmp.sensitivity.moments import Moments, add_moments, new_moments
 from fgmp.sequential import Stage, block_of, bytes_needed, pack_in_turn, stages
@@ -50,7 +52,11 @@ class Setting:
         none = {n: torch.zeros_like(s, dtype=torch.bool) for n, s in scored.scales.items()}
         return pack_weights(self.weights, self.weights, groups, policy, scored, none, moments)
 
-    def in_turn(self, pack: Callable[..., dict[str, PackedWeight]] | None = None) -> dict:
+    def in_turn(
+        self,
+        pack: Callable[..., dict[str, PackedWeight]] | None = None,
+        kept: Unfinished | None = None,
+    ) -> dict:
         return pack_in_turn(
             self.model,
             self.linears_of,
@@ -58,6 +64,7 @@ class Setting:
             self.samples,
             self.loss,
             pack or self.pack,
+            kept=kept,
         )
 
     def with_weights(self, packed: dict[str, PackedWeight]) -> nn.Module:
@@ -248,6 +255,33 @@ def test_an_interrupted_run_leaves_the_model_alone(call: int, tokens: Tensor) ->
     for module in before.values():
         assert "forward" not in module.__dict__
         assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("stop", [1, 5, -1])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+def test_an_interrupted_run_goes_on(family: str, stop: int, tokens: Tensor, tmp_path: Path) -> None:
+    """Wherever it stopped, also a block on: the same bits, and no stage is packed twice."""
+    setting = Setting(make_model(family), tokens, causal_lm_loss)
+    wanted = setting.in_turn()
+    count = len(stages(setting.model, list(setting.linears_of)))
+    kept, packed, allowed = Unfinished(tmp_path, "a" * 16), 0, stop % count
+
+    def pack(groups: Any, moments: dict[str, Moments]) -> dict[str, PackedWeight]:
+        nonlocal packed
+        if packed == allowed:
+            raise KeyboardInterrupt
+        packed += 1
+        return setting.pack(groups, moments)
+
+    with pytest.raises(KeyboardInterrupt):
+        setting.in_turn(pack, kept)
+    allowed = count + 1
+    found = setting.in_turn(pack, kept)
+    assert packed == count
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        own = found[name].tensors()
+        assert all(torch.equal(own[key], plane) for key, plane in weight.tensors().items())
 
 
 def test_bytes_are_moments_of_a_stage_and_outputs_of_a_block() -> None:

@@ -39,6 +39,7 @@ import fgmp.progress
 from fgmp.cli import main
 from fgmp.pack.stream import image_bytes
 from fgmp.sensitivity.fisher import _Recorder
+from fgmp.sequential import _Run
 
 TEXT = "The quick brown fox jumps over the lazy dog, again and again.\n" * 60
 
@@ -600,23 +601,33 @@ def test_a_damaged_checkpoint(run: Run, place: Place, tmp_path: Path) -> None:
 # Interrupted and continued.
 
 
-def test_an_interrupted_run_goes_on(
-    run: Run, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps = {"left": 4}
+def interrupting(title: str, after: int) -> Callable[[object], fgmp.progress.Stages]:
+    """Progress that stops a run after so many steps of one stage."""
+    left = [after]
 
-    def interrupting(console: object) -> fgmp.progress.Stages:
+    def bars(console: object) -> fgmp.progress.Stages:
         @contextmanager
-        def stage(title: str, count: int) -> Iterator[Callable[[], None]]:
+        def stage(found: str, count: int) -> Iterator[Callable[[], None]]:
             def advance() -> None:
-                steps["left"] -= title == "calibrating"
-                if steps["left"] == 0:
+                left[0] -= found == title
+                if left[0] == 0:
                     raise KeyboardInterrupt
 
             yield advance
 
         return stage
 
+    return bars
+
+
+def same_tensors(folder: Path, wanted: Path) -> bool:
+    a, b = (load_file(path / "model.safetensors") for path in (folder, wanted))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_an_interrupted_run_goes_on(
+    run: Run, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun: list[int] = []
     begin = _Recorder.begin
 
@@ -627,19 +638,36 @@ def test_an_interrupted_run_goes_on(
     monkeypatch.setattr(_Recorder, "begin", counted)
     command = ("quantize", place.model, "-o", tmp_path / "out", "--calib", place.text, *SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr(fgmp.progress, "bars", interrupting)
+        patch.setattr(fgmp.progress, "bars", interrupting("calibrating", 4))
         done = run(*command, "--json")
     assert done.code == 130 and done.out == ""
-    assert "the calibration is kept: the same command goes on from it\ninterrupted\n" in done.err
+    assert "what is done is kept: the same command goes on from it\ninterrupted\n" in done.err
     assert [p.name for p in tmp_path.iterdir()] == [".out.calibration.safetensors"]
     assert len(begun) == 4
     assert run(*command, "--json").code == 0
     assert len(begun) == 6
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    wanted = load_file(Path(place.checkpoint) / "model.safetensors")
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert same_tensors(tmp_path / "out", Path(place.checkpoint))
+
+
+def test_an_interrupted_compensation_goes_on(
+    run: Run, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = ("quantize", place.model, "-o", out, "--calib", place.text, *SMALL, "--json")
+    with monkeypatch.context() as patch:
+        patch.setattr(fgmp.progress, "bars", interrupting("compensating", 20))  # 6 a stage
+        assert run(*command).code == 130
+    state = ".out.calibration.safetensors"
+    assert {p.name for p in tmp_path.iterdir()} == {state, f"{state}.packed"}
+    assert len(list((tmp_path / f"{state}.packed").iterdir())) == 3
+    made = []
+    moments = _Run.moments
+    monkeypatch.setattr(_Run, "moments", lambda *args: made.append(1) or moments(*args))
+    assert run(*command).code == 0
+    assert len(made) == 5  # of 8 stages
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert same_tensors(out, Path(place.checkpoint))
 
 
 def test_ctrl_c_in_a_real_process(place: Place, tmp_path: Path) -> None:

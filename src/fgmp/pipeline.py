@@ -27,6 +27,7 @@ from fgmp.model.select import linearize, matrices, output_head, quantizable
 from fgmp.model.store import CONFIG_ATTRIBUTE, config_of, tensors_to_save
 from fgmp.model.transformers import mark_quantized
 from fgmp.pack.checkpoint import CheckpointConfig, SiteConfig
+from fgmp.pack.unfinished import forget
 from fgmp.progress import Stages, silent
 from fgmp.recipe import Recipe
 from fgmp.sensitivity import memory
@@ -71,7 +72,9 @@ def quantize(
             the last eighth of ``samples``; under ``clip="auto"``, ``max_increase`` or ``tune`` they
             then take no part in calibration.
         groups: activation sites that override those found by tensor identity.
-        state: file that keeps an interrupted calibration, from which a later call goes on.
+        state: file that keeps an interrupted calibration, from which a later call goes on. Beside
+            it, a folder of that name and ``.packed`` keeps what an interrupted compensation packed;
+            it is removed at the end.
         reuse: ``state`` is a calibration to be used again: refuse one of another model, of other
             sequences or sites instead of starting anew over it.
         progress: reports on long stages; see ``fgmp.progress``.
@@ -104,7 +107,8 @@ def quantize(
     if recipe.max_energy is not None:
         require_known_energy(recipe)
     total = matrices(model)
-    task = Task(model, linears, samples, checked, loss, recipe, progress, report)
+    kept = state.with_name(f"{state.name}.packed") if state else None
+    task = Task(model, linears, samples, checked, loss, recipe, progress, report, kept)
     needed = _require_memory(task)
 
     calibration = _calibrate(task, groups, state, reuse)
@@ -133,6 +137,8 @@ def quantize(
     if recipe.tune:
         choice = tune(task, choice, base)
     _finish(model, choice.assignment, recipe, total)
+    if kept is not None:
+        forget(kept)
 
     config = config_of(model)
     config.calibration.update(sequences=len(samples), predictions=calibration.predictions)

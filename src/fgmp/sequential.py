@@ -14,6 +14,9 @@ That takes a model whose blocks hand on all there is in their outputs. Whether i
 the first sample, once a stage, beside a run without shortcuts; if not, none is taken any more and
 everything is run anew, which is slow and right. The same goes for losses that run the model twice.
 
+Finished stages may be kept on disk. An interrupted run that goes on puts their weights in place and
+learns nothing from them again: the next stage's pass runs all blocks before it once.
+
 Routers of the quantized model repeat what those of the original chose. Tokens could not be paired
 otherwise, and an expert is asked for the tokens that are meant for it.
 """
@@ -33,6 +36,7 @@ from fgmp.model.convert import install
 from fgmp.model.linear import ActivationSite
 from fgmp.model.select import replace_module, routers
 from fgmp.pack.planes import PackedWeight
+from fgmp.pack.unfinished import Unfinished
 from fgmp.sensitivity.fisher import Loss, frozen
 from fgmp.sensitivity.moments import MOMENT_BYTES, Moments, add_moments, new_moments
 
@@ -122,6 +126,7 @@ def pack_in_turn(
     loss: Loss,
     pack_stage: PackStage,
     advance: Callable[[], None] = lambda: None,
+    kept: Unfinished | None = None,
 ) -> dict[str, PackedWeight]:
     """Pack stage by stage; the model is left as it was, also after an error.
 
@@ -132,21 +137,44 @@ def pack_in_turn(
         samples, loss: as calibration had them.
         pack_stage: makes weights of moments.
         advance: called after each sample of each stage.
+        kept: stages of this very run that were packed before it was interrupted, and where those
+            that follow are kept.
     """
     packed: dict[str, PackedWeight] = {}
     todo = stages(model, list(linears_of))
     with frozen(model):
         run = _Run(model, samples, loss)
-        while todo:
-            stage = todo.pop(0)
-            moments = run.moments(stage, records, advance)
+        for number, stage in enumerate(todo):
             groups = {owner: linears_of[owner] for owner in stage.owners}
-            weights = pack_stage(groups.values(), moments=moments)
+            weights = _kept(kept, number, groups, model)
+            if weights is None:
+                moments = run.moments(stage, records, advance)
+                weights = pack_stage(groups.values(), moments=moments)
+                if kept is not None:
+                    kept.store(number, weights)
+            else:
+                for _ in samples:
+                    advance()
             run.finish(weights, records, groups)
-            if stage.block not in {"", *(later.block for later in todo)}:
+            if stage.block not in {"", *(later.block for later in todo[number + 1 :])}:
                 run.close(stage.block)
             packed |= weights
     return packed
+
+
+def _kept(
+    kept: Unfinished | None, number: int, groups: Mapping[str, list[str]], model: nn.Module
+) -> dict[str, PackedWeight] | None:
+    """Weights of a stage that was packed before, on the devices of those they replace."""
+    names = [name for group in groups.values() for name in group]
+    found = None if kept is None else kept.load(number, names)
+    if found is None:
+        return None
+    devices = {name: next(model.get_submodule(name).parameters()).device for name in names}
+    return {
+        name: PackedWeight(**{k: t.to(devices[name]) for k, t in packed.tensors().items()})
+        for name, packed in found.items()
+    }
 
 
 class _StageReached(Exception):

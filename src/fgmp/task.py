@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class Task:
         loss: runs a sequence.
         recipe: what the result shall be.
         progress, report: as ``quantize`` was given them.
+        kept: folder for weights that are packed before all are.
     """
 
     model: nn.Module
@@ -37,6 +39,7 @@ class Task:
     recipe: Recipe
     progress: Stages = silent
     report: Callable[[str], None] = lambda line: None
+    kept: Path | None = None
 
     @property
     def fisher_loss(self) -> Loss:

@@ -119,7 +119,7 @@ def quantize_to(
         )
     except KeyboardInterrupt:
         if state.exists():
-            reporter.line("the calibration is kept: the same command goes on from it")
+            reporter.line("what is done is kept: the same command goes on from it")
         raise
     except FGMPError:
         if state.exists() and saved is None:

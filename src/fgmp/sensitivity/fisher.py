@@ -31,13 +31,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fgmp.errors import InputError
+from fgmp.fingerprint import bytes_of, parts
 from fgmp.sensitivity.squares import SQUARES
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
@@ -98,7 +98,7 @@ def drawn_label_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
     the text have the empirical one (arXiv 1905.12558). The same tokens draw the same labels.
     """
     logits = next_token_logits(model, tokens)
-    seed = int.from_bytes(hashlib.sha256(_bytes(tokens)).digest()[:7], "little")
+    seed = int.from_bytes(hashlib.sha256(bytes_of(tokens)).digest()[:7], "little")
     source = torch.Generator(logits.device).manual_seed(seed)
     likely = logits.detach().softmax(-1)
     if likely.isnan().any():  # nothing can be drawn: the loss says so
@@ -408,9 +408,9 @@ def _fingerprint(
     """What a calibration is of, each part by itself; of a loss only the name can be told."""
     weights, sequences = hashlib.sha256(), hashlib.sha256()
     for tensor in model.state_dict().values():
-        weights.update(_bytes(tensor))
+        weights.update(bytes_of(tensor))
     for sample in samples:
-        for part in _parts(sample):
+        for part in parts(sample):
             sequences.update(part)
     name = getattr(loss, "__qualname__", type(loss).__qualname__)
     named = {"linears": list(linears), "sites": groups, "loss": name}
@@ -431,28 +431,7 @@ _MEANING = {
 
 
 def _mismatch(state: Path, held: object, wanted: dict[str, str]) -> str:
-    parts = held if isinstance(held, dict) else {}
+    known = held if isinstance(held, dict) else {}
     # Other layers have other weights: the first difference says it all.
-    differing = next(key for key in _MEANING if parts.get(key) != wanted[key])
+    differing = next(key for key in _MEANING if known.get(key) != wanted[key])
     return f"{state}: a calibration of {_MEANING[differing]}; name another file, or delete it"
-
-
-def _parts(sample: Any) -> Iterator[bytes]:
-    """All that a sample holds; the repr of a large tensor would leave out its middle."""
-    if isinstance(sample, np.ndarray):
-        sample = torch.from_numpy(sample)
-    if isinstance(sample, Tensor):
-        yield f"{sample.dtype} {tuple(sample.shape)}".encode()
-        yield _bytes(sample)
-    elif isinstance(sample, Mapping):
-        yield from _parts(list(sample.items()))
-    elif isinstance(sample, list | tuple):
-        for part in sample:
-            yield from _parts(part)
-    else:
-        yield repr(sample).encode()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
