@@ -72,7 +72,7 @@ ONLY_IN = {
     "huggingface_hub": {"pack"},
     "psutil": {"sensitivity"},
     "triton": {"kernels"},
-    "numpy": {"hardware", "pack", "sensitivity"},
+    "numpy": {"fingerprint", "hardware", "pack"},
 }
 """Where third-party packages may show up; ``torch`` may everywhere but in ``formats.spec``."""
 
