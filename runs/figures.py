@@ -39,6 +39,7 @@ MODELS = {
     "demo": "demonstration model",
     "gpt-neox": "GPT-NeoX",
     "smollm2": "SmolLM2",
+    "smollm2-192": "SmolLM2, 192 sequences",
 }
 """What the tables call the model of ``accuracy-MODEL.json``, in their order."""
 
@@ -105,7 +106,10 @@ def table(facts: Facts) -> list[str]:
 
 
 def goals(found: dict[str, Facts], encoder: Facts) -> list[str]:
-    """What was reached of the project's goals, by model; of the encoder, in drift."""
+    """What was reached of the project's goals, by model; of the encoder, in drift.
+
+    A cell is empty where a model lacks the rows.
+    """
     rows = [{row["name"]: row for row in facts["rows"]} for facts in found.values()]
 
     def recovered(row: Facts, names: Iterable[str]) -> list[float]:
@@ -115,23 +119,27 @@ def goals(found: dict[str, Facts], encoder: Facts) -> list[str]:
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     drift = {row["name"]: row["gap_recovered_percent"] for row in encoder["rows"]}
     for share, (goal, names) in GOALS.items():
-        cells = [f"{max(recovered(row, names)):.1f}%" for row in rows]
-        cells.append(f"{max(drift[name] for name in names if name in drift):.1f}%")
+        cells = [_best(recovered(row, names)) for row in rows]
+        cells.append(_best(drift[name] for name in names if name in drift))
         lines.append(f"| {share} | {goal} | {' | '.join(cells)} |")
-        tuned = [recovered(row, [f"{name}, tuned" for name in names]) for row in rows]
-        cells = [f"{max(shares):.1f}%" if shares else "" for shares in tuned]
+        cells = [_best(recovered(row, [f"{name}, tuned" for name in names])) for row in rows]
         if any(cells):
             lines.append(f"| {share}, tuned | {goal} | {' | '.join(cells)} | |")
     for bits in ("5.4", "6.0"):
         rivals = [f"ours at {bits} bits", f"autoquantize {bits} bits"]
         left = [[100 - share for share in recovered(row, rivals)] for row in rows]
         label = f"gap left at {bits} bits over that of AutoQuantize's rule"
-        cells = [f"{own / theirs:.2f}" for own, theirs in left]
+        cells = [f"{pair[0] / pair[1]:.2f}" if len(pair) == 2 else "" for pair in left]
         lines.append(f"| {label} | 0.5, then 0.25 | {' | '.join(cells)} | |")
     points = [recovered(row, ["ours 100%", "nvfp4, four over six"]) for row in rows]
-    cells = [f"{own - theirs:+.1f}" for own, theirs in points]
+    cells = [f"{pair[0] - pair[1]:+.1f}" if len(pair) == 2 else "" for pair in points]
     lines.append(f"| all FP4, points over Four Over Six | 0, then more | {' | '.join(cells)} | |")
     return lines
+
+
+def _best(shares: Iterable[float]) -> str:
+    best = max(shares, default=None)
+    return "" if best is None else f"{best:.1f}%"
 
 
 def ablations(found: dict[str, Facts]) -> list[str]:
