@@ -22,6 +22,7 @@ from fgmp.sensitivity.fisher import Loss, causal_lm_loss, frozen, next_token_log
 _CLEAR = 2.0
 """Standard errors."""
 _ROWS = 64
+"""Predictions whose KL is formed at a time."""
 
 
 @dataclass(frozen=True)

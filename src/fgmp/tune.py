@@ -48,8 +48,13 @@ def tune(task: Task, choice: Choice, base: Mapping[str, Trial]) -> Choice:
     figures = {name: trial.kl for name, trial in trials.items()}
     facts = choice.facts | {"tune": {"used": used, "held_out_kl": figures}}
     if not used:
-        nearer = trials["with"].clearly_better(trials["without"])
-        why = "does not keep max_increase" if nearer else "brings predictions no nearer"
+        why = "brings predictions no nearer"
+        if trials["with"].clearly_better(trials["without"]):
+            increase = trials["with"].increase_percent(base["fp8"])
+            why = (
+                f"takes perplexity to {increase:+.2f}% from all-FP8's, max_increase is "
+                f"{task.recipe.max_increase:g}%,"
+            )
         task.report(f"tuning {why} on held-out text: it is left out")
         return Choice(choice.assignment, facts)
     if base:
