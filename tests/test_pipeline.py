@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from fgmp.heldout import Trial
 from fgmp.model.linear import mixed_linears, sites
 from fgmp.model.select import linearize
 from fgmp.model.store import config_of, tensors_to_save
+from fgmp.pack.unfinished import Unfinished
 from fgmp.pipeline import uniform
 from fgmp.sensitivity import memory
 from fgmp.sensitivity.fisher import causal_lm_loss, drawn_label_loss
@@ -760,3 +762,34 @@ def test_a_copied_quantized_model_still_runs(
         assert torch.equal(linear.weight, weights[name])
     with torch.no_grad():
         assert other(input_ids=tokens).logits.isfinite().all()
+
+
+def test_what_was_packed_is_taken_up_by_the_same_run_only(
+    tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = []
+
+    class Watched(Unfinished):
+        def __init__(self, folder: Path, key: str) -> None:
+            keys.append(key)
+            super().__init__(folder, key)
+
+    monkeypatch.setattr(candidates, "Unfinished", Watched)
+
+    def key(model: nn.Module, tokens: Tensor = tokens, **recipe: object) -> str:
+        asked = Recipe(**{"clip": "off", **recipe})
+        fgmp.quantize(model, tokens, asked, held_out=tokens[:1], state=tmp_path / "state")
+        return keys[-1]
+
+    wanted = key(make_model("llama"))
+    other = make_model("llama")  # by what no gradient shows
+    other.register_buffer("unused", torch.zeros(1))
+    assert key(make_model("llama"), tune=1) == wanted  # it comes after
+    made = [
+        key(other),
+        key(make_model("llama"), tokens[:-1]),
+        key(make_model("llama"), fp4=0.5),
+        key(make_model("llama"), clip="on"),
+        key(make_model("llama"), fp4_activations=0.5),
+    ]
+    assert len({wanted, *made}) == 1 + len(made)

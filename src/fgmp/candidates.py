@@ -123,7 +123,9 @@ def _key(
     """What no run has that would pack other weights."""
     sites = {owner: list(vars(record).values()) for owner, record in records.items()}
     recipe = {**task.recipe.to_dict(), "tune": None}  # comes after
-    return sha256([recipe, sites, masks, variant.scales, variant.t, *task.samples])
+    return sha256(
+        [recipe, task.model.state_dict(), sites, masks, variant.scales, variant.t, *task.samples]
+    )
 
 
 def uniformly(

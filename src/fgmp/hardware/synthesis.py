@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from fgmp.files import replacing
 from fgmp.hardware import liberty, yosys
 from fgmp.hardware.cells import Library
 from fgmp.hardware.netlist import Netlist, from_yosys
@@ -98,12 +99,8 @@ def _read(kept: Path) -> str | None:
 
 def _write(kept: Path, text: str) -> None:
     """Keep it, whole or not at all; a cache that cannot be written is done without."""
-    with suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            draft = Path(folder) / kept.name
-            draft.write_bytes(gzip.compress(text.encode(), 1))
-            draft.replace(kept)
+    with suppress(OSError), replacing(kept) as draft:
+        draft.write_bytes(gzip.compress(text.encode(), 1))
 
 
 def _typical_load(library: Library) -> float:

@@ -5,7 +5,6 @@ key: the run's own, which another model, text or recipe does not have. It is no 
 but the same run reads it, and what has another key is left alone until the folder goes.
 """
 
-import contextlib
 import shutil
 import warnings
 from collections.abc import Collection
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fgmp.errors import InputError
+from fgmp.files import replacing
 from fgmp.pack.planes import PackedWeight
 
 
@@ -54,14 +54,10 @@ class Unfinished:
             for plane, tensor in packed.tensors().items()
         }
         file = self._file(stage)
-        temporary = file.with_suffix(".tmp")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary)
-            temporary.replace(file)
+            with replacing(file) as draft:
+                save_file(tensors, draft)
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             warnings.warn(
                 f"{file}: could not be written ({error}); this stage could not be resumed",
                 stacklevel=2,

@@ -37,6 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fgmp.errors import InputError
+from fgmp.files import replacing
 from fgmp.fingerprint import bytes_of, parts
 from fgmp.sensitivity.squares import SQUARES
 
@@ -337,15 +338,11 @@ class _Recorder:
             "predictions": self.sums.predictions,
             "sites": {n: [s.linears, s.amax, s.tokens] for n, s in self.sums.sites.items()},
         }
-        temporary = state.with_suffix(".tmp")
         try:
-            state.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata={"state": json.dumps(facts)})
-            temporary.replace(state)
+            with replacing(state) as draft:
+                save_file(tensors, draft, metadata={"state": json.dumps(facts)})
         except (OSError, SafetensorError) as error:
             # The sums are safe in memory: a full disk must not cost the run.
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             warnings.warn(
                 f"{state}: could not be written ({error}); this calibration could not be resumed",
                 stacklevel=3,
