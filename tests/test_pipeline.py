@@ -30,10 +30,10 @@ from fgmp.heldout import Trial
 from fgmp.model.linear import mixed_linears, sites
 from fgmp.model.select import linearize
 from fgmp.model.store import config_of, tensors_to_save
-from fgmp.pack.unfinished import Unfinished
 from fgmp.pipeline import uniform
 from fgmp.sensitivity import memory
 from fgmp.sensitivity.fisher import causal_lm_loss, drawn_label_loss
+from fgmp.unfinished import Unfinished
 
 
 def quantized(tokens: Tensor, family: str = "llama", **recipe: object) -> nn.Module:
@@ -767,19 +767,20 @@ def test_a_copied_quantized_model_still_runs(
 def test_what_was_packed_is_taken_up_by_the_same_run_only(
     tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = []
+    keys: list[str] = []
 
     class Watched(Unfinished):
         def __init__(self, folder: Path, key: str) -> None:
             keys.append(key)
             super().__init__(folder, key)
 
-    monkeypatch.setattr(candidates, "Unfinished", Watched)
+    monkeypatch.setattr("fgmp.task.Unfinished", Watched)
 
     def key(model: nn.Module, tokens: Tensor = tokens, **recipe: object) -> str:
         asked = Recipe(**{"clip": "off", **recipe})
+        keys.clear()
         fgmp.quantize(model, tokens, asked, held_out=tokens[:1], state=tmp_path / "state")
-        return keys[-1]
+        return keys[0]
 
     wanted = key(make_model("llama"))
     other = make_model("llama")  # by what no gradient shows

@@ -16,7 +16,7 @@ from conftest import make_model
 from torch import Tensor, nn
 
 import fgmp
-from fgmp import Recipe
+from fgmp import InputError, Recipe
 from fgmp.assign.policy import POLICIES
 from fgmp.assign.weights import pack_weights, score_weights
 from fgmp.formats.activation import fake_quantize
@@ -25,10 +25,10 @@ from fgmp.model.linear import sites
 from fgmp.model.select import linearize, quantizable, routers
 from fgmp.model.store import config_of
 from fgmp.pack.planes import PackedWeight
-from fgmp.pack.unfinished import Unfinished
 from fgmp.sensitivity.fisher import Loss, causal_lm_loss
 from fgmp.sensitivity.moments import Moments, add_moments, new_moments
 from fgmp.sequential import Stage, block_of, bytes_needed, pack_in_turn, stages
+from fgmp.unfinished import Unfinished
 
 
 class Setting:
@@ -282,6 +282,24 @@ def test_an_interrupted_run_goes_on(family: str, stop: int, tokens: Tensor, tmp_
     for name, weight in wanted.items():
         own = found[name].tensors()
         assert all(torch.equal(own[key], plane) for key, plane in weight.tensors().items())
+
+
+@pytest.mark.parametrize("damage", ["another linear", "no shape"])
+def test_a_stage_that_is_not_what_was_kept_is_told(
+    damage: str, tokens: Tensor, tmp_path: Path
+) -> None:
+    setting = Setting(make_model("llama"), tokens[:2], causal_lm_loss)
+    kept = Unfinished(tmp_path, "a" * 16)
+    setting.in_turn(setting.pack, kept)
+    found = kept.load("stage 00003")
+    assert found is not None
+    name = next(n for n in found if n.endswith(".shape"))
+    shape = found.pop(name)
+    if damage == "another linear":
+        found[f"another.{name}"] = shape
+    kept.store("stage 00003", found)
+    with pytest.raises(InputError, match=r"-00003.safetensors: not stage 00003 of this run .*; de"):
+        setting.in_turn(setting.pack, kept)
 
 
 def test_bytes_are_moments_of_a_stage_and_outputs_of_a_block() -> None:

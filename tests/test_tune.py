@@ -23,7 +23,8 @@ from fgmp.model.source import load_model, load_tokenizer
 from fgmp.model.store import config_of
 from fgmp.progress import Stages
 from fgmp.sensitivity.memory import MemoryEstimate, estimate, require
-from fgmp.tune import tune
+from fgmp.tune import _Adam, tune
+from fgmp.unfinished import Unfinished
 
 DEMO = str(Path(fgmp.__file__).parent / "demo" / "model")
 ALL_FP4 = {"fp4": 1.0, "clip": "off", "compensate": False}
@@ -120,6 +121,52 @@ def test_the_original_is_back_after_an_interruption(tokens: Tensor) -> None:
     assert dict(model.named_modules()) == before
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, state[name]) and parameter.grad is None
+
+
+@pytest.mark.parametrize("stop", [1, 3, 9])
+def test_an_interrupted_tuning_goes_on(
+    stop: int, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same bits, also in the middle of a pass; steps of 2 sequences, 3 a pass."""
+    monkeypatch.setattr("fgmp.tune.SEQUENCES_A_STEP", 2)
+    monkeypatch.setattr("fgmp.tune.SAVE_EVERY_SECONDS", -1)
+    monkeypatch.setattr("fgmp.heldout.Trial.clearly_better", lambda self, other: True)
+    steps: list[int] = []
+    step = _Adam.step
+
+    def counted(self: _Adam) -> None:
+        if len(steps) == stop:
+            raise KeyboardInterrupt
+        step(self)
+        steps.append(self.done)
+
+    def run() -> nn.Module:
+        return fgmp.quantize(
+            make_model("gpt2"),
+            tokens[:6],
+            Recipe(**ALL_FP4, tune=4),
+            held_out=tokens[6:],
+            state=tmp_path / "state",
+        )
+
+    wanted = run()
+    monkeypatch.setattr(_Adam, "step", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    stop = 99
+    found = run()
+    assert steps == list(range(1, 13))
+    for name, parameter in wanted.named_parameters():
+        assert torch.equal(found.get_parameter(name), parameter)
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_tuning_of_another_model_is_told(tmp_path: Path) -> None:
+    kept = Unfinished(tmp_path, "0" * 16)
+    _Adam({"a": torch.ones(3)}, 5).store(kept)
+    for values in ({"b": torch.ones(3)}, {"a": torch.ones(4)}):
+        with pytest.raises(InputError, match=r"tuning.safetensors: not tuning of this run"):
+            _Adam(values, 5).resume(kept)
 
 
 class Block(nn.Module):

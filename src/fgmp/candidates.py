@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from fgmp.assign.activations import ActivationAssignment, assign_activations
 from fgmp.assign.policy import weight_masks
 from fgmp.assign.weights import ScoredWeights, group_scale, pack_weights
-from fgmp.fingerprint import sha256
 from fgmp.formats.activation import Site, site_threshold
 from fgmp.formats.spec import FP8_BITS, stream_bits
 from fgmp.formats.weight import quantize_weight
 from fgmp.heldout import Trial, trials
 from fgmp.model.convert import Replacement, packed_linears
 from fgmp.pack.planes import PackedWeight, pack, packed_bytes
-from fgmp.pack.unfinished import Unfinished
 from fgmp.sequential import pack_in_turn, stages
 from fgmp.solve import Point
 from fgmp.task import Scored, Task
@@ -92,9 +90,7 @@ def mixed(
         )
         if task.recipe.compensate:
             steps = len(stages(task.model, list(scored.records))) * len(task.samples)
-            kept = None
-            if task.kept is not None:
-                kept = Unfinished(task.kept, _key(task, variant, masks, activations.records))
+            kept = task.unfinished(activations.records, masks, variant.scales, variant.t)
             with task.progress("compensating", steps) as advance:
                 weights = pack_in_turn(
                     task.model,
@@ -112,20 +108,6 @@ def mixed(
         name = _ON if variant.clipped else _OFF
         made[name] = Assignment(weights, activations, scored.linears_of)
     return made
-
-
-def _key(
-    task: Task,
-    variant: ScoredWeights,
-    masks: Mapping[str, Tensor],
-    records: Mapping[str, Site],
-) -> str:
-    """What no run has that would pack other weights."""
-    sites = {owner: list(vars(record).values()) for owner, record in records.items()}
-    recipe = {**task.recipe.to_dict(), "tune": None}  # comes after
-    return sha256(
-        [recipe, task.model.state_dict(), sites, masks, variant.scales, variant.t, *task.samples]
-    )
 
 
 def uniformly(

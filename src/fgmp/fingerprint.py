@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ def parts(value: Any) -> Iterator[bytes]:
     elif isinstance(value, list | tuple):
         for part in value:
             yield from parts(part)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from parts({f.name: getattr(value, f.name) for f in fields(value)})
     else:
         yield repr(value).encode()
 

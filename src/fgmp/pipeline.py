@@ -27,7 +27,6 @@ from fgmp.model.select import linearize, matrices, output_head, quantizable
 from fgmp.model.store import CONFIG_ATTRIBUTE, config_of, tensors_to_save
 from fgmp.model.transformers import mark_quantized
 from fgmp.pack.checkpoint import CheckpointConfig, SiteConfig
-from fgmp.pack.unfinished import forget
 from fgmp.progress import Stages, silent
 from fgmp.recipe import Recipe
 from fgmp.sensitivity import memory
@@ -45,6 +44,7 @@ from fgmp.sequential import bytes_needed
 from fgmp.solve import require_bytes, require_known_energy, solve
 from fgmp.task import Scored, Task
 from fgmp.tune import tune
+from fgmp.unfinished import forget
 
 
 def quantize(
@@ -73,8 +73,8 @@ def quantize(
             then take no part in calibration.
         groups: activation sites that override those found by tensor identity.
         state: file that keeps an interrupted calibration, from which a later call goes on. Beside
-            it, a folder of that name and ``.packed`` keeps what an interrupted compensation packed;
-            it is removed at the end.
+            it, a folder of that name and ``.packed`` keeps what an interrupted compensation packed
+            and how far tuning came; it is removed at the end.
         reuse: ``state`` is a calibration to be used again: refuse one of another model, of other
             sequences or sites instead of starting anew over it.
         progress: reports on long stages; see ``fgmp.progress``.

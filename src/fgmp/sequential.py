@@ -36,9 +36,9 @@ from fgmp.model.convert import install
 from fgmp.model.linear import ActivationSite
 from fgmp.model.select import replace_module, routers
 from fgmp.pack.planes import PackedWeight
-from fgmp.pack.unfinished import Unfinished
 from fgmp.sensitivity.fisher import Loss, frozen
 from fgmp.sensitivity.moments import MOMENT_BYTES, Moments, add_moments, new_moments
+from fgmp.unfinished import Unfinished
 
 PackStage = Callable[..., dict[str, PackedWeight]]
 """(linears of a stage, those of one site together, moments=by a site's owner) to their weights."""
@@ -151,7 +151,7 @@ def pack_in_turn(
                 moments = run.moments(stage, records, advance)
                 weights = pack_stage(groups.values(), moments=moments)
                 if kept is not None:
-                    kept.store(number, weights)
+                    kept.store(_part(number), _planes(weights))
             else:
                 for _ in samples:
                     advance()
@@ -166,15 +166,26 @@ def _kept(
     kept: Unfinished | None, number: int, groups: Mapping[str, list[str]], model: nn.Module
 ) -> dict[str, PackedWeight] | None:
     """Weights of a stage that was packed before, on the devices of those they replace."""
-    names = [name for group in groups.values() for name in group]
-    found = None if kept is None else kept.load(number, names)
-    if found is None:
+    found = None if kept is None else kept.load(_part(number))
+    if kept is None or found is None:
         return None
-    devices = {name: next(model.get_submodule(name).parameters()).device for name in names}
-    return {
-        name: PackedWeight(**{k: t.to(devices[name]) for k, t in packed.tensors().items()})
-        for name, packed in found.items()
-    }
+    planes: dict[str, dict[str, Tensor]] = {n: {} for group in groups.values() for n in group}
+    try:
+        for key, tensor in found.items():
+            name, _, plane = key.rpartition(".")
+            device = next(model.get_submodule(name).parameters()).device
+            planes[name][plane] = tensor.to(device)
+        return {name: PackedWeight(**named) for name, named in planes.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise kept.damaged(_part(number), error) from error
+
+
+def _planes(weights: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
+    return {f"{n}.{plane}": t for n, w in weights.items() for plane, t in w.tensors().items()}
+
+
+def _part(number: int) -> str:
+    return f"stage {number:05d}"
 
 
 class _StageReached(Exception):

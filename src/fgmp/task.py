@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from fgmp.assign.policy import Policy
 from fgmp.assign.weights import ScoredWeights
+from fgmp.fingerprint import sha256
 from fgmp.formats.activation import Site
 from fgmp.progress import Stages, silent
 from fgmp.recipe import Recipe
 from fgmp.sensitivity.fisher import Loss, causal_lm_loss, drawn_label_loss
 from fgmp.sensitivity.histogram import ScoreHistogram
+from fgmp.unfinished import Unfinished
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +30,7 @@ class Task:
         loss: runs a sequence.
         recipe: what the result shall be.
         progress, report: as ``quantize`` was given them.
-        kept: folder for weights that are packed before all are.
+        kept: folder for what is done before all is.
     """
 
     model: nn.Module
@@ -46,6 +48,20 @@ class Task:
         """The loss whose gradients count: the next-token loss may draw its labels."""
         drawn = self.recipe.labels == "model" and self.loss is causal_lm_loss
         return drawn_label_loss if drawn else self.loss
+
+    def unfinished(self, *what: Any) -> Unfinished | None:
+        """Where work on this model by these texts is kept, if it is.
+
+        Args:
+            what: all else that decides the result, but for the recipe, which counts without what
+                comes after packing.
+        """
+        if self.kept is None:
+            return None
+        recipe = {**self.recipe.to_dict(), "tune": None}
+        return Unfinished(
+            self.kept, sha256([recipe, self.model.state_dict(), list(self.samples), *what])
+        )
 
     @property
     def tensors(self) -> dict[str, Tensor]:

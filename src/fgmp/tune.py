@@ -14,6 +14,7 @@ to the model's dtype at each step. Whether the result is used is decided on held
 """
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -26,13 +27,16 @@ from fgmp.heldout import Trial
 from fgmp.model.convert import Replacement
 from fgmp.model.gradients import differentiable
 from fgmp.model.linear import MixedLinear
-from fgmp.sensitivity.fisher import frozen, next_token_logits
+from fgmp.recipe import Recipe
+from fgmp.sensitivity.fisher import SAVE_EVERY_SECONDS, frozen, next_token_logits
 from fgmp.task import Task
+from fgmp.unfinished import Unfinished
 
 RATE = 0.002
 SEQUENCES_A_STEP = 8
 _BETAS = (0.9, 0.95)
 _WARMUP = 0.1
+_PART = "tuning"
 
 
 def tune(task: Task, choice: Choice, base: Mapping[str, Trial]) -> Choice:
@@ -72,28 +76,42 @@ def tuned_parameters(task: Task, assignment: Assignment) -> dict[str, Tensor]:
     with Replacement(linears).within(model):
         values = {name: p.detach().clone() for name, p in model.named_parameters()}
     packed = Replacement(linears, values)
-    steps = task.recipe.tune * math.ceil(len(samples) / SEQUENCES_A_STEP)
-    adam = _Adam(values, steps)
-    order = torch.Generator().manual_seed(task.recipe.seed)
+    steps = _steps(len(samples), task.recipe)
+    adam = _Adam(values, len(steps))
+    kept = task.unfinished(assignment, task.recipe.tune)
+    if kept is not None:
+        adam.resume(kept)
+    saved = time.monotonic()
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         stack.enter_context(
             differentiable(m for m in linears.values() if isinstance(m, MixedLinear))
         )
         advance = stack.enter_context(task.progress("tuning", task.recipe.tune * len(samples)))
-        for _ in range(task.recipe.tune):
-            for chosen in torch.randperm(len(samples), generator=order).split(SEQUENCES_A_STEP):
-                for index in chosen.tolist():
-                    with torch.no_grad():
-                        wanted = next_token_logits(model, samples[index]).log_softmax(-1).exp_()
-                    with packed.within(model), _gradients(model, adam.gradients):
-                        own = next_token_logits(model, samples[index]).log_softmax(-1)
-                        # KL less the entropy of what is wanted, which has no gradient.
-                        loss = -torch.dot(wanted.flatten(), own.flatten())
-                        (loss / (len(wanted) * len(chosen))).backward()
-                    advance()
-                adam.step()
+        for _ in range(sum(len(chosen) for chosen in steps[: adam.done])):
+            advance()
+        for chosen in steps[adam.done :]:
+            for index in chosen:
+                with torch.no_grad():
+                    wanted = next_token_logits(model, samples[index]).log_softmax(-1).exp_()
+                with packed.within(model), _gradients(model, adam.gradients):
+                    own = next_token_logits(model, samples[index]).log_softmax(-1)
+                    # KL less the entropy of what is wanted, which has no gradient.
+                    loss = -torch.dot(wanted.flatten(), own.flatten())
+                    (loss / (len(wanted) * len(chosen))).backward()
+                advance()
+            adam.step()
+            if kept is not None and time.monotonic() - saved > SAVE_EVERY_SECONDS:
+                adam.store(kept)
+                saved = time.monotonic()
     return values
+
+
+def _steps(sequences: int, recipe: Recipe) -> list[list[int]]:
+    """The sequences that each step takes."""
+    order = torch.Generator().manual_seed(recipe.seed)
+    passes = (torch.randperm(sequences, generator=order) for _ in range(recipe.tune))
+    return [chosen.tolist() for found in passes for chosen in found.split(SEQUENCES_A_STEP)]
 
 
 @contextmanager
@@ -118,23 +136,17 @@ class _Adam:
 
     Attributes:
         gradients: by name, to be filled between steps.
+        done: steps so far.
     """
 
     def __init__(self, values: Mapping[str, Tensor], steps: int) -> None:
         self.values = values
         self.gradients: dict[str, Tensor | None] = dict.fromkeys(values)
         self.copies = {n: v.to(torch.float32, copy=True) for n, v in values.items()}
-        groups = [
-            {"params": [copy], "lr": RATE * copy.square().mean().sqrt().item()}
-            for copy in self.copies.values()
-        ]
+        self.rates = [RATE * copy.square().mean().sqrt().item() for copy in self.copies.values()]
+        groups = [{"params": [copy]} for copy in self.copies.values()]
         self.optimizer = torch.optim.Adam(groups, betas=_BETAS)
-
-        def rate(step: int) -> float:
-            rising = min(1.0, (step + 1) / (_WARMUP * steps))
-            return rising * (1 + math.cos(math.pi * step / steps)) / 2
-
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+        self.steps, self.done = steps, 0
 
     @torch.no_grad()
     def step(self) -> None:
@@ -143,8 +155,39 @@ class _Adam:
             gradient = self.gradients[name]
             copy.grad = None if gradient is None else gradient.float()
             self.gradients[name] = None
+        rising = min(1.0, (self.done + 1) / (_WARMUP * self.steps))
+        falling = (1 + math.cos(math.pi * self.done / self.steps)) / 2
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * (rising * falling)
         self.optimizer.step()
-        self.schedule.step()
+        self.done += 1
         for name, copy in self.copies.items():
             copy.grad = None
             self.values[name].copy_(copy)
+
+    def store(self, kept: Unfinished) -> None:
+        """Keep all that the next step goes on from."""
+        tensors = {"done": torch.tensor(self.done)}
+        for name, copy in self.copies.items():
+            moments = self.optimizer.state.get(copy, {})
+            tensors |= {f"{key}.{name}": t for key, t in {"value": copy, **moments}.items()}
+        kept.store(_PART, tensors)
+
+    @torch.no_grad()
+    def resume(self, kept: Unfinished) -> None:
+        """Go on from what was kept, if anything was."""
+        found = kept.load(_PART)
+        if found is None:
+            return
+        try:
+            self.done = int(found.pop("done"))
+            for name, copy in self.copies.items():
+                copy.copy_(found.pop(f"value.{name}"))
+                self.values[name].copy_(copy)
+            for key, tensor in found.items():
+                moment, _, name = key.partition(".")
+                copy = self.copies[name]
+                device = "cpu" if moment == "step" else copy.device
+                self.optimizer.state[copy][moment] = tensor.to(device)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise kept.damaged(_PART, error) from error

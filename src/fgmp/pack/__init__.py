@@ -3,5 +3,4 @@
 planes      one weight as planes, and back: pure functions, bit exact
 stream      the image that hardware reads: a flag a block, 9- or 16-byte blocks
 checkpoint  a model's planes and sites as safetensors, written at once and read with suspicion
-unfinished  stages of a run that was interrupted, so that it can go on
 """
