@@ -45,6 +45,7 @@ from fgmp.model.source import context_length, load_model, load_tokenizer
 from fgmp.pipeline import uniform
 from fgmp.progress import bars
 from fgmp.recipe import PAPER
+from fgmp.unfinished import folder_of, forget
 
 PLAIN = {**PAPER, "clip": "off"}
 RESAMPLES = 2000
@@ -229,12 +230,14 @@ class Setting:
         model = self.load()
         if change is not None:
             model = change(model, self.text.samples)
+        state = self.calibration(recipe, change.__name__ if change else None)
+        forget(folder_of(state))  # of another row, which may have changed what the key cannot tell
         return quantize(
             model,
             self.text.samples,
             recipe,
             held_out=self.text.held_out,
-            state=self.calibration(recipe, change.__name__ if change else None),
+            state=state,
             reuse=self.reuse,
             progress=bars(self.console),
         )
@@ -419,6 +422,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="evaluate on the first so many only")
     parser.add_argument("--seeds", type=int, default=1, help="calibrations to average over")
     parser.add_argument("--only", help="names of rows, separated by semicolons")
+    parser.add_argument("--rows-of", type=Path, help="a JSON file that has the rows to make")
     parser.add_argument("--cache", type=Path, default=Path("accuracy-cache"))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -441,6 +445,8 @@ def main() -> None:
 
     rows = ROWS | ABLATIONS
     asked = args.only.split(";") if args.only else list(rows)
+    if args.rows_of:
+        asked = [row["name"] for row in json.loads(args.rows_of.read_text())["rows"]]
     if unknown := set(asked) - set(rows):
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
     wanted = [name for name in rows if name in asked or name in ("fp8", "nvfp4")]

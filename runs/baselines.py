@@ -6,8 +6,9 @@ counted from bytes like everyone's. The rules are published ones, implemented an
 four_over_six   NVFP4 whose blocks put their largest value at 6 or at 4, whichever has the smaller
                 squared error, weights and activations; tensor scales leave room for the factor 1.5
                 (arXiv 2512.02010)
-gptq            NVFP4 with error compensation on the unquantized inputs' second moment (arXiv
-                2210.17323) and MSE scales, activations rounded to nearest
+gptq            NVFP4 with error compensation (arXiv 2210.17323) and MSE scales, layer after layer
+                on the second moments of inputs that the quantized layers before make; activations
+                rounded to nearest
 autoquantize    one format a layer: Model Optimizer's rule, score = sum (gradient of the layer's
                 output times its error)^2, linears that read one tensor together, solved exactly
                 under a budget of weight bits
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -49,9 +51,10 @@ from fgmp.model.convert import install
 from fgmp.model.linear import ActivationSite, mixed_linears, sites
 from fgmp.model.select import linearize
 from fgmp.model.store import config_of
-from fgmp.pack.planes import pack, packed_bytes
+from fgmp.pack.planes import PackedWeight, pack, packed_bytes
 from fgmp.sensitivity.fisher import causal_lm_loss, frozen
 from fgmp.sensitivity.moments import Moments
+from fgmp.sequential import pack_in_turn
 
 if TYPE_CHECKING:
     from accuracy import Setting
@@ -156,25 +159,29 @@ class _FourOverSixSite(ActivationSite):
 def gptq(setting: Setting) -> nn.Module:
     """NVFP4 weights by GPTQ with MSE scales; activations rounded to nearest."""
     parts = Parts(setting)
-    widths = {owner: len(record.sensitivity) for owner, record in parts.records.items()}
-    moments = {owner: torch.zeros(k, k) for owner, k in widths.items()}
+    records = parts.with_threshold(dict.fromkeys(parts.records, THRESHOLD_ALL_FP4))
 
-    def add(owner: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].flatten(0, -2).float()
-        moments[owner] += x.T @ x
+    def pack_stage(
+        groups: Iterable[list[str]], moments: dict[str, Moments]
+    ) -> dict[str, PackedWeight]:
+        packed = {}
+        for names in groups:
+            h = moments[names[0]].h
+            factors = factorize(Moments(h, h.clone()), GPTQ_DAMPING)  # its own inputs: from W on
+            for name in names:
+                w = parts.weights[name]
+                nothing = torch.zeros(len(w), -(-w.shape[1] // BLOCK), dtype=torch.bool)
+                ones = torch.ones_like(w)
+                codes = compensated(w, factors, nothing, parts.scale[name], ones)
+                packed[name] = pack(codes, nothing)
+        return packed
 
-    _watch(parts, add, setting.text.samples)
-    codes = {}
-    for owner, names in parts.linears_of.items():
-        factors = factorize(Moments(moments[owner], moments[owner].clone()), GPTQ_DAMPING)
-        for name in names:
-            w = parts.weights[name]
-            nothing = torch.zeros(len(w), -(-w.shape[1] // BLOCK), dtype=torch.bool)
-            codes[name] = compensated(w, factors, nothing, parts.scale[name], torch.ones_like(w))
-    none = {name: torch.zeros_like(c.scale, dtype=torch.bool) for name, c in codes.items()}
-    return parts.install(
-        codes, none, parts.with_threshold(dict.fromkeys(parts.records, THRESHOLD_ALL_FP4))
+    samples = setting.text.samples
+    packed = pack_in_turn(
+        parts.model, parts.linears_of, records, samples, causal_lm_loss, pack_stage
     )
+    install(parts.model, packed, records, parts.linears_of)
+    return parts.model
 
 
 @torch.no_grad()

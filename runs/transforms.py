@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fgmp.errors import InputError
 from fgmp.formats.activation import Site, fake_quantize, multiplier, sensitivity_codes
 from fgmp.formats.codec import from_blocks
 from fgmp.formats.spec import BLOCK, THRESHOLD_ALL_FP4
@@ -59,8 +60,14 @@ class Seam:
 
 
 def seams(model: nn.Module) -> Iterator[Seam]:
-    """The four seams of every layer of a Llama."""
+    """The four seams of every layer of a Llama.
+
+    Raises:
+        InputError: another model.
+    """
     config = model.config
+    if config.model_type != "llama":
+        raise InputError(f"transforms need a model of type llama, got {config.model_type}")
     head = model.model.layers[0].self_attn.head_dim
     group = config.num_attention_heads // config.num_key_value_heads
     for layer in model.model.layers:

@@ -16,7 +16,7 @@ from conftest import make_model
 from rich.console import Console
 from torch import Tensor, nn
 
-from fgmp.assign.compensate import factorize
+from fgmp.assign.compensate import compensated, factorize
 from fgmp.data import choose_windows
 from fgmp.errors import InputError
 from fgmp.formats.codec import decode_e2m1, decode_e4m3
@@ -24,8 +24,8 @@ from fgmp.formats.spec import E2M1, E4M3, THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
 from fgmp.formats.weight import WeightCodes, nearest_scale_codes
 from fgmp.model.linear import mixed_linears, sites
 from fgmp.model.store import config_of
-from fgmp.pack.planes import packed_bytes
-from fgmp.sensitivity.moments import Moments
+from fgmp.pack.planes import pack, packed_bytes
+from fgmp.sensitivity.moments import Moments, add_moments, new_moments
 
 
 @pytest.fixture
@@ -80,6 +80,47 @@ def test_rows_are_made_and_ordered(setting: Any) -> None:
     assert rows["paper 70%"]["kl"] < rows["nvfp4, GPTQ"]["kl"] < rows["nvfp4"]["kl"]
     assert 4.5 <= rows["nvfp4, four over six"]["bits_per_weight"] < 4.6
     assert 5 < rows["70% by channel"]["bits_per_weight"] < 6.5
+
+
+def test_gptq_takes_the_inputs_that_its_own_layers_make(setting: Any) -> None:
+    model, original = baselines.gptq(setting), make_model("llama")
+    linears = mixed_linears(model)
+    moments = {n: new_moments(m.in_features, torch.device("cpu")) for n, m in linears.items()}
+    for name, linear in linears.items():
+
+        def add(linear: Any, args: tuple[Tensor], found: Moments = moments[name]) -> None:
+            q = linear.input_site(args[0]).float() * linear.input_site.record.t
+            add_moments(found, q, q)
+
+        linear.register_forward_pre_hook(add)
+    with torch.no_grad():
+        for sample in setting.text.samples:
+            model(input_ids=sample[None])
+    for name, linear in linears.items():
+        w, h = original.get_submodule(name).weight.detach(), moments[name].h
+        factors = factorize(Moments(h, h.clone()), baselines.GPTQ_DAMPING)
+        fp4 = torch.zeros_like(linear.packed.is_fp8())
+        assert not linear.packed.is_fp8().any()
+        codes = compensated(w, factors, fp4, linear.packed.t.item(), torch.ones_like(w))
+        assert torch.equal(pack(codes, fp4).low, linear.packed.low), name
+
+
+def test_rows_of_a_patched_row_take_nothing_from_another(setting: Any) -> None:
+    """Interrupted, the one keeps stages that the other's recipe would name alike."""
+    wanted = accuracy.ROWS["ours 100%"](setting)
+    patched, left = hessian.compensated, [5]
+
+    def stopped(*args: Any) -> WeightCodes:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return patched(*args)
+
+    with mock.patch.object(hessian, "compensated", stopped), pytest.raises(KeyboardInterrupt):
+        accuracy.ABLATIONS["ours 100%, local Hessian"](setting)
+    found = mixed_linears(accuracy.ROWS["ours 100%"](setting))
+    for name, linear in mixed_linears(wanted).items():
+        assert torch.equal(linear.packed.low, found[name].packed.low)
 
 
 def test_rows_are_compared_on_the_seeds_they_share() -> None:

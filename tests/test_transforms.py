@@ -6,6 +6,8 @@ import transforms
 from conftest import make_model
 from torch import Tensor, nn
 
+from fgmp.errors import InputError
+
 
 def a_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     """A Llama with two query heads a value head, tied embeddings and channels of all sizes."""
@@ -88,3 +90,8 @@ def test_sorting_puts_like_channels_together(tokens: Tensor) -> None:
     (g2,) = (s.g2 for s in sites if s.linears == ["model.layers.1.mlp.down_proj"])
     harm = g2 * inputs[7].square().mean(0)
     assert (harm[1:] >= harm[:-1] * (1 - 1e-3)).all()
+
+
+def test_another_model_is_refused() -> None:
+    with pytest.raises(InputError, match="need a model of type llama, got gpt_neox"):
+        list(transforms.seams(make_model("gpt_neox")))

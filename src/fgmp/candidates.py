@@ -90,7 +90,9 @@ def mixed(
         )
         if task.recipe.compensate:
             steps = len(stages(task.model, list(scored.records))) * len(task.samples)
-            kept = task.unfinished(activations.records, masks, variant.scales, variant.t)
+            kept = task.unfinished(
+                scored.linears_of, activations.records, masks, variant.scales, variant.t
+            )
             with task.progress("compensating", steps) as advance:
                 weights = pack_in_turn(
                     task.model,

@@ -44,7 +44,7 @@ from fgmp.sequential import bytes_needed
 from fgmp.solve import require_bytes, require_known_energy, solve
 from fgmp.task import Scored, Task
 from fgmp.tune import tune
-from fgmp.unfinished import forget
+from fgmp.unfinished import folder_of, forget
 
 
 def quantize(
@@ -107,7 +107,7 @@ def quantize(
     if recipe.max_energy is not None:
         require_known_energy(recipe)
     total = matrices(model)
-    kept = state.with_name(f"{state.name}.packed") if state else None
+    kept = folder_of(state) if state else None
     task = Task(model, linears, samples, checked, loss, recipe, progress, report, kept)
     needed = _require_memory(task)
 

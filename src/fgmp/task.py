@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,8 @@ class Task:
         if self.kept is None:
             return None
         recipe = {**self.recipe.to_dict(), "tune": None}
-        return Unfinished(
-            self.kept, sha256([recipe, self.model.state_dict(), list(self.samples), *what])
-        )
+        known = [version("fgmp"), recipe, self.model.state_dict(), list(self.samples)]
+        return Unfinished(self.kept, sha256([*known, *what]))
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -61,6 +61,11 @@ class Unfinished:
         return self.folder / f"{self.key[:16]}-{part.replace(' ', '-')}.safetensors"
 
 
+def folder_of(state: Path) -> Path:
+    """Where the rest of a run is kept whose calibration is kept in ``state``."""
+    return state.with_name(f"{state.name}.packed")
+
+
 def forget(folder: Path) -> None:
     """Remove all that is kept, if there is any."""
     shutil.rmtree(folder, ignore_errors=True)
