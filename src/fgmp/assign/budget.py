@@ -24,8 +24,8 @@ from fgmp.formats.spec import FP4_BITS, FP8_BITS
 from fgmp.sensitivity.histogram import ScoreHistogram
 
 RELIEF = 0.4
-"""Share of the weights' harm that compensation is taken to leave: between 0.2 and 0.4 three models
-were indifferent (``runs/constants.py``, docs/results.md)."""
+"""Share of the weights' harm that compensation is taken to leave: between 0.4 and 0.6 three models
+are indifferent (``runs/constants.py``, docs/results.md)."""
 
 _OCTAVES = 400.0
 
