@@ -45,7 +45,6 @@ from fgmp.model.source import context_length, load_model, load_tokenizer
 from fgmp.pipeline import uniform
 from fgmp.progress import bars
 from fgmp.recipe import PAPER
-from fgmp.unfinished import folder_of, forget
 
 PLAIN = {**PAPER, "clip": "off"}
 RESAMPLES = 2000
@@ -231,7 +230,6 @@ class Setting:
         if change is not None:
             model = change(model, self.text.samples)
         state = self.calibration(recipe, change.__name__ if change else None)
-        forget(folder_of(state))  # of another row, which may have changed what the key cannot tell
         return quantize(
             model,
             self.text.samples,

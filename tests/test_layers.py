@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("unfinished", "sequential", "task", "solve", "candidates", "tune"),
     },
     "workflow": {
-        *("errors", "progress", "recipe", "data", "demo.text"),
+        *("errors", "progress", "unfinished", "recipe", "data", "demo.text"),
         *("pack", "model", "evaluation", "pipeline"),
     },
     "accelerator": {

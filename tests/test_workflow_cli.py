@@ -36,7 +36,9 @@ from transformers import (
 )
 
 import fgmp.progress
+from fgmp import InputError, candidates
 from fgmp.cli import main
+from fgmp.pack.planes import PackedWeight
 from fgmp.pack.stream import image_bytes
 from fgmp.sensitivity.fisher import _Recorder
 from fgmp.sequential import _Run
@@ -641,8 +643,12 @@ def test_an_interrupted_run_goes_on(
         patch.setattr(fgmp.progress, "bars", interrupting("calibrating", 4))
         done = run(*command, "--json")
     assert done.code == 130 and done.out == ""
-    assert "what is done is kept: the same command goes on from it\ninterrupted\n" in done.err
-    assert [p.name for p in tmp_path.iterdir()] == [".out.calibration.safetensors"]
+    state = tmp_path / ".out.calibration.safetensors"
+    assert f"what is done is kept in {state}: the same command goes on" in " ".join(
+        done.err.split()
+    )
+    assert done.err.endswith("interrupted\n")
+    assert list(tmp_path.iterdir()) == [state]
     assert len(begun) == 4
     assert run(*command, "--json").code == 0
     assert len(begun) == 6
@@ -658,9 +664,9 @@ def test_an_interrupted_compensation_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(fgmp.progress, "bars", interrupting("compensating", 20))  # 6 a stage
         assert run(*command).code == 130
-    state = ".out.calibration.safetensors"
-    assert {p.name for p in tmp_path.iterdir()} == {state, f"{state}.packed"}
-    assert len(list((tmp_path / f"{state}.packed").iterdir())) == 3
+    kept = tmp_path / ".out.unfinished"
+    assert set(tmp_path.iterdir()) == {tmp_path / ".out.calibration.safetensors", kept}
+    assert len(list(kept.iterdir())) == 3
     made = []
     moments = _Run.moments
     monkeypatch.setattr(_Run, "moments", lambda *args: made.append(1) or moments(*args))
@@ -670,7 +676,10 @@ def test_an_interrupted_compensation_goes_on(
     assert same_tensors(out, Path(place.checkpoint))
 
 
-def test_ctrl_c_in_a_real_process(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_real_process_is_interrupted(
+    number: signal.Signals, place: Place, tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     a_model(layers=4).save_pretrained(folder)
     a_tokenizer().save_pretrained(folder)
@@ -686,12 +695,69 @@ def test_ctrl_c_in_a_real_process(place: Place, tmp_path: Path) -> None:
             assert read, shown
             shown += read
         time.sleep(1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert out == b"" and b"Traceback" not in err and b"interrupted" in shown + err
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.calibration.safetensors").exists()
+
+
+def test_what_cannot_be_saved_costs_no_compensation(
+    run: Run, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("quantize", place.model, "-o", tmp_path / "out", "--calib", place.text, *SMALL)
+
+    def full(*_: object) -> None:
+        raise InputError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fgmp.workflow.save", full)
+        done = run(*command)
+    assert done.code == 1 and "the same command goes on from it" in " ".join(done.err.split())
+    monkeypatch.setattr(_Run, "moments", None)  # nothing is learnt anew
+    assert run(*command).code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert same_tensors(tmp_path / "out", Path(place.checkpoint))
+
+
+def test_a_bound_of_perplexity_goes_on_from_what_was_measured(
+    run: Run, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ("--calib", place.text, "--samples", "20", "--seq-len", "32", "--max-increase", "5%")
+    assert run("quantize", place.model, "-o", tmp_path / "wanted", *small).code == 0
+    packed: list[int] = []
+    whole = candidates.pack_in_turn
+
+    def stopped(*args: Any) -> dict[str, PackedWeight]:
+        packed.append(1)
+        if len(packed) == 4:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(candidates, "pack_in_turn", stopped)
+    command = ("quantize", place.model, "-o", tmp_path / "out", *small)
+    assert run(*command).code == 130
+    files = [p.name[17:] for p in (tmp_path / ".out.unfinished").iterdir()]
+    assert files == ["increase.safetensors"] * 3  # and no packed model
+    assert run(*command).code == 0
+    monkeypatch.setattr(candidates, "pack_in_turn", whole)
+    assert same_tensors(tmp_path / "out", tmp_path / "wanted")
+    count = len(packed)
+    packed.clear()
+    monkeypatch.setattr(candidates, "pack_in_turn", lambda *a: packed.append(1) or whole(*a))
+    assert run("quantize", place.model, "-o", tmp_path / "again", *small).code == 0
+    assert count == len(packed) + 1
+
+
+@pytest.mark.parametrize("where", ["same", "inside"])
+def test_a_calibration_in_the_way_of_the_output_is_refused(
+    where: str, run: Run, place: Place, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    saved = out if where == "same" else out / "calibration"
+    done = run("quantize", place.model, "-o", out, "--calibration", saved)
+    assert done.code == 1 and "which must be empty until the end" in " ".join(done.err.split())
 
 
 def test_gpt2_goes_through_too(run: Run, place: Place, tmp_path: Path) -> None:

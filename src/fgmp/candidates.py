@@ -31,6 +31,8 @@ UNIFORM = {"nvfp4": 1.0, "fp8": 0.0}
 _ON, _OFF = "on", "off"
 """Candidates with and without searched scales."""
 
+_INCREASE = "increase"
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -72,6 +74,8 @@ def mixed(
     fisher: Mapping[str, Tensor],
     shares: tuple[float, float],
     variants: Sequence[ScoredWeights],
+    *,
+    keep: bool = True,
 ) -> dict[str, Assignment]:
     """The model at these shares of FP4 blocks, weights' and activations', with choices of scales.
 
@@ -80,6 +84,7 @@ def mixed(
         fisher: F_w by linear.
         shares: see above.
         variants: some of ``scored``'s; the result has one entry for each.
+        keep: whether an interrupted compensation may be gone on from.
     """
     activations = assign_activations(scored.records, scored.histograms, scored.policy, shares[1])
     made = {}
@@ -90,9 +95,8 @@ def mixed(
         )
         if task.recipe.compensate:
             steps = len(stages(task.model, list(scored.records))) * len(task.samples)
-            kept = task.unfinished(
-                scored.linears_of, activations.records, masks, variant.scales, variant.t
-            )
+            known = (scored.linears_of, activations.records, masks, variant.scales, variant.t)
+            kept = task.unfinished(*known) if keep else None
             with task.progress("compensating", steps) as advance:
                 weights = pack_in_turn(
                     task.model,
@@ -213,6 +217,30 @@ def told_increase(task: Task, trial: Trial, base: Mapping[str, Trial]) -> dict[s
         "all-FP8's"
     )
     return {"increase_percent": increase, "increase_low": low, "increase_high": high}
+
+
+def increase_at(
+    task: Task,
+    scored: Scored,
+    fisher: Mapping[str, Tensor],
+    shares: tuple[float, float],
+    fp8: Trial,
+) -> float:
+    """By how much held-out perplexity exceeds all FP8's at some shares, in percent.
+
+    An interrupted run that goes on knows what it has measured: a number a point, not a model.
+    """
+    variant = scored.variants[-1]
+    known = (scored.linears_of, scored.records, variant.scales, variant.t, list(task.held_out))
+    kept = task.unfinished(_INCREASE, shares, *known)
+    found = None if kept is None else kept.load(_INCREASE)
+    if found is None:
+        candidates = mixed(task, scored, fisher, shares, [variant], keep=False)
+        (trial,) = measure(task, candidates).values()
+        found = {"percent": torch.tensor(trial.increase_percent(fp8), dtype=torch.float64)}
+        if kept is not None:
+            kept.store(_INCREASE, found)
+    return found["percent"].item()
 
 
 def _fp8_takes_no_more(task: Task, own: Assignment) -> bool:

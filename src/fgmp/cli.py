@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Progress goes to stderr, results to stdout."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -311,7 +312,8 @@ def energy(
 
 
 def main() -> None:
-    """Run a command and exit: 0 done, 1 refused, 2 wrong usage, 130 interrupted."""
+    """Run a command and exit: 0 done, 1 refused, 2 wrong usage, 130 interrupted or terminated."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as batch systems end what runs
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     app()
@@ -324,9 +326,11 @@ def _reporter() -> Any:
     from fgmp.workflow import Reporter
 
     logging.disable_progress_bar()
-    return Reporter(
-        stages=bars(stderr), line=lambda text: stderr.print(escape(text), highlight=False)
-    )
+
+    def line(text: str) -> None:
+        stderr.print(escape(text), highlight=False, soft_wrap=True)
+
+    return Reporter(stages=bars(stderr), line=line)
 
 
 def _write(text: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fgmp.assign.policy import POLICIES, site_record
 from fgmp.assign.weights import score_weights
-from fgmp.candidates import UNIFORM, Assignment, choose, measure, mixed, uniformly
+from fgmp.candidates import UNIFORM, Assignment, choose, increase_at, measure, mixed, uniformly
 from fgmp.errors import InputError
 from fgmp.formats.activation import Site, sensitivity_codes
 from fgmp.formats.spec import E2M1, E4M3, FP4_BITS
@@ -44,7 +44,6 @@ from fgmp.sequential import bytes_needed
 from fgmp.solve import require_bytes, require_known_energy, solve
 from fgmp.task import Scored, Task
 from fgmp.tune import tune
-from fgmp.unfinished import folder_of, forget
 
 
 def quantize(
@@ -57,6 +56,7 @@ def quantize(
     groups: dict[str, list[str]] | None = None,
     state: Path | None = None,
     reuse: bool = False,
+    unfinished: Path | None = None,
     progress: Stages = silent,
     report: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
@@ -72,11 +72,12 @@ def quantize(
             the last eighth of ``samples``; under ``clip="auto"``, ``max_increase`` or ``tune`` they
             then take no part in calibration.
         groups: activation sites that override those found by tensor identity.
-        state: file that keeps an interrupted calibration, from which a later call goes on. Beside
-            it, a folder of that name and ``.packed`` keeps what an interrupted compensation packed
-            and how far tuning came; it is removed at the end.
+        state: file that keeps an interrupted calibration, from which a later call goes on. The
+            caller removes it.
         reuse: ``state`` is a calibration to be used again: refuse one of another model, of other
             sequences or sites instead of starting anew over it.
+        unfinished: folder that keeps what compensation has packed and how far tuning came, from
+            which a later call goes on. The caller removes it, once the result is safe.
         progress: reports on long stages; see ``fgmp.progress``.
         report: gets a line for a person now and then.
 
@@ -107,8 +108,7 @@ def quantize(
     if recipe.max_energy is not None:
         require_known_energy(recipe)
     total = matrices(model)
-    kept = folder_of(state) if state else None
-    task = Task(model, linears, samples, checked, loss, recipe, progress, report, kept)
+    task = Task(model, linears, samples, checked, loss, recipe, progress, report, unfinished)
     needed = _require_memory(task)
 
     calibration = _calibrate(task, groups, state, reuse)
@@ -121,9 +121,7 @@ def quantize(
 
     def increase(shares: tuple[float, float]) -> float:
         """Of perplexity over all-FP8's, in percent."""
-        candidates = mixed(task, scored, calibration.weights, shares, scored.variants[-1:])
-        (trial,) = measure(task, candidates).values()
-        return trial.increase_percent(base["fp8"])
+        return increase_at(task, scored, calibration.weights, shares, base["fp8"])
 
     point = solve(task, scored, increase)
     if recipe.budget:
@@ -137,8 +135,6 @@ def quantize(
     if recipe.tune:
         choice = tune(task, choice, base)
     _finish(model, choice.assignment, recipe, total)
-    if kept is not None:
-        forget(kept)
 
     config = config_of(model)
     config.calibration.update(sequences=len(samples), predictions=calibration.predictions)

@@ -2,12 +2,12 @@
 
 A folder holds one safetensors file for each part of the work, written at once under a name that
 begins with a key: the run's own, which another model, text or recipe does not have. Nothing but the
-same run reads it, and what has another key is left alone until the folder goes.
+same run reads it.
 """
 
-import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,11 +61,9 @@ class Unfinished:
         return self.folder / f"{self.key[:16]}-{part.replace(' ', '-')}.safetensors"
 
 
-def folder_of(state: Path) -> Path:
-    """Where the rest of a run is kept whose calibration is kept in ``state``."""
-    return state.with_name(f"{state.name}.packed")
-
-
 def forget(folder: Path) -> None:
-    """Remove all that is kept, if there is any."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove all that is kept, of any run, and the folder if nothing else lies in it."""
+    with suppress(OSError):
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+        folder.rmdir()

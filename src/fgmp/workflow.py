@@ -36,6 +36,7 @@ from fgmp.pack.checkpoint import QUANT_METHOD
 from fgmp.pipeline import least_bytes, quantize, uniform
 from fgmp.progress import Stages, silent
 from fgmp.recipe import Recipe
+from fgmp.unfinished import forget
 
 _LONGEST_WINDOW = 2048
 _DRIFT_WARNING = 0.03
@@ -83,9 +84,10 @@ def quantize_to(
     reporter = reporter or Reporter()
     started = time.perf_counter()
     checkpoint.require_free(output)
+    target = output.absolute()
     if saved is not None and not saved.exists():
         checkpoint.require_writable(saved)
-        if output.absolute() in saved.absolute().parents:
+        if target in (saved.absolute(), *saved.absolute().parents):
             raise InputError(f"{saved}: lies in {output}, which must be empty until the end")
     if is_quantized(model_name):
         raise InputError(f"model {model_name}: already quantized, by {QUANT_METHOD!r}")
@@ -105,7 +107,8 @@ def quantize_to(
             f"fewer than the {text.asked} asked for"
         )
     checkpoint.require_space(output, least_bytes(model, recipe))
-    state = saved or output.parent / f".{output.name}.calibration.safetensors"
+    state = saved or target.parent / f".{target.name}.calibration.safetensors"
+    unfinished = target.parent / f".{target.name}.unfinished"
     try:
         quantize(
             model,
@@ -114,26 +117,27 @@ def quantize_to(
             held_out=text.held_out,
             state=state,
             reuse=saved is not None,
+            unfinished=unfinished,
             progress=reporter.stages,
             report=reporter.line,
         )
-    except KeyboardInterrupt:
-        if state.exists():
-            reporter.line("what is done is kept: the same command goes on from it")
+        config = config_of(model)
+        config.calibration.update(
+            text=Path(calibration).name if calibration else "docstrings",
+            fingerprint=text.fingerprint,
+            seq_len=seq_len,
+            # The held-out slice decided too, so a figure on it would be flattered as well.
+            digest=digest(torch.cat([text.samples, text.held_out]), tokenizer),
+        )
+        save(model, output, tokenizer)
+    except (KeyboardInterrupt, FGMPError):
+        kept = [str(path) for path in (state, unfinished) if path.exists() and path != saved]
+        if kept:
+            reporter.line(
+                f"what is done is kept in {' and '.join(kept)}: the same command goes on from it"
+            )
         raise
-    except FGMPError:
-        if state.exists() and saved is None:
-            reporter.line(f"the calibration is kept in {state}: another try need not repeat it")
-        raise
-    config = config_of(model)
-    config.calibration.update(
-        text=Path(calibration).name if calibration else "docstrings",
-        fingerprint=text.fingerprint,
-        seq_len=seq_len,
-        # The held-out slice decided too, so a figure on it would be flattered as well.
-        digest=digest(torch.cat([text.samples, text.held_out]), tokenizer),
-    )
-    save(model, output, tokenizer)
+    forget(unfinished)
     if saved is None:
         state.unlink(missing_ok=True)
     result = config.result

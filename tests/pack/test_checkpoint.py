@@ -534,6 +534,45 @@ def test_a_killed_process_leaves_no_checkpoint(tmp_path: Path) -> None:
     assert read(tmp_path / "out")
 
 
+def test_an_empty_folder_is_filled(small_disk: Path) -> None:
+    """Also one where another disk begins, which can be neither removed nor replaced."""
+    write(small_disk, content(), config())
+    assert read(small_disk)
+
+
+def test_an_empty_folder_through_a_link_and_from_within(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("real", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write(tmp_path / "link", content(), config())
+    assert read(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "here")
+    write(Path("."), content(), config())
+    assert read(tmp_path / "here")
+    assert {p.name for p in tmp_path.iterdir()} == {"real", "here", "link"}
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="gone: already exists"):
+        checkpoint.require_free(tmp_path / "gone")
+
+
+def test_an_empty_folder_is_empty_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == "config.json":
+            raise OSError("no more")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(InputError, match=r"could not be written \(no more\); nothing was left"):
+        write(tmp_path, content(), config(), lambda folder: (folder / "sub").mkdir())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_is_told_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

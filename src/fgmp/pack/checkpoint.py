@@ -161,6 +161,8 @@ def write(
 ) -> None:
     """Write a checkpoint folder; it appears complete or not at all.
 
+    An empty folder is filled file by file, ``config.json``, without which it is none, last.
+
     Args:
         directory: must not exist, or be an empty folder.
         tensors: by full name; no two may share memory.
@@ -174,23 +176,30 @@ def write(
     """
     require_free(directory)
     total = sum(t.nbytes for t in tensors.values())
-    partial = None
+    target = directory.absolute()
+    # An empty folder may be where another disk begins, and is filled rather than replaced.
+    around = target if target.exists() else target.parent
+    partial, moved = None, []
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
+        around.mkdir(parents=True, exist_ok=True)
         require_space(directory, total)
-        prefix = f".{directory.name}.partial-"
-        partial = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=around))
         write_extra(partial)
         _write_files(partial, tensors, config, max_shard_size)
         _open_to_others(partial)
-        if directory.exists():
-            directory.rmdir()
-        partial.rename(directory)
+        if around == target:
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+                moved.append(path.rename(target / path.name))
+            moved.clear()
+        else:
+            partial.rename(target)
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{directory}: could not be written ({error}); nothing was left behind"
         ) from error
     finally:
+        for path in moved:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -198,13 +207,15 @@ def write(
 def require_free(directory: Path) -> None:
     """Refuse a target folder that already holds something, or that cannot be made."""
     require_writable(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    taken = directory.exists() or directory.is_symlink()
+    if taken and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: already exists; choose another folder or remove it")
 
 
 def require_writable(path: Path) -> None:
     """Refuse a file or folder that could not be made, folders above it included."""
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    target = path.absolute()
+    parent = target if target.is_dir() else next(p for p in target.parents if p.exists())
     try:
         with tempfile.TemporaryFile(dir=parent):  # permissions alone do not tell: /proc has some
             pass
@@ -214,7 +225,8 @@ def require_writable(path: Path) -> None:
 
 def require_space(directory: Path, needed: int) -> None:
     """Refuse a target whose disk has less than ``needed`` bytes left."""
-    existing = next(p for p in directory.absolute().parents if p.exists())
+    target = directory.absolute()
+    existing = next(p for p in (target, *target.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise InputError(

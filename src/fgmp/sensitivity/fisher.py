@@ -190,26 +190,27 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end: sums of half a sequence could not be gone on from.
+    """Ctrl-C and SIGTERM wait for the end: half a sequence's sums could not be gone on from.
 
-    A second Ctrl-C does not wait.
+    A second one does not wait.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # other threads get no signals
         return
-    pressed = []
+    received = []
 
-    def note(*_: object) -> None:
-        pressed.append(True)
-        signal.signal(signal.SIGINT, usual)
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(number, usual[number])
 
-    usual = signal.signal(signal.SIGINT, note)
+    usual = {int(n): signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
-    if pressed:
-        signal.raise_signal(signal.SIGINT)
+        for ended, handler in usual.items():
+            signal.signal(ended, handler)
+    for number in received:
+        signal.raise_signal(number)
 
 
 class _Recorder:
