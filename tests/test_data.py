@@ -90,6 +90,8 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         read_documents(tmp_path)
     with pytest.raises(InputError, match=r"nowhere\.txt: no such file"):
         read_documents(tmp_path / "nowhere.txt")
+    with pytest.raises(InputError, match=r"^text x{60}\.\.\.: File name too long"):
+        read_documents("x" * 300)
     (tmp_path / "binary.txt").write_bytes(b"ab\xff\xfe")
     with pytest.raises(InputError, match=r"binary\.txt: not UTF-8 at byte 2"):
         read_documents(tmp_path / "binary.txt")
@@ -122,6 +124,10 @@ def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_documents("wiki") == ["a", "b"]
     assert read_documents("wiki:raw") == read_documents("wiki:raw:test") == ["a", "b"]
     assert asked == [("wiki", None, "train"), ("wiki", "raw", "train"), ("wiki", "raw", "test")]
+    for name in ("a/wiki:20231101.en", "a/wiki-v1.5"):  # a dot is no suffix of a text
+        with pytest.raises(InputError, match="holds no text"):
+            read_documents(name)
+    assert asked[3:] == [("a/wiki", "20231101.en", "train"), ("a/wiki-v1.5", None, "train")]
     with pytest.raises(InputError, match=r'speech: no column "text", only \[\'audio\'\]'):
         read_documents("speech")
     with pytest.raises(InputError, match="text blank: holds no text"):

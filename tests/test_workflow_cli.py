@@ -504,7 +504,16 @@ def test_errors(run: Run, place: Place, tmp_path: Path) -> None:
     a_model().save_pretrained(broken)
     a_tokenizer().save_pretrained(broken)
     weights = broken / "model.safetensors"
+    whole = {name: tensor.clone() for name, tensor in load_file(weights).items()}
     weights.write_bytes(weights.read_bytes()[:1000])
+    lacking, resized = tmp_path / "lacking", tmp_path / "resized"
+    for folder in (lacking, resized):
+        shutil.copytree(broken, folder)
+        up = "model.layers.0.mlp.up_proj.weight"
+        rest = {k: t for k, t in whole.items() if folder is resized or k != up}
+        save_file(rest, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((resized / "config.json").read_text())
+    (resized / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
 
     def quantize(*more: object, model: object = place.model) -> list[object]:
         return ["quantize", model, "-o", tmp_path / "out", *SMALL, "--json", *more]
@@ -523,6 +532,9 @@ def test_errors(run: Run, place: Place, tmp_path: Path) -> None:
         (quantize(*text, model=t5), "t5: cannot be loaded"),
         (quantize(*text, model=bare), "bare: no tokenizer can be loaded"),
         (quantize(*text, model=broken), "broken: cannot be loaded"),
+        (quantize(*text, model=lacking), f"lacking: its files lack tensor {up}"),
+        (["eval", resized, "--data", place.text], "must have shape [300, 32] by its config.json"),
+        (quantize(*text, "--seed", str(2**63)), "seed must be below 2^63"),
         (quantize(*text, model=place.checkpoint), "checkpoint: already quantized, by 'fgmp'"),
         (quantize(*text, "--recipe", tmp_path / "no.yaml"), "no.yaml: No such file"),
         (quantize(*text, "--recipe", recipe), "unknown key 'fp5'; the keys are fp4"),

@@ -375,8 +375,10 @@ def _print_energy(facts: dict[str, Any]) -> None:
 
 
 def _coverage(facts: dict[str, Any]) -> str:
-    rest = ", ".join(facts["unquantized"]) or "none"
-    return f"{facts['quantized_share']:.1%} of matmul parameters; not: {rest}"
+    share, rest = facts["quantized_share"], ", ".join(facts["unquantized"]) or "none"
+    if share is None:
+        return "the checkpoint does not say"
+    return f"{share:.1%} of matmul parameters; not: {rest}"
 
 
 def _budget(facts: dict[str, float]) -> dict[str, str]:

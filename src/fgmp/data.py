@@ -30,6 +30,8 @@ _PIECES = 1024
 _HASH_BYTES = 6
 """Of text, for a checkpoint: characters in a piece, pieces kept, bytes of a hash."""
 
+_TEXT_SUFFIXES = (".txt", ".md", ".text", ".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+
 _NOTHING = torch.zeros(0, dtype=torch.int64)
 
 
@@ -40,7 +42,11 @@ def read_documents(source: str | Path) -> list[str]:
         InputError: nothing can be read there, or all of it is blank.
     """
     path = Path(source)
-    documents = _read_file(path) if path.exists() else _read_dataset(str(source))
+    try:
+        found = path.exists()
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"text {str(source)[:60]}...: {error.strerror}") from error
+    documents = _read_file(path) if found else _read_dataset(str(source))
     documents = [d for d in documents if d.strip()]
     if not documents:
         raise InputError(f"text {source}: holds no text")
@@ -233,8 +239,8 @@ def _text_of(line: str, path: Path, number: int) -> str:
 
 
 def _read_dataset(source: str) -> list[str]:
-    looks_local = source.startswith((".", "/", "~")) or Path(source).suffix != ""
-    if looks_local:
+    suffix = Path(source.partition(":")[0]).suffix
+    if source.startswith((".", "/", "~")) or suffix in _TEXT_SUFFIXES or source.count("/") > 1:
         raise InputError(f"text {source}: no such file")
     try:
         import datasets

@@ -145,6 +145,8 @@ class Recipe:
                 raise InputError(
                     f"recipe: {name} must be an integer of at least {least}, got {value!r}"
                 )
+        if self.seed >= 2**63:
+            raise InputError(f"recipe: seed must be below 2^63, got {self.seed}")
         if not _is_number(self.headroom) or not 1 <= self.headroom <= 1024:
             raise InputError(f"recipe: headroom must be from 1 to 1024, got {self.headroom!r}")
 
@@ -187,7 +189,7 @@ class Recipe:
     def with_options(self, given: dict[str, Any]) -> "Recipe":
         """This recipe under options that override it, a size or percentage as text.
 
-        An option that says how much is kept in FP4 replaces the recipe's own words on that.
+        A share of FP4 replaces a budget of the recipe's, a budget shares and any other budget.
         """
         given = {key: _parsed(key, value) for key, value in given.items()}
         amounts = [name for name in ("fp4", *BUDGETS) if name in given]

@@ -58,7 +58,7 @@ class Comparison:
     share of windows that repeat calibration text, where the checkpoint knows it."""
 
     rows: list[Row]
-    quantized_share: float
+    quantized_share: float | None
     unquantized: list[str]
     calibration_overlap: float | None = None
 
@@ -66,7 +66,10 @@ class Comparison:
 def coverage(model: torch.nn.Module) -> dict[str, Any]:
     """``quantized_share`` and ``unquantized`` of a packed model."""
     result = config_of(model).result
-    return {key: result[key] for key in ("quantized_share", "unquantized")}
+    return {
+        "quantized_share": result.get("quantized_share"),
+        "unquantized": result.get("unquantized", []),
+    }
 
 
 def quantize_to(

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 import fgmp
 from fgmp import CheckpointError, InputError, Recipe
 from fgmp.model.linear import mixed_linears
-from fgmp.model.store import config_of
+from fgmp.model.store import config_of, tensors_to_save
+from fgmp.pack import checkpoint
 from fgmp.pack.checkpoint import checksum
 
 FAST = Recipe(fp4=0.6, clip="off")
@@ -345,6 +346,26 @@ def test_a_transformers_model_of_another_size_is_refused(tokens: Tensor, tmp_pat
             CheckpointError,
             match=r"gate_proj\.weight_shape: must be \(112, 64\) for this model, got \(96, 64\)",
         ):
+            load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_a_parameter_that_the_files_lack_is_told(name: str, tokens: Tensor, tmp_path: Path) -> None:
+    """Also if nothing says that it was there."""
+    model = quantized("llama", tokens)
+    state = tensors_to_save(model)
+    del state[name]
+    checkpoint.write(
+        tmp_path / "out",
+        state,
+        {
+            **json.loads(model.config.to_json_string()),
+            "architectures": ["LlamaForCausalLM"],
+            "quantization_config": config_of(model).to_dict(),
+        },
+    )
+    for load in (fgmp.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=f"tensor {name} is missing from the checkpoint"):
             load(tmp_path / "out")
 
 

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fgmp.errors import InputError
-from fgmp.model.store import load
+from fgmp.model.store import first_line, load, pretrained
 from fgmp.pack.checkpoint import QUANT_METHOD
 
 
@@ -23,12 +22,11 @@ def load_model(name: str) -> nn.Module:
         InputError: nothing is there, it is not a causal LM, or something else quantized it.
     """
     config = _config(name)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = dict(quantization).get("quant_method")
-        if method != QUANT_METHOD:
-            raise InputError(f"model {name}: already quantized, by {method!r}")
-        return load(name) if Path(name).is_dir() else _from_pretrained(name, "auto")
+    method = _quantized_by(name, config)
+    if method == QUANT_METHOD:
+        return load(name) if Path(name).is_dir() else pretrained(AutoModelForCausalLM, name)
+    if method is not None:
+        raise InputError(f"model {name}: already quantized, by {method!r}")
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
     known = {known} if isinstance(known, str) else set(known)
     architectures = config.architectures or []
@@ -37,13 +35,23 @@ def load_model(name: str) -> nn.Module:
             f"model {name}: not a causal language model but {', '.join(architectures)}"
         )
     half = getattr(config, "dtype", None) == torch.float16
-    return _from_pretrained(name, torch.float32 if half else "auto")
+    return pretrained(AutoModelForCausalLM, name, torch.float32 if half else "auto")
 
 
 def is_quantized(name: str) -> bool:
     """Whether ``name`` is an fgmp checkpoint."""
-    quantization = getattr(_config(name), "quantization_config", None)
-    return quantization is not None and dict(quantization).get("quant_method") == QUANT_METHOD
+    return _quantized_by(name, _config(name)) == QUANT_METHOD
+
+
+def _quantized_by(name: str, config: Any) -> str | None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict):
+        raise InputError(
+            f"model {name}: quantization_config must be a mapping, got {quantization!r}"
+        )
+    return str(quantization.get("quant_method"))
 
 
 def load_tokenizer(name: str) -> Any:
@@ -51,9 +59,9 @@ def load_tokenizer(name: str) -> Any:
     _config(name)  # a model that is not there at all has a better message
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of many kinds, all meaning that it cannot be had
         raise InputError(
-            f"model {name}: no tokenizer can be loaded: {_first_line(error)}"
+            f"model {name}: no tokenizer can be loaded: {first_line(error)}"
         ) from error
 
 
@@ -73,17 +81,5 @@ def _config(name: str) -> Any:
         raise InputError(f"model {name}: no such folder")
     try:
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model {name}: cannot be loaded: {_first_line(error)}") from error
-
-
-def _from_pretrained(name: str, dtype: torch.dtype | str) -> nn.Module:
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"model {name}: cannot be loaded: {_first_line(error)}") from error
-    return model
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    except Exception as error:  # of many kinds, all meaning that it cannot be had
+        raise InputError(f"model {name}: cannot be loaded: {first_line(error)}") from error

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fgmp.errors import CheckpointError, InputError
+from fgmp.errors import CheckpointError, FGMPError, InputError
 from fgmp.model.convert import install_from
 from fgmp.pack import checkpoint
 from fgmp.pack.checkpoint import QUANT_METHOD, CheckpointConfig, Reader
@@ -108,8 +108,39 @@ def _load_transformers(directory: Path, raw: dict[str, Any]) -> nn.Module:
             f"{directory / 'config.json'}: architectures must name a Transformers model class, "
             f"got {architectures}; pass `model` to load into another module"
         )
-    loaded: nn.Module = cls.from_pretrained(directory)
+    return pretrained(cls, directory)
+
+
+def pretrained(cls: Any, name: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
+    """What ``cls.from_pretrained`` makes of a folder or hub name, if all of it is there.
+
+    Raises:
+        InputError: it cannot be loaded, lacks a tensor or has one of another shape.
+        CheckpointError: it is one of ours and breaks a rule.
+    """
+    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, told = cls.from_pretrained(name, **options)
+    except FGMPError:
+        raise
+    except Exception as error:  # of many kinds, all meaning that it cannot be had
+        raise InputError(f"model {name}: cannot be loaded: {first_line(error)}") from error
+    for tensor, found, wanted in sorted(told["mismatched_keys"]):
+        raise InputError(
+            f"model {name}: tensor {tensor} must have shape {list(wanted)} by its config.json, "
+            f"got {list(found)}"
+        )
+    if missing := sorted(told["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise InputError(f"model {name}: its files lack tensor {missing[0]}{more}")
+    loaded: nn.Module = model
     return loaded
+
+
+def first_line(error: BaseException) -> str:
+    """Of another library's message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)
 
 
 def tensors_to_save(model: nn.Module) -> dict[str, Tensor]:

@@ -52,11 +52,13 @@ class FgmpQuantizer(HfQuantizer):  # type: ignore[misc]
         reader = Reader(checkpoint_files)
         reader.verify()
         install_from(model, config, reader)
+        # Transformers would only log what is missing, and fill it with random numbers.
+        known = {*reader.names, *(getattr(model, "all_tied_weights_keys", None) or {})}
+        for name, _ in model.named_parameters():
+            if name not in known:
+                raise CheckpointError(f"tensor {name} is missing from the checkpoint")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-        if empty:
-            raise CheckpointError(f"tensor {empty[0]} is missing from the checkpoint")
         model.requires_grad_(False)
         return model
 
