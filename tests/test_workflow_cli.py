@@ -442,7 +442,10 @@ def test_tables_for_people(run: Run, place: Place, tmp_path: Path) -> None:
     shown = run("quantize", place.model, "-o", out, "--calib", place.text, *SMALL)
     assert shown.code == 0 and "FP4 blocks" in shown.out and "quantized" in shown.out
     assert "peak memory will be about" in shown.err and "FP4 blocks" not in shown.err
-    assert "perplexity" in run("eval", place.checkpoint, "--data", place.text).out
+    told = run("eval", place.checkpoint, "--data", place.text).out
+    assert "perplexity" in told and "% of blocks" in told and "matmul parameters" in told
+    assert told.count("model.layers") == 1 and "{" not in told  # the furthest site's, not each
+    assert "perplexity" in run("eval", place.model, "--data", place.text).out
     assert "fgmp" in run("compare", place.model, place.checkpoint, "--data", place.text).out
     assert "intact" in run("inspect", place.checkpoint).out
 

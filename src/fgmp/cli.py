@@ -182,7 +182,7 @@ def evaluate(
     from fgmp.workflow import evaluate_model
 
     facts = evaluate_model(model, data, seq_len, _reporter(), kv_cache)
-    show(facts, as_json, print_facts)
+    show(facts, as_json, _print_evaluation)
 
 
 @app.command()
@@ -421,6 +421,22 @@ def _print_summary(summary: dict[str, Any]) -> None:
             "peak memory": f"{summary['peak_bytes'] / 1e9:.2f} GB",
         }
     )
+
+
+def _print_evaluation(facts: dict[str, Any]) -> None:
+    shown = {**facts, "tokens": f"{facts['tokens']:,}"}
+    if "drift" in facts:
+        drift = shown.pop("drift")
+        site = max(drift, key=lambda name: abs(drift[name]), default=None)
+        del shown["quantized_share"], shown["unquantized"]
+        shown |= {
+            "fp4_activations": f"{facts['fp4_activations']:.1%} of blocks",
+            "furthest from calibration": site and f"{site}, {100 * drift[site]:+.1f} points of FP4",
+            "quantized": _coverage(facts),
+        }
+    overlap = facts.get("calibration_overlap")
+    shown["calibration_overlap"] = None if overlap is None else f"{overlap:.1%} of windows"
+    print_facts(shown)
 
 
 def _print_rows(rows: list[Any]) -> None:

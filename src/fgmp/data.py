@@ -143,14 +143,18 @@ def _require_length(seq_len: int) -> None:
         raise InputError(f"seq_len must be 2 or more to predict a token, got {seq_len}")
 
 
-def evaluation_windows(source: str | Path, tokenizer: Any, seq_len: int) -> Tensor:
+def evaluation_windows(
+    source: str | Path, tokenizer: Any, seq_len: int, documents: list[str] | None = None
+) -> Tensor:
     """All windows of an evaluation text, int64 (B, seq_len); a shorter text is one window.
+
+    ``documents``: those of ``source``, if they were read before.
 
     Raises:
         InputError: the text has fewer than two tokens, so nothing can be predicted.
     """
     _require_length(seq_len)
-    stream = tokenize(read_documents(source), tokenizer)
+    stream = tokenize(documents or read_documents(source), tokenizer)
     if len(stream) < 2:
         raise InputError(f"text {source}: nothing to predict in {len(stream)} tokens")
     return windows(stream, min(seq_len, len(stream)))

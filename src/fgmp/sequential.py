@@ -32,9 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from fgmp.formats.activation import Site
-from fgmp.model.convert import install
+from fgmp.model.convert import Replacement, packed_linears
 from fgmp.model.linear import ActivationSite
-from fgmp.model.select import replace_module, routers
+from fgmp.model.select import routers
 from fgmp.pack.planes import PackedWeight
 from fgmp.sensitivity.fisher import Loss, frozen
 from fgmp.sensitivity.moments import MOMENT_BYTES, Moments, add_moments, new_moments
@@ -198,7 +198,7 @@ class _Run:
     def __init__(self, model: nn.Module, samples: Sequence[Any] | Tensor, loss: Loss) -> None:
         self.model, self.samples, self.loss = model, samples, loss
         self.routers = routers(model)
-        self.swaps: dict[str, tuple[nn.Module, nn.Module]] = {}  # name: original, packed
+        self.packed: dict[str, nn.Module] = {}  # linears of the quantized model, so far
         self.short = True
         self.closing: list[str] = []  # blocks to run once more, for their outputs
         self.closed: list[str] = []  # blocks that give back kept outputs
@@ -238,11 +238,7 @@ class _Run:
         linears_of: Mapping[str, list[str]],
     ) -> None:
         """From now on the quantized model runs with these."""
-        originals = {name: self.model.get_submodule(name) for name in weights}
-        install(self.model, weights, records, linears_of)
-        for name, original in originals.items():
-            self.swaps[name] = (original, self.model.get_submodule(name))
-            replace_module(self.model, name, original)
+        self.packed |= packed_linears(self.model, weights, records, linears_of)
 
     def close(self, block: str) -> None:
         """No stage of this block is to come."""
@@ -274,7 +270,7 @@ class _Run:
 
         with ExitStack() as stack:
             if quantized:
-                stack.enter_context(self._swapped())
+                stack.enter_context(Replacement(self.packed).within(self.model))
             if self.short:
                 self._take_shortcuts(stack, stage.block, quantized, index)
             self._share_choices(stack, quantized)
@@ -316,17 +312,6 @@ class _Run:
                 self.chosen[name] = []
             hook = partial(repeat if quantized else record, name)
             stack.callback(router.register_forward_hook(hook).remove)
-
-    @contextmanager
-    def _swapped(self) -> Iterator[None]:
-        """The model is the quantized one, for a while."""
-        for name, (_, packed) in self.swaps.items():
-            replace_module(self.model, name, packed)
-        try:
-            yield
-        finally:
-            for name, (original, _) in self.swaps.items():
-                replace_module(self.model, name, original)
 
 
 @contextmanager

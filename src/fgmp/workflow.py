@@ -27,7 +27,7 @@ from fgmp.evaluation import compare as comparison
 from fgmp.evaluation.compare import Row
 from fgmp.evaluation.perplexity import batches
 from fgmp.evaluation.perplexity import evaluate as evaluate_windows
-from fgmp.model.cache import PackedCache, packed_cache
+from fgmp.model.cache import PackedCache, packed_cache, require_kind
 from fgmp.model.linear import sites
 from fgmp.model.source import context_length, is_quantized, load_model, load_tokenizer
 from fgmp.model.store import config_of, save
@@ -172,8 +172,11 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Perplexity of a model or checkpoint by name, with a packed KV cache if ``kv_cache`` says."""
     reporter = reporter or Reporter()
+    if kv_cache:
+        require_kind(kv_cache)
+    documents = read_documents(data)  # before the model, whose loading may take minutes
     tokenizer, model = load_tokenizer(name), load_model(name)
-    windows = evaluation_windows(data, tokenizer, _window_length(model, seq_len))
+    windows = evaluation_windows(data, tokenizer, _window_length(model, seq_len), documents)
     cache = _packed_cache(model, tokenizer, kv_cache) if kv_cache else None
     stored = 0
 
@@ -216,9 +219,10 @@ def compare_models(
     checkpoint.read_config(directory)
     if is_quantized(model_name):
         raise InputError(f"model {model_name}: the original must not be quantized")
+    documents = read_documents(data)
     tokenizer = load_tokenizer(model_name)
     original, mixed = load_model(model_name), load_model(str(directory))
-    windows = evaluation_windows(data, tokenizer, _window_length(original, seq_len))
+    windows = evaluation_windows(data, tokenizer, _window_length(original, seq_len), documents)
     models = {
         "fp8": uniform(load_model(model_name), mixed, "fp8", 0.0),
         "nvfp4": uniform(load_model(model_name), mixed, "nvfp4", 1.0),
@@ -243,6 +247,8 @@ def generate_text(
 
     The KV cache keeps the model's precision unless ``kv_cache`` names a packed one.
     """
+    if kv_cache:
+        require_kind(kv_cache)
     tokenizer, model = load_tokenizer(name), load_model(name)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     length = inputs["input_ids"].shape[1]

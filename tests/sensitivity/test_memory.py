@@ -106,17 +106,31 @@ def test_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     require(wanted, CPU)
 
 
-def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
-    files = {"/sys/fs/cgroup/memory.max": limit, "/sys/fs/cgroup/memory.current": used}
-    monkeypatch.setattr(memory, "Path", lambda name: files[name])
-    machine = memory.free_bytes(CPU)
-    assert machine > 1000
-    limit.write_text("5000\n")
-    used.write_text("4000\n")
-    assert memory.free_bytes(CPU) == 1000
-    limit.write_text("max\n")
+@pytest.mark.parametrize(
+    ("limit", "used", "stat", "cached"),
+    [
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ],
+)
+def test_a_containers_limit_counts(
+    limit: str, used: str, stat: str, cached: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    root = Path("/sys/fs/cgroup")
+    monkeypatch.setattr(memory, "Path", lambda name: tmp_path / Path(name).relative_to(root))
+    (tmp_path / "memory").mkdir()
     assert memory.free_bytes(CPU) > 1000
+    (tmp_path / limit).write_text("5000\n")
+    (tmp_path / used).write_text("4000\n")
+    (tmp_path / stat).write_text(f"anon 3400\n{cached} 600\nfile 600\n")
+    assert memory.free_bytes(CPU) == 1600
+    (tmp_path / limit).write_text("max\n" if limit == "memory.max" else f"{2**63 - 4096}\n")
+    assert memory.free_bytes(CPU) > 1600
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is Linux's to tell")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgmp.evaluation.perplexity import Losses, batches, logits_of, loss_of
+from fgmp.evaluation.perplexity import Losses, batches, divergence_of, logits_of, loss_of
 from fgmp.formats.spec import BLOCK, FP4_BITS, FP8_BITS, stream_bits
 from fgmp.model.linear import mixed_linears, sites
 from fgmp.progress import Stages, silent
@@ -99,7 +99,7 @@ def compare(
             for name, model in models.items():
                 own = logits_of(model.eval(), batch)
                 losses[name].append(loss_of(own, batch))
-                divergence[name] += (reference.exp() * (reference - own)).double().sum().item()
+                divergence[name] += divergence_of(own, reference).sum().item()
             advance()
     found = {name: Losses(torch.cat(ls), windows.shape[1] - 1) for name, ls in losses.items()}
     tokens = found["original"].tokens

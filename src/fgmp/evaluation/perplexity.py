@@ -77,6 +77,15 @@ def loss_of(log_probabilities: Tensor, batch: Tensor) -> Tensor:
     return -log_probabilities.gather(-1, targets).double().sum((1, 2)).cpu()
 
 
+def divergence_of(own: Tensor, wanted: Tensor) -> Tensor:
+    """Summed KL of each window, float64 (B,), of log-probabilities (B, T, V) from ``wanted``.
+
+    Window by window, for the same reason (4.7 s against 0.8).
+    """
+    found = [(w.exp() * (w - o)).double().sum() for o, w in zip(own, wanted, strict=True)]
+    return torch.stack(found).cpu()
+
+
 def evaluate(
     model: nn.Module,
     windows: Tensor,

@@ -192,6 +192,12 @@ class PackedCache(Cache):  # type: ignore[misc]
         return self.nbytes / tokens if tokens else 0.0
 
 
+def require_kind(kind: str) -> None:
+    """Refuse what is no key of :data:`KINDS`."""
+    if kind not in KINDS:
+        raise InputError(f"kv cache must be one of {', '.join(KINDS)}, got {kind!r}")
+
+
 def packed_cache(model: nn.Module, samples: Tensor, kind: str, fp4: float = 0.7) -> PackedCache:
     """An empty packed cache for a causal LM, quantized or not.
 
@@ -206,8 +212,7 @@ def packed_cache(model: nn.Module, samples: Tensor, kind: str, fp4: float = 0.7)
             finite; a model with sliding windows or other state than keys and values; heads that
             blocks of 16 do not fill.
     """
-    if kind not in KINDS:
-        raise InputError(f"kv cache must be one of {', '.join(KINDS)}, got {kind!r}")
+    require_kind(kind)
     if kind == "mixed" and not 0 < fp4 < 1:
         raise InputError(f"a mixed kv cache needs a share of FP4 between 0 and 1, got {fp4}")
     if samples.ndim != 2 or len(samples) == 0 or samples.shape[1] < 2:

@@ -72,10 +72,6 @@ class Calibration:
     sites: dict[str, SiteStatistics] = field(default_factory=dict)
     predictions: int = 0
 
-    def site_of(self, linear: str) -> str:
-        """The name of the site that ``linear`` reads."""
-        return next(name for name, site in self.sites.items() if linear in site.linears)
-
 
 def next_token_logits(model: nn.Module, tokens: Tensor) -> Tensor:
     """Logits, fp32 (T - 1, V), for the tokens after the first of one sequence, int64 (T,)."""

@@ -153,10 +153,30 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    for limit, used, cached in _CGROUPS:
+        try:
+            most, now = int(Path(limit).read_text()), int(Path(used).read_text())
+            stat = dict(line.split() for line in Path(cached[0]).read_text().splitlines())
+        except (OSError, ValueError):  # no such file, or no limit
+            continue
+        # Of what counts as used, files that were read and not since can be dropped.
+        free = min(free, most - now + int(stat.get(cached[1], 0)))
     return free
+
+
+_CGROUPS = (
+    (
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory.current",
+        ("/sys/fs/cgroup/memory.stat", "inactive_file"),
+    ),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ("/sys/fs/cgroup/memory/memory.stat", "total_inactive_file"),
+    ),
+)
+"""Of control groups, version 2 and 1: the limit, what is used, and what of that is cache."""
 
 
 def reset_peak(device: torch.device) -> None:
