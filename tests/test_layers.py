@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "pipeline": {
         *("errors", "progress", "recipe", "formats", "sensitivity", "pack", "assign", "model"),
-        *("unfinished", "sequential", "task", "solve", "candidates", "tune"),
+        *("sequential", "task", "solve", "candidates", "tune"),
     },
     "workflow": {
         *("errors", "progress", "unfinished", "recipe", "data", "demo.text"),

@@ -773,6 +773,27 @@ def test_a_calibration_in_the_way_of_the_output_is_refused(
     assert done.code == 1 and "which must be empty until the end" in " ".join(done.err.split())
 
 
+def test_an_fp16_model_stays_one(run: Run, place: Place, tmp_path: Path) -> None:
+    """It runs in fp32; what is not quantized is stored and counted as it was."""
+    model = a_model().half()
+    model.save_pretrained(tmp_path / "model")
+    a_tokenizer().save_pretrained(tmp_path / "model")
+    options = ("--calib", place.text, *SMALL, "--max-bytes", "40k", "--tune", "1")
+    done = run("quantize", tmp_path / "model", "-o", tmp_path / "out", *options, "--json").json
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert done["tensor_bytes"] == sum(t.nbytes for t in stored.values()) <= 40_000
+    names = {name for name, _ in model.named_parameters()} & stored.keys()
+    assert "model.embed_tokens.weight" in names
+    assert {stored[name].dtype for name in names} == {torch.float16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.float16
+    windows = ("--data", place.text, "--seq-len", "32", "--json")
+    rows = run("compare", tmp_path / "model", tmp_path / "out", *windows).json["rows"]
+    assert rows[0]["bits_per_weight"] == 16 and rows[0]["compression"] == 1
+    assert run("eval", tmp_path / "out", *windows).code == 0
+
+
 def test_gpt2_goes_through_too(run: Run, place: Place, tmp_path: Path) -> None:
     """Transposed weights, learned positions, a tokenizer whose vocabulary is the smaller."""
     model = make_model("gpt2")

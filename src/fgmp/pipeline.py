@@ -24,7 +24,7 @@ from fgmp.formats.spec import E2M1, E4M3, FP4_BITS
 from fgmp.formats.weight import check_finite
 from fgmp.model.linear import ActivationSite, mixed_linears, sites
 from fgmp.model.select import linearize, matrices, output_head, quantizable
-from fgmp.model.store import CONFIG_ATTRIBUTE, config_of, tensors_to_save
+from fgmp.model.store import CONFIG_ATTRIBUTE, bytes_to_save, config_of
 from fgmp.model.transformers import mark_quantized
 from fgmp.pack.checkpoint import CheckpointConfig, SiteConfig
 from fgmp.progress import Stages, silent
@@ -202,10 +202,10 @@ def _require_same_shapes(original: nn.Module, quantized: nn.Module) -> None:
 def least_bytes(model: nn.Module, recipe: Recipe) -> int:
     """Least size of the checkpoint to come: all quantized weights in FP4, the rest as it is."""
     linearize(model)
-    chosen = {id(m.weight) for m in quantizable(model, recipe.include, recipe.exclude).values()}
-    rest = sum(p.nbytes for p in model.parameters() if id(p) not in chosen)
-    weights = sum(p.numel() for p in model.parameters() if id(p) in chosen)
-    return rest + int(weights * FP4_BITS / 8)
+    chosen = quantizable(model, recipe.include, recipe.exclude)
+    replaced = {f"{name}.weight" for name in chosen}
+    rest = sum(size for name, size in bytes_to_save(model).items() if name not in replaced)
+    return rest + int(sum(m.weight.numel() for m in chosen.values()) * FP4_BITS / 8)
 
 
 def _require_tokens(name: str, sequences: Sequence[Any] | Tensor) -> None:
@@ -449,7 +449,7 @@ def _finish(
             "fp4_weights": 1 - fp8 / blocks,
             "fp4_activations": activations.fp4_fraction,
             "bits_per_weight": 8 * sum(m.packed.nbytes for m in packed.values()) / elements,
-            "tensor_bytes": sum(t.nbytes for t in tensors_to_save(model).values()),
+            "tensor_bytes": sum(bytes_to_save(model).values()),
             "quantized_share": elements / sum(total.values()),
             "unquantized": sorted(n for n in total if n.removesuffix(".weight") not in packed),
         },

@@ -24,7 +24,7 @@ from fgmp.errors import InputError
 from fgmp.formats.activation import Site
 from fgmp.formats.spec import FP4_BITS, FP8_BITS
 from fgmp.model.linear import ActivationSite
-from fgmp.model.store import tensors_to_save
+from fgmp.model.store import bytes_to_save
 from fgmp.pack.planes import packed_bytes
 from fgmp.recipe import Recipe
 from fgmp.sensitivity.fisher import frozen
@@ -121,8 +121,7 @@ def tensor_bytes(
 ) -> int:
     """Bytes of all tensors of the checkpoint to come; ``fp8_blocks`` by linear, None for all."""
     replaced = {f"{name}.weight" for name in linears}
-    kept = tensors_to_save(model)
-    total = sum(t.nbytes for name, t in kept.items() if name not in replaced)
+    total = sum(size for name, size in bytes_to_save(model).items() if name not in replaced)
     total += sum(_SITE_BYTES + len(record.sensitivity) for record in records.values())
     for name, linear in linears.items():
         n, k = linear.weight.shape

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fgmp.evaluation.perplexity import Losses, batches, divergence_of, logits_of, loss_of
 from fgmp.formats.spec import BLOCK, FP4_BITS, FP8_BITS, stream_bits
 from fgmp.model.linear import mixed_linears, sites
+from fgmp.model.store import stored_dtype
 from fgmp.progress import Stages, silent
 
 CONTEXT = 4096
@@ -163,7 +164,7 @@ def _compression(model: nn.Module, bits: float, tokens: int) -> float:
 
 
 def _original_row(original: nn.Module, losses: Losses) -> _Measured:
-    bits = 8.0 * next(original.parameters()).element_size()
+    bits = 8.0 * stored_dtype(original).itemsize
     return _Measured(losses, 0.0, bits, bits, _REFERENCE_BITS / bits, None)
 
 

@@ -9,14 +9,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fgmp.errors import InputError
-from fgmp.model.store import first_line, load, pretrained
+from fgmp.model.store import first_line, load, pretrained, run_as_fp32, stored_dtype
 from fgmp.pack.checkpoint import QUANT_METHOD
 
 
 def load_model(name: str) -> nn.Module:
     """A causal LM by folder or hub name; an fgmp checkpoint comes back packed.
 
-    An fp16 model is loaded as fp32: gradients of a summed loss overflow fp16.
+    One in fp16 runs as fp32, see :func:`fgmp.model.store.run_as_fp32`.
 
     Raises:
         InputError: nothing is there, it is not a causal LM, or something else quantized it.
@@ -24,7 +24,7 @@ def load_model(name: str) -> nn.Module:
     config = _config(name)
     method = _quantized_by(name, config)
     if method == QUANT_METHOD:
-        return load(name) if Path(name).is_dir() else pretrained(AutoModelForCausalLM, name)
+        return _runnable(load(name) if Path(name).is_dir() else _pretrained(name))
     if method is not None:
         raise InputError(f"model {name}: already quantized, by {method!r}")
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
@@ -34,8 +34,15 @@ def load_model(name: str) -> nn.Module:
         raise InputError(
             f"model {name}: not a causal language model but {', '.join(architectures)}"
         )
-    half = getattr(config, "dtype", None) == torch.float16
-    return pretrained(AutoModelForCausalLM, name, torch.float32 if half else "auto")
+    return _runnable(_pretrained(name))
+
+
+def _pretrained(name: str) -> nn.Module:
+    return pretrained(AutoModelForCausalLM, name)
+
+
+def _runnable(model: nn.Module) -> nn.Module:
+    return run_as_fp32(model) if stored_dtype(model) == torch.float16 else model
 
 
 def is_quantized(name: str) -> bool:

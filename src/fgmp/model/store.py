@@ -17,6 +17,8 @@ from fgmp.pack.checkpoint import QUANT_METHOD, CheckpointConfig, Reader
 CONFIG_ATTRIBUTE = "fgmp_config"
 """Where a quantized model keeps its :class:`CheckpointConfig`."""
 
+_STORED_DTYPE = "fgmp_stored_dtype"
+
 
 def config_of(model: nn.Module) -> CheckpointConfig:
     """The configuration of a quantized model, whichever way it came about."""
@@ -27,6 +29,22 @@ def config_of(model: nn.Module) -> CheckpointConfig:
             raise InputError(f"{type(model).__name__} is not a model that fgmp quantized")
         config = CheckpointConfig.from_dict(quantization.to_dict())
     return config
+
+
+def stored_dtype(model: nn.Module) -> torch.dtype:
+    """What the files of a model hold its parameters in, which it may run in another."""
+    found = getattr(model, _STORED_DTYPE, None) or next(model.parameters()).dtype
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def run_as_fp32(model: nn.Module) -> nn.Module:
+    """The model, in place, with fp32 parameters; files will hold them in what they were in.
+
+    For fp16: gradients of a summed loss overflow it, and most CPUs have no arithmetic for it.
+    """
+    setattr(model, _STORED_DTYPE, stored_dtype(model))
+    return nn.Module.float(model)  # Transformers forbids it where codes could be rounded
 
 
 def save(
@@ -49,7 +67,7 @@ def save(
         config = {
             **json.loads(model.config.to_json_string()),
             "architectures": [type(model).__name__],
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": str(stored_dtype(model)).removeprefix("torch."),
         }
     config["quantization_config"] = config_of(model).to_dict()
 
@@ -111,14 +129,14 @@ def _load_transformers(directory: Path, raw: dict[str, Any]) -> nn.Module:
     return pretrained(cls, directory)
 
 
-def pretrained(cls: Any, name: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
+def pretrained(cls: Any, name: str | Path) -> nn.Module:
     """What ``cls.from_pretrained`` makes of a folder or hub name, if all of it is there.
 
     Raises:
         InputError: it cannot be loaded, lacks a tensor or has one of another shape.
         CheckpointError: it is one of ours and breaks a rule.
     """
-    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, told = cls.from_pretrained(name, **options)
     except FGMPError:
@@ -144,7 +162,17 @@ def first_line(error: BaseException) -> str:
 
 
 def tensors_to_save(model: nn.Module) -> dict[str, Tensor]:
-    """The state, without the copies that tied parameters would make."""
+    """The state as files hold it, without the copies that tied parameters would make."""
+    return {name: tensor.to(dtype) for name, (tensor, dtype) in _stored(model).items()}
+
+
+def bytes_to_save(model: nn.Module) -> dict[str, int]:
+    """Of these tensors, which need not be made for it."""
+    return {name: t.numel() * dtype.itemsize for name, (t, dtype) in _stored(model).items()}
+
+
+def _stored(model: nn.Module) -> dict[str, tuple[Tensor, torch.dtype]]:
+    """Tensors of the state by name, each with the dtype that a file gives it."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = {name: t for name, t in model.state_dict().items() if name not in tied}
     seen: set[tuple[int, torch.Size]] = set()
@@ -155,4 +183,6 @@ def tensors_to_save(model: nn.Module) -> dict[str, Tensor]:
             continue
         seen.add(key)
         unique[name] = tensor
-    return unique
+    other = getattr(model, _STORED_DTYPE, None)
+    parameters = dict(model.named_parameters(remove_duplicate=False)) if other else {}
+    return {n: (t, other if other and n in parameters else t.dtype) for n, t in unique.items()}
