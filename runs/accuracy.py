@@ -1,6 +1,6 @@
 """What every bit buys: this package and what a user would choose instead, in one harness.
 
-    python runs/accuracy.py MODEL --calib TEXT --data TEXT [--seeds 3] [--cache DIR] [--json]
+    python runs/accuracy.py MODEL --calib TEXT --data TEXT [--seeds 3] [--rows-of FILE] [--json]
 
 All rows see the same model, calibration text and evaluation windows. Bits are counted from the
 bytes of packed planes. ``kl`` is the mean token KL from the original; a model's *gap* is that of
