@@ -196,7 +196,7 @@ def test_a_stage_is_of_one_block_and_one_kind() -> None:
 
 
 def test_each_block_runs_once_a_stage_of_its_own_and_once_more(tokens: Tensor) -> None:
-    """In both models and for every sample; the first sample runs whole once a stage besides."""
+    """In both models and for every sample; the first sample runs whole once besides."""
     setting = Setting(make_model("llama"), tokens, causal_lm_loss)
     layers = setting.model.model.layers
     runs = [0] * len(layers)
@@ -208,7 +208,7 @@ def test_each_block_runs_once_a_stage_of_its_own_and_once_more(tokens: Tensor) -
         layer.self_attn.register_forward_pre_hook(lambda *_, index=index: count(index))
     setting.in_turn()
     assert len(stages(setting.model, list(setting.linears_of))) == 8
-    assert runs == [2 * len(tokens) * 5 + 8, 2 * len(tokens) * 4 + 8]
+    assert runs == [2 * len(tokens) * 5 + 1, 2 * len(tokens) * 4 + 1]
 
 
 def test_beats_moments_of_the_original_alone() -> None:
@@ -235,7 +235,7 @@ def test_beats_moments_of_the_original_alone() -> None:
     assert error(setting.in_turn()) < 0.85 * error(alone)
 
 
-@pytest.mark.parametrize("call", [1, 7, 40])
+@pytest.mark.parametrize("call", [1, 2, 7, 30])
 def test_an_interrupted_run_leaves_the_model_alone(call: int, tokens: Tensor) -> None:
     calls = 0
 

@@ -11,8 +11,9 @@ Every stage runs the samples through both models, up to the stage's inputs. So t
 grow with the square of the depth, a block whose stages are done is run for the last time in the
 pass of the next one, which keeps its outputs; from then on it gives those back and runs nothing.
 That takes a model whose blocks hand on all there is in their outputs. Whether it is one is seen on
-the first sample, once a stage, beside a run without shortcuts; if not, none is taken any more and
-everything is run anew, which is slow and right. The same goes for losses that run the model twice.
+the first sample, stage by stage, beside one run without shortcuts; if not, none is taken any more
+and everything is run anew, which is slow and right. The same goes for losses that run the model
+twice.
 
 Finished stages may be kept on disk. An interrupted run that goes on puts their weights in place and
 learns nothing from them again: the next stage's pass runs all blocks before it once.
@@ -46,6 +47,7 @@ PackStage = Callable[..., dict[str, PackedWeight]]
 _FACTOR_MATRICES = 5
 """H, C, the inverse, its factor and the transfer, float64, while they are being made."""
 
+_SOME = 4096
 _TOLERANCE = 2.0**-8
 """Relative distance that two runs of one thing may have: a rounding to bf16."""
 
@@ -143,7 +145,7 @@ def pack_in_turn(
     packed: dict[str, PackedWeight] = {}
     todo = stages(model, list(linears_of))
     with frozen(model):
-        run = _Run(model, samples, loss)
+        run = _Run(model, samples, loss, list(linears_of))
         for number, stage in enumerate(todo):
             groups = {owner: linears_of[owner] for owner in stage.owners}
             weights = _kept(kept, number, groups, model)
@@ -195,11 +197,19 @@ class _StageReached(Exception):
 class _Run:
     """The original model and the one quantized so far, which share all that is not packed."""
 
-    def __init__(self, model: nn.Module, samples: Sequence[Any] | Tensor, loss: Loss) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Sequence[Any] | Tensor,
+        loss: Loss,
+        owners: list[str],
+    ) -> None:
         self.model, self.samples, self.loss = model, samples, loss
+        self.owners = owners
         self.routers = routers(model)
         self.packed: dict[str, nn.Module] = {}  # linears of the quantized model, so far
         self.short = True
+        self.whole: dict[str, list[Tensor]] = {}  # of the first sample, see below
         self.closing: list[str] = []  # blocks to run once more, for their outputs
         self.closed: list[str] = []  # blocks that give back kept outputs
         self.outputs: dict[tuple[str, bool, int], Any] = {}  # by list of blocks, model, sample
@@ -248,23 +258,31 @@ class _Run:
     def _judge_shortcuts(self, stage: Stage, short: dict[str, list[Tensor]]) -> None:
         """Give up shortcuts, also in ``short``, if the first sample's inputs show them wrong."""
         self.short = False
-        whole = self._inputs(stage, 0, quantized=False)
+        if not self.whole:
+            self.whole = self._inputs(Stage("", self.owners), 0, quantized=False, take=_some)
         self.short = all(
-            len(short[owner]) == len(whole[owner]) <= 1
-            and all(_alike(x, y) for x, y in zip(whole[owner], short[owner], strict=True))
+            len(short[owner]) == len(self.whole[owner]) <= 1
+            and all(map(_alike, self.whole[owner], map(_some, short[owner])))
             for owner in stage.owners
         )
         if not self.short:
             self.closing, self.closed = [], []
             self.outputs.clear()
-            short |= whole
+            short |= self._inputs(stage, 0, quantized=False)
 
-    def _inputs(self, stage: Stage, index: int, *, quantized: bool) -> dict[str, list[Tensor]]:
-        """What one sample sends to a stage's sites, call by call."""
+    def _inputs(
+        self,
+        stage: Stage,
+        index: int,
+        *,
+        quantized: bool,
+        take: Callable[[Tensor], Tensor] = Tensor.clone,
+    ) -> dict[str, list[Tensor]]:
+        """What is to ``take`` of what one sample sends to a stage's sites, call by call."""
         seen: dict[str, list[Tensor]] = {owner: [] for owner in stage.owners}
 
         def note(owner: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[owner].append(args[0].clone())
+            seen[owner].append(take(args[0]))
             if self.short and all(seen.values()):
                 raise _StageReached
 
@@ -339,6 +357,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from (t for part in value.values() for t in _tensors(part))
     elif isinstance(value, list | tuple):
         yield from (t for part in value for t in _tensors(part))
+
+
+def _some(x: Tensor) -> Tensor:
+    """Up to 4,096 of its elements, (n,): at random places, the same for the same size."""
+    flat, source = x.flatten(), torch.Generator().manual_seed(0)
+    if len(flat) <= _SOME:
+        return flat.clone()
+    return flat[torch.randint(len(flat), (_SOME,), generator=source).to(x.device)]
 
 
 def _alike(x: Tensor, y: Tensor) -> bool:
