@@ -779,7 +779,7 @@ def test_what_was_packed_is_taken_up_by_the_same_run_only(
     def key(model: nn.Module, tokens: Tensor = tokens, **recipe: object) -> str:
         asked = Recipe(**{"clip": "off", **recipe})
         keys.clear()
-        fgmp.quantize(model, tokens, asked, held_out=tokens[:1], state=tmp_path / "state")
+        fgmp.quantize(model, tokens, asked, held_out=tokens[:1], unfinished=tmp_path)
         return keys[0]
 
     wanted = key(make_model("llama"))

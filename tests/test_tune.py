@@ -24,7 +24,7 @@ from fgmp.model.store import config_of
 from fgmp.progress import Stages
 from fgmp.sensitivity.memory import MemoryEstimate, estimate, require
 from fgmp.tune import _Adam, tune
-from fgmp.unfinished import Unfinished
+from fgmp.unfinished import Unfinished, forget
 
 DEMO = str(Path(fgmp.__file__).parent / "demo" / "model")
 ALL_FP4 = {"fp4": 1.0, "clip": "off", "compensate": False}
@@ -146,10 +146,12 @@ def test_an_interrupted_tuning_goes_on(
             tokens[:6],
             Recipe(**ALL_FP4, tune=4),
             held_out=tokens[6:],
-            state=tmp_path / "state",
+            unfinished=tmp_path,
         )
 
     wanted = run()
+    forget(tmp_path)
+    tmp_path.mkdir()
     monkeypatch.setattr(_Adam, "step", counted)
     with pytest.raises(KeyboardInterrupt):
         run()
@@ -158,7 +160,8 @@ def test_an_interrupted_tuning_goes_on(
     assert steps == list(range(1, 13))
     for name, parameter in wanted.named_parameters():
         assert torch.equal(found.get_parameter(name), parameter)
-    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.endswith("-tuning.safetensors")
 
 
 def test_a_tuning_of_another_model_is_told(tmp_path: Path) -> None:
