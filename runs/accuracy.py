@@ -235,13 +235,12 @@ class Setting:
         model = self.load()
         if change is not None:
             model = change(model, self.text.samples)
-        state = self.calibration(recipe, change.__name__ if change else None)
         return quantize(
             model,
             self.text.samples,
             recipe,
             held_out=self.text.held_out,
-            state=state,
+            state=self.calibration(recipe, change.__name__ if change else None),
             reuse=self.reuse,
             progress=bars(self.console),
         )
@@ -421,8 +420,9 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int)
     parser.add_argument("--windows", type=int, help="evaluate on the first so many only")
     parser.add_argument("--seeds", type=int, default=1, help="calibrations to average over")
-    parser.add_argument("--only", help="names of rows, separated by semicolons")
-    parser.add_argument("--rows-of", type=Path, help="a JSON file that has the rows to make")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", help="names of rows, separated by semicolons")
+    which.add_argument("--rows-of", type=Path, help="a JSON file that has the rows to make")
     parser.add_argument("--cache", type=Path, default=Path("accuracy-cache"))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -446,7 +446,10 @@ def main() -> None:
     rows = ROWS | ABLATIONS
     asked = args.only.split(";") if args.only else list(rows)
     if args.rows_of:
-        asked = [row["name"] for row in json.loads(args.rows_of.read_text())["rows"]]
+        try:
+            asked = [row["name"] for row in json.loads(args.rows_of.read_text())["rows"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"--rows-of {args.rows_of}: no JSON of this script: {error!r}")
     if unknown := set(asked) - set(rows):
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
     wanted = [name for name in rows if name in asked or name in ("fp8", "nvfp4")]
