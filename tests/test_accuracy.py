@@ -106,7 +106,7 @@ def test_gptq_takes_the_inputs_that_its_own_layers_make(setting: Any) -> None:
 
 
 def test_rows_of_a_patched_row_take_nothing_from_another(setting: Any) -> None:
-    """Interrupted, the one keeps stages that the other's recipe would name alike."""
+    """Their recipes are one, which is all that a kept stage could tell them by: none is kept."""
     wanted = accuracy.ROWS["ours 100%"](setting)
     patched, left = hessian.compensated, [5]
 
