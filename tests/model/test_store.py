@@ -16,7 +16,13 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 import fgmp
 from fgmp import CheckpointError, InputError, Recipe
 from fgmp.model.linear import mixed_linears
-from fgmp.model.store import config_of, tensors_to_save
+from fgmp.model.store import (
+    bytes_to_save,
+    config_of,
+    run_as_fp32,
+    stored_dtype,
+    tensors_to_save,
+)
 from fgmp.pack import checkpoint
 from fgmp.pack.checkpoint import checksum
 
@@ -367,6 +373,19 @@ def test_a_parameter_that_the_files_lack_is_told(name: str, tokens: Tensor, tmp_
     for load in (fgmp.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(CheckpointError, match=f"tensor {name} is missing from the checkpoint"):
             load(tmp_path / "out")
+
+
+def test_what_a_model_in_fp16_holds_in_fp32_stays() -> None:
+    model = make_model("llama").half()
+    norm = model.model.norm.float()
+    run_as_fp32(model)
+    assert (
+        model.dtype == norm.weight.dtype == torch.float32 and stored_dtype(model) == torch.float16
+    )
+    found = {name: tensor.dtype for name, tensor in tensors_to_save(model).items()}
+    assert found.pop("model.norm.weight") == torch.float32
+    assert set(found.values()) == {torch.float16}
+    assert bytes_to_save(model) == {n: t.nbytes for n, t in tensors_to_save(model).items()}
 
 
 def change_config(folder: Path, **changes: Any) -> None:

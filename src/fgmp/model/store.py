@@ -17,7 +17,8 @@ from fgmp.pack.checkpoint import QUANT_METHOD, CheckpointConfig, Reader
 CONFIG_ATTRIBUTE = "fgmp_config"
 """Where a quantized model keeps its :class:`CheckpointConfig`."""
 
-_STORED_DTYPE = "fgmp_stored_dtype"
+_FP16 = "fgmp_fp16_parameters"
+"""Where a model that runs in fp32 keeps the names of parameters that its files hold in fp16."""
 
 
 def config_of(model: nn.Module) -> CheckpointConfig:
@@ -32,18 +33,17 @@ def config_of(model: nn.Module) -> CheckpointConfig:
 
 
 def stored_dtype(model: nn.Module) -> torch.dtype:
-    """What the files of a model hold its parameters in, which it may run in another."""
-    found = getattr(model, _STORED_DTYPE, None) or next(model.parameters()).dtype
-    assert isinstance(found, torch.dtype)
-    return found
+    """What the files of a model hold its parameters in, or most; it may run in another."""
+    return torch.float16 if getattr(model, _FP16, ()) else next(model.parameters()).dtype
 
 
 def run_as_fp32(model: nn.Module) -> nn.Module:
-    """The model, in place, with fp32 parameters; files will hold them in what they were in.
+    """The model, in place, with fp32 parameters; files will hold in fp16 those that were.
 
     For fp16: gradients of a summed loss overflow it, and most CPUs have no arithmetic for it.
     """
-    setattr(model, _STORED_DTYPE, stored_dtype(model))
+    named = model.named_parameters(remove_duplicate=False)
+    setattr(model, _FP16, {name for name, p in named if p.dtype == torch.float16})
     return nn.Module.float(model)  # Transformers forbids it where codes could be rounded
 
 
@@ -183,6 +183,5 @@ def _stored(model: nn.Module) -> dict[str, tuple[Tensor, torch.dtype]]:
             continue
         seen.add(key)
         unique[name] = tensor
-    other = getattr(model, _STORED_DTYPE, None)
-    parameters = dict(model.named_parameters(remove_duplicate=False)) if other else {}
-    return {n: (t, other if other and n in parameters else t.dtype) for n, t in unique.items()}
+    half = getattr(model, _FP16, ())
+    return {n: (t, torch.float16 if n in half else t.dtype) for n, t in unique.items()}
