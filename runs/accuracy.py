@@ -29,6 +29,7 @@ import hessian
 import sensitivity
 import torch
 import transforms
+from bootstrap import Draws, interval, recovered
 from provenance import provenance
 from rich.console import Console
 from torch import Tensor, nn
@@ -53,8 +54,6 @@ from fgmp.progress import bars
 from fgmp.recipe import PAPER
 
 PLAIN = {**PAPER, "clip": "off"}
-RESAMPLES = 2000
-
 
 Row = Callable[["Setting"], nn.Module]
 
@@ -338,22 +337,16 @@ def rows_of(found: dict[str, list[Measured]], original: Tensor, predictions: int
         predictions: in a window.
     """
     count = len(original)
-    source = torch.Generator().manual_seed(0)
-    picks = torch.randint(count, (RESAMPLES, count), generator=source)
-    most = max(map(len, found.values()))
-    calibrations = {
-        n: torch.randint(n, (n, RESAMPLES), generator=source) for n in range(1, most + 1)
-    }
+    draws = Draws(count, max(map(len, found.values())))
 
     def drawn(values: list[Tensor]) -> Tensor:
         """Means (RESAMPLES,) of a value by window and calibration."""
-        means = torch.stack([v[picks].mean(-1) for v in values])
-        return means.gather(0, calibrations[len(values)]).mean(0) / predictions
+        return draws.means(values) / predictions
 
-    def recovered(name: str, seeds: int) -> tuple[float, Tensor]:
+    def share_of(name: str, seeds: int) -> tuple[float, Tensor]:
         rows = [[m.kl for m in found[n][:seeds]] for n in (name, "nvfp4", "fp8")]
         means = [torch.stack(row).mean() / predictions for row in rows]
-        return _recovered(*means).item(), _recovered(*map(drawn, rows))
+        return recovered(*means).item(), recovered(*map(drawn, rows))
 
     def perplexity(name: str, seeds: int) -> float:
         loss = torch.stack([m.loss for m in found[name][:seeds]]).mean(0)
@@ -364,14 +357,14 @@ def rows_of(found: dict[str, list[Measured]], original: Tensor, predictions: int
         seeds = len(measured)
         base = original.sum().item() / count / predictions
         shift = drawn([m.loss - original for m in measured])
-        share, shares = recovered(name, seeds)
+        share, shares = share_of(name, seeds)
         ppl, ppl4, ppl8 = (perplexity(n, seeds) for n in (name, "nvfp4", "fp8"))
         kls = [m.kl for m in measured]
         versus = {}
         for other in VERSUS.get(name, ()):
             if other in found:
                 common = min(seeds, len(found[other]))
-                a, b = recovered(name, common), recovered(other, common)
+                a, b = share_of(name, common), share_of(other, common)
                 versus[other] = {"points": a[0] - b[0], "ci95": interval(a[1] - b[1])}
         lines.append(
             {
@@ -389,7 +382,7 @@ def rows_of(found: dict[str, list[Measured]], original: Tensor, predictions: int
                 "kl_gap_recovered_percent": share,
                 "kl_gap_recovered_ci95": interval(shares),
                 "kl_gap_recovered_by_seed": [
-                    _recovered(
+                    recovered(
                         m.kl.mean(), found["nvfp4"][i].kl.mean(), found["fp8"][i].kl.mean()
                     ).item()
                     for i, m in enumerate(measured)
@@ -399,16 +392,6 @@ def rows_of(found: dict[str, list[Measured]], original: Tensor, predictions: int
             }
         )
     return lines
-
-
-def _recovered(kl: Tensor, nvfp4: Tensor, fp8: Tensor) -> Tensor:
-    return 100 * ((nvfp4 - kl) / (nvfp4 - fp8))
-
-
-def interval(values: Tensor) -> list[float]:
-    """95% of the drawn values, (D,), lie between these."""
-    ends = torch.tensor([0.025, 0.975], dtype=values.dtype)
-    return [float(v) for v in values.quantile(ends)]
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accuracy import RESAMPLES, Measured, Setting, interval, measure
+from accuracy import Measured, Setting, measure
+from bootstrap import Draws, interval
 from provenance import provenance
 from rich.console import Console
 from torch import Tensor, nn
@@ -69,9 +70,6 @@ def rows_of(
             plain = plain or found
             values = sum(16 * site.counts[1] for site in sites(model).values())
             more = (found.kl - plain.kl) / (length - 1)
-            picks = torch.randint(
-                len(cut), (RESAMPLES, len(cut)), generator=torch.Generator().manual_seed(0)
-            )
             rows.append(
                 {
                     "length": length,
@@ -80,7 +78,7 @@ def rows_of(
                     "saturated_per_million": 1e6 * saturated_elements(model) / values,
                     "kl": found.kl.mean().item() / (length - 1),
                     "kl_over_plain": more.mean().item(),
-                    "kl_over_plain_ci95": interval(more[picks].mean(-1)),
+                    "kl_over_plain_ci95": interval(Draws(len(cut), 1).means([more])),
                     "fp4_activations": found.fp4_activations,
                 }
             )
