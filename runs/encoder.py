@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accuracy import stream
 from bootstrap import Draws, interval, recovered
 from provenance import provenance
 from rich.console import Console
@@ -40,6 +41,7 @@ from fgmp.recipe import PAPER
 RECIPES = {
     **{f"paper {share:.0%}": Recipe(fp4=share, clip="on", **PAPER) for share in (0.7, 0.9)},
     **{f"ours {share:.0%}": Recipe(fp4=share, clip="on") for share in (0.7, 0.9, 1.0)},
+    **{f"ours, mean of {share:.0%}": Recipe(bits=stream(share), clip="on") for share in (0.7, 0.9)},
 }
 
 
@@ -166,7 +168,7 @@ def run(lines: Sequence[str], evaluated: int, seeds: int, samples: int) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--texts", type=Path, help="a sentence a line; default: docstrings")
-    parser.add_argument("--samples", type=int, default=128, help="sentences of a calibration")
+    parser.add_argument("--samples", type=int, default=256, help="sentences of a calibration")
     parser.add_argument("--evaluated", type=int, default=512, help="sentences to evaluate on")
     parser.add_argument("--seeds", type=int, default=3, help="calibrations to average over")
     parser.add_argument("--json", type=Path)

@@ -18,7 +18,7 @@ def test_mixing_keeps_embeddings_in_place(monkeypatch: pytest.MonkeyPatch) -> No
     rows = {row["name"]: row for row in found["rows"]}
     fp8, mixed, nvfp4 = (rows[n]["drift"] for n in ("fp8", "ours 70%", "nvfp4"))
     assert fp8 < mixed < nvfp4
-    # Well over that with 128 sentences (docs/results.md); half leaves room for 16 noisy ones.
+    # Well over that with 256 sentences (docs/results.md); half leaves room for 16 noisy ones.
     assert rows["ours 70%"]["gap_recovered_percent"] > 50
 
 
