@@ -1,6 +1,7 @@
 """95% intervals by a bootstrap over what is evaluated and over calibrations, paired across rows."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,3 +40,42 @@ def interval(values: Tensor) -> list[float]:
 def recovered(harm: Tensor, nvfp4: Tensor, fp8: Tensor) -> Tensor:
     """How much of the gap from all NVFP4 to all FP8 a row closes, in percent."""
     return 100 * ((nvfp4 - harm) / (nvfp4 - fp8))
+
+
+@dataclass(frozen=True)
+class Harm:
+    """What a row costs, as a mean over all and its interval, and how much of the gap it closes."""
+
+    mean: float
+    ci95: list[float]
+    recovered_percent: float
+    recovered_ci95: list[float]
+    recovered_by_seed: list[float]
+
+
+def harms(measured: dict[str, list[Tensor]]) -> dict[str, Harm]:
+    """Every row beside all FP8 and all NVFP4.
+
+    Args:
+        measured: of each row, ``fp8`` and ``nvfp4`` among them, values (count,) of one calibration
+            after the other, as many for every row.
+    """
+    draws = Draws(len(measured["fp8"][0]), len(measured["fp8"]))
+    drawn = {name: draws.means(row) for name, row in measured.items()}
+    means = {name: torch.stack(row).mean() for name, row in measured.items()}
+    seeds = range(len(measured["fp8"]))
+    by_seed = [{name: row[seed].mean() for name, row in measured.items()} for seed in seeds]
+
+    def share(row: dict[str, Tensor], name: str) -> Tensor:
+        return recovered(row[name], row["nvfp4"], row["fp8"])
+
+    return {
+        name: Harm(
+            means[name].item(),
+            interval(drawn[name]),
+            share(means, name).item(),
+            interval(share(drawn, name)),
+            [share(row, name).item() for row in by_seed],
+        )
+        for name in measured
+    }

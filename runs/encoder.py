@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from accuracy import stream
-from bootstrap import Draws, interval, recovered
+from bootstrap import harms
 from provenance import provenance
 from rich.console import Console
 from torch import Tensor, nn
@@ -100,33 +100,6 @@ def parts(lines: Sequence[str], evaluated: int, seeds: int, samples: int) -> lis
     return [chosen[a:b] for a, b in itertools.pairwise(ends)]
 
 
-def rows_of(drifts: dict[str, list[Tensor]]) -> list[dict[str, Any]]:
-    """The table: means, and 95% intervals over sentences and calibrations.
-
-    Args:
-        drifts: of each row, (B,) by calibration.
-    """
-    draws = Draws(len(drifts["fp8"][0]), len(drifts["fp8"]))
-    drawn = {name: draws.means(row) for name, row in drifts.items()}
-
-    def share(row: dict[str, Tensor], name: str) -> Tensor:
-        return recovered(row[name], row["nvfp4"], row["fp8"])
-
-    means = {name: torch.stack(row).mean() for name, row in drifts.items()}
-    by_seed = [{n: row[i].mean() for n, row in drifts.items()} for i in range(len(drifts["fp8"]))]
-    return [
-        {
-            "name": name,
-            "drift": means[name].item(),
-            "drift_ci95": interval(drawn[name]),
-            "gap_recovered_percent": share(means, name).item(),
-            "gap_recovered_ci95": interval(share(drawn, name)),
-            "gap_recovered_by_seed": [share(row, name).item() for row in by_seed],
-        }
-        for name in drifts
-    ]
-
-
 def run(lines: Sequence[str], evaluated: int, seeds: int, samples: int) -> dict[str, Any]:
     """Quantize by each recipe and compare the drift with all-FP8's and all-NVFP4's."""
     model, tokenizer = load()
@@ -161,7 +134,17 @@ def run(lines: Sequence[str], evaluated: int, seeds: int, samples: int) -> dict[
         "seeds": seeds,
         "quantized_share": config_of(mixed).result["quantized_share"],
         **provenance(),
-        "rows": rows_of(drifts),
+        "rows": [
+            {
+                "name": name,
+                "drift": harm.mean,
+                "drift_ci95": harm.ci95,
+                "gap_recovered_percent": harm.recovered_percent,
+                "gap_recovered_ci95": harm.recovered_ci95,
+                "gap_recovered_by_seed": harm.recovered_by_seed,
+            }
+            for name, harm in harms(drifts).items()
+        ],
     }
 
 

@@ -1,27 +1,32 @@
 """What a packed KV cache costs in quality and saves in bytes.
 
-    python runs/kv_cache.py MODEL --calib TEXT --data TEXT [--seq-len 256] [--windows 200] [--json]
+    python runs/kv_cache.py MODEL --calib TEXT --data TEXT [--windows N] [--seeds 3] [--json]
 
 The model's own weights and activations stay as they are (MODEL may also be an fgmp checkpoint);
 every token attends to packed keys and values, its own included. KL is the mean token KL from the
 same model with a cache in its own precision, in nats; the *gap* is that of all-NVFP4 less that of
-all-FP8. Bytes are those of the planes that the cache holds, over the tokens of the evaluation. If
-both texts are the same file, the cache is calibrated on windows of its first half and evaluated on
-its second.
+all-FP8. Values are means over calibrations, of which ``--seeds`` says how many; the 95% interval is
+a bootstrap over windows and calibrations, paired across rows. Bytes are those of the planes that
+the cache holds, over the tokens of the evaluation. If both texts are the same file, the cache is
+calibrated on windows of its first half and evaluated on its second.
 """
 
 import argparse
 import json
 import math
+import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from bootstrap import harms
 from provenance import provenance
-from torch import Tensor
+from rich.console import Console
+from torch import Tensor, nn
 
 from fgmp import evaluation_windows
 from fgmp.data import choose_windows
-from fgmp.evaluation.perplexity import batches, logits_of, loss_of
+from fgmp.evaluation.perplexity import batches, divergence_of, logits_of, loss_of
 from fgmp.formats.spec import BLOCK
 from fgmp.model.cache import PackedCache, packed_cache
 from fgmp.model.source import context_length, load_model, load_tokenizer
@@ -34,27 +39,63 @@ ROWS = {
 }
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Sums over each window, float64 (B,): loss and KL in nats; what the cache held of it all."""
+
+    loss: Tensor
+    kl: Tensor
+    fp4: float
+    bytes_per_token: float
+    bits_per_value: float
+
+
 def measure(
-    model: torch.nn.Module, cache: PackedCache, reference: list[Tensor], windows: Tensor
-) -> dict[str, float]:
-    """Perplexity, KL, bytes and FP4 share on the windows."""
-    loss = kl = stored = wide = 0.0
+    model: nn.Module, cache: PackedCache, reference: list[Tensor], windows: Tensor
+) -> Measured:
+    """Run the windows; ``reference`` is the original's log-probabilities by batch."""
+    stored = wide = 0.0
+    losses, divergences = [], []
     for batch, wanted in zip(batches(windows), reference, strict=True):
         own = logits_of(model, batch, cache)
-        loss += loss_of(own, batch).sum().item()
-        kl += (wanted.exp() * (wanted - own)).double().sum().item()
+        losses.append(loss_of(own, batch))
+        divergences.append(divergence_of(own, wanted))
         stored += cache.nbytes
         packed = [p for layer in cache.layers for p in layer.packed]
         wide += sum(int(p.is_fp8().sum()) for p in packed)
-    predictions = windows.shape[0] * (windows.shape[1] - 1)
     values = cache.values_per_token * windows.numel()
-    return {
-        "perplexity": math.exp(loss / predictions),
-        "kl": kl / predictions,
-        "fp4": 1 - wide * BLOCK / values,
-        "bytes_per_token": stored / windows.numel(),
-        "bits_per_value": 8 * stored / values,
-    }
+    return Measured(
+        torch.cat(losses),
+        torch.cat(divergences),
+        fp4=1 - wide * BLOCK / values,
+        bytes_per_token=stored / windows.numel(),
+        bits_per_value=8 * stored / values,
+    )
+
+
+def rows_of(found: dict[str, list[Measured]], predictions: int) -> list[dict[str, object]]:
+    """The table: means over calibrations, and intervals over windows and calibrations.
+
+    Args:
+        found: what each row measured, by calibration.
+        predictions: in a window.
+    """
+    kl = harms({name: [m.kl / predictions for m in row] for name, row in found.items()})
+    return [
+        {
+            "name": name,
+            "perplexity": math.exp(torch.stack([m.loss for m in row]).mean() / predictions),
+            "kl": kl[name].mean,
+            "kl_ci95": kl[name].ci95,
+            "kl_gap_recovered_percent": kl[name].recovered_percent,
+            "kl_gap_recovered_ci95": kl[name].recovered_ci95,
+            "kl_gap_recovered_by_seed": kl[name].recovered_by_seed,
+            "fp4": statistics.mean(m.fp4 for m in row),
+            "bytes_per_token": statistics.mean(m.bytes_per_token for m in row),
+            "bits_per_value": statistics.mean(m.bits_per_value for m in row),
+        }
+        for name, row in found.items()
+    ]
 
 
 def main() -> None:
@@ -65,8 +106,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--windows", type=int, help="evaluate on the first so many only")
+    parser.add_argument("--seeds", type=int, default=1, help="calibrations to average over")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error(f"--seeds must be 1 or more, got {args.seeds}")
+    console = Console(stderr=True)
     tokenizer, model = load_tokenizer(args.model), load_model(args.model).eval()
     seq_len = min(args.seq_len, context_length(model))
     windows = evaluation_windows(args.data, tokenizer, seq_len)
@@ -74,46 +119,56 @@ def main() -> None:
     if args.calib == args.data:
         calibration, windows = windows.chunk(2)
     windows = windows[: args.windows]
-    samples = choose_windows(
-        calibration.flatten(), samples=args.samples, seq_len=seq_len, seed=0, source=args.calib
-    ).samples
     reference = [logits_of(model, batch) for batch in batches(windows)]
     losses = [loss_of(r, b) for r, b in zip(reference, batches(windows), strict=True)]
-    predictions = windows.shape[0] * (windows.shape[1] - 1)
-    rows: list[dict[str, object]] = []
-    caches = {name: packed_cache(model, samples, *row) for name, row in ROWS.items()}
-    for name, cache in caches.items():
-        rows.append({"name": name, **measure(model, cache, reference, windows)})
-    fp8, nvfp4 = (row["kl"] for row in rows[:2])
-    for row in rows:
-        row["kl_gap_recovered_percent"] = 100 * (nvfp4 - row["kl"]) / (nvfp4 - fp8)  # type: ignore[operator]
+    found: dict[str, list[Measured]] = {name: [] for name in ROWS}
+    for seed in range(args.seeds):
+        chosen = {"samples": args.samples, "seq_len": seq_len, "seed": seed}
+        samples = choose_windows(calibration.flatten(), **chosen, source=args.calib).samples
+        for name, row in ROWS.items():
+            console.print(f"{name}, calibration {seed}")
+            cache = packed_cache(model, samples, *row)
+            found[name].append(measure(model, cache, reference, windows))
+    predictions = windows.shape[1] - 1
     facts = {
         "model": Path(args.model).name,
-        "calibration_tokens": samples.numel(),
+        "calibration_sequences": len(samples),
         "seq_len": seq_len,
-        "evaluation_tokens": predictions,
+        "seeds": args.seeds,
+        "evaluation_tokens": len(windows) * predictions,
         **provenance(),
-        "perplexity": math.exp(torch.cat(losses).sum().item() / predictions),
-        "bytes_per_token_bf16": caches["fp8"].values_per_token * torch.bfloat16.itemsize,
-        "rows": rows,
+        "perplexity": math.exp(torch.cat(losses).mean() / predictions),
+        "bytes_per_token_bf16": cache.values_per_token * torch.bfloat16.itemsize,
+        "rows": rows_of(found, predictions),
     }
-    if args.json:
-        print(json.dumps(facts, indent=1))
-    else:
-        _print(facts)
+    print(json.dumps(facts, indent=1) if args.json else "\n".join(table(facts)))
 
 
-def _print(facts: dict) -> None:
-    print("| cache | perplexity | KL | KL gap recovered | FP4 | bytes a token | bits a value |")
-    print("|---" * 7 + "|")
+def table(facts: dict) -> list[str]:
+    """What the script found, for people."""
     own = facts["bytes_per_token_bf16"]
-    print(f"| bf16 | {facts['perplexity']:.3f} | 0 | - | - | {own:,} | 16 |")
+    lines = [
+        "| cache | perplexity | KL | KL gap recovered | by seed | 95% interval | FP4 "
+        "| bytes a token | bits a value |",
+        "|---" * 9 + "|",
+        f"| bf16 | {facts['perplexity']:.3f} | 0 | - | - | - | - | {own:,} | 16 |",
+    ]
     for row in facts["rows"]:
-        print(
+        (low, high), seeds = row["kl_gap_recovered_ci95"], row["kl_gap_recovered_by_seed"]
+        lines.append(
             f"| {row['name']} | {row['perplexity']:.3f} | {row['kl']:.5f} "
-            f"| {row['kl_gap_recovered_percent']:.1f}% | {row['fp4']:.1%} "
+            f"| {row['kl_gap_recovered_percent']:.1f}% | {min(seeds):.1f} - {max(seeds):.1f} "
+            f"| {low:.1f} - {high:.1f} | {row['fp4']:.1%} "
             f"| {row['bytes_per_token']:,.0f} | {row['bits_per_value']:.2f} |"
         )
+    return [
+        *lines,
+        "",
+        f"{facts['calibration_sequences']} calibration sequences of {facts['seq_len']} tokens, "
+        f"{facts['evaluation_tokens']:,} evaluation tokens, {facts['seeds']} "
+        f"calibration{'s' * (facts['seeds'] > 1)}, torch {facts['torch']}, "
+        f"revision {facts['revision']}.",
+    ]
 
 
 if __name__ == "__main__":
