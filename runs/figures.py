@@ -3,10 +3,10 @@
     python runs/figures.py
 
 Fills what stands between ``<!-- NAME -->`` and ``<!-- end -->`` in docs/results.md with the table
-of that name, made of ``docs/results/accuracy-MODEL.json`` and of what ``runs/encoder.py`` and
-``runs/budgets.py`` wrote beside it, and draws ``accuracy-MODEL.svg`` for each model: KL gap
-recovered over the mean of the bits of a weight and of an activation value, with 95% intervals. It
-computes no result.
+of that name, made of ``docs/results/accuracy-MODEL.json`` and of what ``runs/encoder.py``,
+``runs/kv_cache.py`` and ``runs/budgets.py`` wrote beside it, and draws ``accuracy-MODEL.svg`` for
+each model: KL gap recovered over the mean of the bits of a weight and of an activation value, with
+95% intervals. It computes no result.
 """
 
 import json
@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import kv_cache
 from accuracy import ABLATIONS, ROWS, whole
 
 from fgmp.formats.spec import FLAG_BITS, stream_bits
@@ -72,8 +73,8 @@ def results() -> dict[str, Facts]:
 
 
 def results_beside() -> dict[str, Facts]:
-    """What the encoder and the budgets came to, by file."""
-    names = ("encoder", "budgets-babyllama105")
+    """What other scripts found, by file."""
+    names = ("encoder", "budgets-babyllama105", "kv-wiki5m", "kv-babyllama105")
     return {name: json.loads((DOCS / "results" / f"{name}.json").read_text()) for name in names}
 
 
@@ -191,6 +192,26 @@ def _header(first: str, found: dict[str, Facts]) -> list[str]:
     return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
 
 
+def encoder(facts: Facts) -> list[str]:
+    """Drift of the encoder's embeddings, as ``runs/encoder.py`` has it."""
+    lines = [
+        "| row | drift | gap recovered | by seed | 95% interval |",
+        "|---|---|---|---|---|",
+    ]
+    for row in facts["rows"]:
+        (low, high), seeds = row["gap_recovered_ci95"], row["gap_recovered_by_seed"]
+        lines.append(
+            f"| {row['name']} | {row['drift']:.5f} | {row['gap_recovered_percent']:.1f}% "
+            f"| {min(seeds):.1f} - {max(seeds):.1f} | {low:.1f} - {high:.1f} |"
+        )
+    return [
+        *lines,
+        "",
+        f"{facts['sentences']} calibration sentences, {facts['evaluated']} evaluated, "
+        f"{facts['seeds']} calibrations, torch {facts['torch']}, revision {facts['revision']}.",
+    ]
+
+
 def budgets(facts: Facts) -> list[str]:
     """What each budget comes to, as ``runs/budgets.py`` has it."""
     lines = [
@@ -227,7 +248,9 @@ def filled(text: str, found: dict[str, Facts], others: dict[str, Facts]) -> str:
         **{f"accuracy-{model}": table(facts) for model, facts in found.items()},
         "versus": versus(found),
         "ablations": ablations(found),
+        "encoder": encoder(others["encoder"]),
         "budgets": budgets(others["budgets-babyllama105"]),
+        **{name: kv_cache.table(others[name]) for name in ("kv-wiki5m", "kv-babyllama105")},
     }
 
     def fill(place: re.Match[str]) -> str:

@@ -7,7 +7,7 @@ import pytest
 def test_tables_and_plots_are_those_of_the_results() -> None:
     found = figures.results()
     page = (figures.DOCS / "results.md").read_text()
-    assert page.count("<!-- end -->") == len(found) + 4
+    assert page.count("<!-- end -->") == len(found) + 7
     filled = figures.filled(page, found, figures.results_beside())
     assert filled == page, "run python runs/figures.py"
     for model, facts in found.items():
