@@ -14,7 +14,12 @@ from fgmp.assign.compensate import compensated, factorize
 from fgmp.formats.activation import Site, fake_quantize, multiplier, sensitivity_codes
 from fgmp.formats.codec import from_blocks
 from fgmp.formats.spec import THRESHOLD_ALL_FP4
-from fgmp.formats.weight import WeightCodes, quantize_weight, tensor_scale
+from fgmp.formats.weight import (
+    WeightCodes,
+    nearest_scale_codes,
+    quantize_weight,
+    tensor_scale,
+)
 from fgmp.pack.planes import pack, unpack_units
 from fgmp.sensitivity.moments import Moments, add_moments, new_moments
 
@@ -159,3 +164,33 @@ def test_white_inputs_without_noise_leave_the_weight_alone() -> None:
     codes = compensated(weight, factors, mask, t, fisher)
     plain = quantize_weight(weight, t, search_scale_codes(weight, fisher, t))
     assert torch.equal(value_of(codes, mask), value_of(plain, mask))
+
+
+def test_a_clipped_outlier_does_not_take_its_row_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F sees no use in the large weight of a busy channel; the output error does."""
+    g = torch.Generator().manual_seed(0)
+    x, site = tokens()
+    x[:, 5] *= 30
+    site = Site(
+        multiplier(x.abs().max().item()),
+        *sensitivity_codes(torch.rand(K, generator=g)),
+        THRESHOLD_ALL_FP4,
+    )
+    q = quantized_tokens(x, site)
+    weight, mask, _, fisher = a_weight()
+    weight[7, 5], mask[7], fisher[7, 5] = 8.0, False, 1e-9
+    t = tensor_scale(8.0)
+    factors = factorize(moments_of(x, site))
+    assert factors
+
+    def made() -> Tensor:
+        return value_of(compensated(weight, factors, mask, t, fisher), mask)
+
+    alone = value_of(quantize_weight(weight, t, nearest_scale_codes(weight, t)), mask)
+    kept = made()
+    monkeypatch.setattr(compensate, "_LIMIT", float("inf"))
+    lost = made()
+    loss = [loss_of(weight[7:8], v[7:8], x, q) for v in (kept, alone, lost)]
+    assert loss[0] == loss[1] < loss[2] / 8
+    others = torch.arange(N) != 7
+    assert torch.equal(kept[others], lost[others])
