@@ -166,6 +166,22 @@ def test_white_inputs_without_noise_leave_the_weight_alone() -> None:
     assert torch.equal(value_of(codes, mask), value_of(plain, mask))
 
 
+def test_harm_is_what_the_objective_has_above_its_least() -> None:
+    x, site = tokens()
+    q = quantized_tokens(x, site)
+    weight, mask, t, _ = a_weight()
+    factors = factorize(moments_of(x, site))
+    assert factors
+    v = value_of(quantize_weight(weight, t, nearest_scale_codes(weight, t)), mask)
+    best = weight.double() @ factors.transfer
+    found = compensate._harm(v, weight, factors)
+    for row in range(N):
+        one = slice(row, row + 1)
+        above = loss_of(weight[one], v[one], x, q) - loss_of(weight[one], best[one], x, q)
+        # Moments are summed in fp32, and the objective is a difference of larger sums.
+        assert found[row].item() == pytest.approx(above, rel=1e-3)
+
+
 def test_a_clipped_outlier_does_not_take_its_row_along(monkeypatch: pytest.MonkeyPatch) -> None:
     """F sees no use in the large weight of a busy channel; the output error does."""
     g = torch.Generator().manual_seed(0)
