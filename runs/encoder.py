@@ -56,7 +56,7 @@ def sentences() -> list[str]:
     lines = []
     for document in docstrings(standard_library()):
         lines += [line.strip() for line in document.split("\n\n") if len(line) > 60][:4]
-    return list(dict.fromkeys(lines))
+    return lines
 
 
 def embed(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
@@ -85,9 +85,12 @@ def drift(model: nn.Module, reference: Tensor, samples: Sequence[dict[str, Tenso
 def parts(lines: Sequence[str], evaluated: int, seeds: int, samples: int) -> list[list[str]]:
     """Of ``lines``, spread over all: first what is evaluated, then what each seed calibrates on.
 
+    A line that is there twice counts once, and an empty one not at all.
+
     Raises:
         InputError: too few lines.
     """
+    lines = [line for line in dict.fromkeys(lines) if line.strip()]
     wanted = evaluated + seeds * samples
     if len(lines) < wanted:
         raise InputError(

@@ -23,6 +23,7 @@ def test_mixing_keeps_embeddings_in_place(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_calibrations_share_no_sentence_with_each_other_or_the_evaluation() -> None:
     lines = [f"sentence {i}" for i in range(20)]
+    lines += ["", *lines]
     parts = encoder.parts(lines, evaluated=5, seeds=3, samples=4)
     assert [len(part) for part in parts] == [5, 4, 4, 4]
     assert len({line for part in parts for line in part}) == 17
