@@ -1,12 +1,12 @@
-"""Tokens a second of a Llama with random weights: packed against Transformers in bf16.
+"""Tokens per second of a Llama with random weights: packed against Transformers in bf16.
 
     python benchmarks/generate.py [--json] [--layers L] [--hidden H] [--ffn F] [--fp8 SHARE]
                                   [--tokens T] [--repeats R] [--save DIR]
 
 The default is TinyLlama's shape, 1.1 billion parameters, 0.97 of them in packed linears. Both
 models decode greedily from the same prompt with a KV cache, in turn. Head and embedding stay in
-bf16 in both. ``model_bytes`` is what a model's tensors hold. With --save, the packed model is
-written as a checkpoint and nothing is timed: something large for benchmarks/memory.py to load.
+bf16 in both. ``model_bytes`` is the size of a model's tensors. With --save, the packed model is
+written as a checkpoint and nothing is timed: a large one for benchmarks/memory.py.
 """
 
 import argparse
@@ -29,9 +29,12 @@ from fgmp.pack.checkpoint import CheckpointConfig, SiteConfig
 SITES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Linears of a Llama layer that read the same activation."""
 
+QUANTIZER = ("difference", "max")
+"""Rule and scales of the activation quantizer: the paper's."""
+
 
 def original(args: argparse.Namespace) -> LlamaForCausalLM:
-    """The model in bf16."""
+    """Llama with random weights, bf16."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=args.hidden,
@@ -46,9 +49,14 @@ def original(args: argparse.Namespace) -> LlamaForCausalLM:
 
 
 def pack(model: LlamaForCausalLM, share: float) -> None:
-    """Random planes in place of the linears of the layers."""
+    """Replace the linears of the layers by random planes, in place.
+
+    Args:
+        model: the Llama.
+        share: probability of an FP8 block.
+    """
     linears = quantizable(model)
-    groups = {}
+    groups: dict[str, list[str]] = {}
     for name in linears:
         parent, _, leaf = name.rpartition(".")
         site = next(members for members in SITES if leaf in members)
@@ -61,19 +69,20 @@ def pack(model: LlamaForCausalLM, share: float) -> None:
     for owner in groups:
         k = linears[owner].in_features
         sensitivity = torch.full((k,), 0x38, dtype=torch.uint8)
-        records[owner] = Site(multiplier(8.0), sensitivity, 1.0, 2**44)
+        records[owner] = Site(multiplier(8.0), sensitivity, 1.0, 2**44, *QUANTIZER)
     install(model, weights, records, groups)
-    sites = {owner: SiteConfig(names, "difference", 0.5) for owner, names in groups.items()}
+    rule, scales = QUANTIZER
+    sites = {owner: SiteConfig(names, rule, 0.5, scales) for owner, names in groups.items()}
     setattr(model, CONFIG_ATTRIBUTE, CheckpointConfig(sites=sites))
 
 
-def held(model: nn.Module) -> int:
+def model_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers."""
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
 def decode(model: LlamaForCausalLM, tokens: int) -> float:
-    """Tokens a second after the prompt."""
+    """Decode and return tokens per second after the prompt."""
     prompt = torch.arange(1, 17)[None]
     with torch.no_grad():
         first = model(prompt, use_cache=True)
@@ -83,6 +92,27 @@ def decode(model: LlamaForCausalLM, tokens: int) -> float:
             out = model(token, past_key_values=cache, use_cache=True)
             cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
         return tokens / (time.perf_counter() - start)
+
+
+def measure(models: dict[str, LlamaForCausalLM], tokens: int, repeats: int) -> list[dict[str, Any]]:
+    """Let models decode in turn; medians over the repeats, also of ratios within a turn."""
+    for model in models.values():
+        decode(model, 2)
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(repeats):
+        for name, model in models.items():
+            rates[name].append(decode(model, tokens))
+    return [
+        {
+            "name": name,
+            "tokens_per_second": statistics.median(rates[name]),
+            "over_bf16": statistics.median(
+                a / b for a, b in zip(rates[name], rates["bf16"], strict=True)
+            ),
+            "model_bytes": model_bytes(model),
+        }
+        for name, model in models.items()
+    ]
 
 
 def main() -> None:
@@ -102,25 +132,7 @@ def main() -> None:
     if args.save:
         save(packed, args.save)
         return
-    bf16 = original(args)
-    models = {"packed": packed, "bf16": bf16}
-    for model in models.values():
-        decode(model, 2)
-    rates: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(args.repeats):
-        for name, model in models.items():
-            rates[name].append(decode(model, args.tokens))
-    rows: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "tokens_per_second": statistics.median(rates[name]),
-            "over_bf16": statistics.median(
-                a / b for a, b in zip(rates[name], rates["bf16"], strict=True)
-            ),
-            "model_bytes": held(model),
-        }
-        for name, model in models.items()
-    ]
+    rows = measure({"packed": packed, "bf16": original(args)}, args.tokens, args.repeats)
     facts = {
         **machine(),
         "layers": args.layers,

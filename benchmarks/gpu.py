@@ -1,11 +1,11 @@
-"""The GPU kernels against cuBLAS and the memory: one command, one table.
+"""GPU kernels against cuBLAS and against the memory bandwidth.
 
     python benchmarks/gpu.py [--json] [--repeats R] [--shape N K]...
 
 Every case is captured in a CUDA graph of several calls, each on its own copy of weights and
-activations, so many that together they exceed the L2 cache four times: nothing is found there.
-Graphs of all cases of a shape are replayed in turn, R times; a row is the median of its replays
-over calls. In the same turns run
+activations. The copies together exceed the L2 cache four times, so operands are always cold. Graphs
+of all cases of a shape are replayed in turn, R times; a row is the median of its replays, per call.
+In the same turns run
 
     bf16    torch's linear in bf16, by cuBLAS
     fp8     ``torch._scaled_mm`` with E4M3 operands and one scale each, 16 rows at least
@@ -13,7 +13,8 @@ over calls. In the same turns run
 
 Rows: ``decode`` for batches of 1 to 16, ``prefill`` for 512 and 2048, both the packed linear
 alone at 0, 10 and 30% FP8 blocks; ``quantize`` the fake quantizer on the same activations.
-``copy_share`` is the bytes that a call must read and write over its time, over copy_gbps.
+``copy_share`` is the rate at which a call moves the bytes that it must read and write, over
+copy_gbps.
 """
 
 import argparse
@@ -36,12 +37,19 @@ SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096)]
 SHARES = [0.0, 0.1, 0.3]
 BATCHES = [1, 4, 8, 16, 512, 2048]
 FP8_ROWS = 16
-"""``_scaled_mm`` takes a first dimension of at least this, and of multiples of it."""
+"""``_scaled_mm`` needs a first dimension that is a multiple of this."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: what is called, on how many bytes."""
+    """One row of the table.
+
+    Attributes:
+        facts: what identifies it.
+        nbytes: bytes that a call must read and write.
+        call: one call, on the operands of this number.
+        copies: sets of operands.
+    """
 
     facts: dict[str, Any]
     nbytes: int
@@ -50,7 +58,7 @@ class Case:
 
 
 def random_planes(n: int, k: int, share: float, generator: torch.Generator) -> list[Tensor | None]:
-    """Planes of random codes, made on the GPU: what their values are costs no time."""
+    """Planes of random codes on the GPU; kernels take as long for any values."""
     groups = k // BLOCK
 
     def random_bytes(*shape: int, high: int = 256) -> Tensor:
@@ -67,17 +75,18 @@ def random_planes(n: int, k: int, share: float, generator: torch.Generator) -> l
 
 
 def copies_of(nbytes: int) -> int:
-    """Sets of operands that exceed the L2 cache four times, at least two."""
+    """How many sets of operands exceed the L2 cache four times, at least two."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return max(2, -(-4 * cache // nbytes))
 
 
 def size(tensors: list[Tensor | None]) -> int:
+    """Bytes of the tensors."""
     return sum(t.nbytes for t in tensors if t is not None)
 
 
 def linear_cases(n: int, k: int, batch: int, generator: torch.Generator) -> list[Case]:
-    """The packed linear at every share of FP8 blocks, and what it is compared with."""
+    """The packed linear at every share of FP8 blocks, and torch's in bf16 and FP8."""
     kind = "decode" if batch <= 16 else "prefill"
     facts = {"shape": [n, k], "batch": batch}
     moved = 2 * batch * (n + k)
@@ -118,7 +127,7 @@ def linear_cases(n: int, k: int, batch: int, generator: torch.Generator) -> list
 
 
 def quantizer_cases(k: int, batch: int, generator: torch.Generator) -> list[Case]:
-    """The fake quantizer with the paper's rule, and with the dearest."""
+    """The fake quantizer with the paper's rule, and with the slowest."""
     nbytes = batch * (4 * k + k // BLOCK)
     copies = min(copies_of(nbytes), 256)
     xs = torch.randn(copies, batch, k, device="cuda", generator=generator).bfloat16()
@@ -136,13 +145,14 @@ def quantizer_cases(k: int, batch: int, generator: torch.Generator) -> list[Case
 
 
 def copy_case() -> Case:
+    """A device-to-device copy of 1 GB."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return Case({"kind": "copy"}, 2 * source.nbytes, lambda _: target.copy_(source), 1)
 
 
 def captured(case: Case) -> torch.cuda.CUDAGraph:
-    """A graph of one call on each set of operands; compiled and warmed before."""
+    """CUDA graph of one call on each set of operands, compiled and warmed up."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -156,34 +166,34 @@ def captured(case: Case) -> torch.cuda.CUDAGraph:
 
 
 def medians(cases: list[Case], repeats: int) -> list[float]:
-    """Microseconds a call, the cases in turn in every repeat."""
+    """Microseconds per call, with the cases in turn in every repeat."""
     graphs = [captured(case) for case in cases]
     times: list[list[float]] = [[] for _ in cases]
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for repeat in range(repeats + 1):
-        for case, graph, seen in zip(cases, graphs, times, strict=True):
+        for case, graph, microseconds in zip(cases, graphs, times, strict=True):
             start.record()
             graph.replay()
             end.record()
             end.synchronize()
             if repeat:  # the first turn warms up
-                seen.append(start.elapsed_time(end) * 1e3 / case.copies)
-    return [statistics.median(seen) for seen in times]
+                microseconds.append(start.elapsed_time(end) * 1e3 / case.copies)
+    return [statistics.median(microseconds) for microseconds in times]
 
 
 def rows_of(cases: list[Case], repeats: int) -> list[dict[str, Any]]:
-    """Cases that are compared with each other, timed in the same turns."""
+    """Time cases that are compared with each other in the same turns."""
     copy = copy_case()
     us = medians([*cases, copy], repeats)
     copy_gbps = copy.nbytes / us[-1] / 1e3
-    known = {case.facts["kind"]: t for case, t in zip(cases, us, strict=False)}
+    by_kind = {case.facts["kind"]: t for case, t in zip(cases, us, strict=False)}
     rows = []
     for case, t in zip(cases, us, strict=False):
         row = {**case.facts, "us": t, "copy_gbps": copy_gbps}
         row["copy_share"] = case.nbytes / t / 1e3 / copy_gbps
         if case.facts["kind"] in ("decode", "prefill"):
-            row["over_bf16"] = known["bf16"] / t
-            row["over_fp8"] = known["fp8"] / t
+            row["over_bf16"] = by_kind["bf16"] / t
+            row["over_fp8"] = by_kind["fp8"] / t
         rows.append(row)
     return rows
 

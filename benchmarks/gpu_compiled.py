@@ -1,12 +1,11 @@
-"""What the GPU kernels compile to, counted without a GPU.
+"""Registers and instructions of the GPU kernels, counted without a GPU.
 
     python benchmarks/gpu_compiled.py [--capability 80|90|100|120] [--json] [--ptx]
 
-Calls the launch functions on CPU tensors with a driver that only names its target, so that
-everything they launch is specialized and compiled as it would be, and prints a row a kernel:
-registers a thread, bytes spilled, and instructions of its main loop for each value that a thread
-handles there. A kernel of few instructions a value can wait for memory instead of holding it up.
-``--ptx`` adds the PTX to the JSON, for the tests.
+Calls the launch functions on CPU tensors with a driver that only names its target. What they launch
+is specialized and compiled as on a GPU. Prints for each kernel the registers per thread, bytes
+spilled, and instructions of its main loop per value that a thread handles there. A kernel with few
+instructions per value is limited by memory. ``--ptx`` adds the PTX to the JSON, for the tests.
 """
 
 import argparse
@@ -31,7 +30,7 @@ K = 1024
 
 
 class Target:
-    """As much of a driver as compiling asks for."""
+    """The part of a driver that compiling needs."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -47,7 +46,7 @@ class Target:
 
 
 def tool(name: str, option: str, cubin: bytes) -> str:
-    """Output of one of the CUDA tools that come with Triton."""
+    """Output of a CUDA tool that comes with Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -56,7 +55,7 @@ def tool(name: str, option: str, cubin: bytes) -> str:
 
 
 def longest_loop(cubin: bytes) -> int:
-    """Instructions between a label and the last branch back to it, of the longest such loop."""
+    """Instructions of the longest loop, from a label to the last branch back to it."""
     labels: dict[str, int] = {}
     instructions = longest = 0
     for line in tool("nvdisasm", "-c", cubin).splitlines():
@@ -71,7 +70,7 @@ def longest_loop(cubin: bytes) -> int:
 
 
 def compiled_rows(capability: int) -> list[dict[str, Any]]:
-    """One row for each kernel that the launch functions launch, and each specialization."""
+    """One row per kernel that the launch functions launch, and per specialization."""
     rows: list[dict[str, Any]] = []
 
     def compile_only(kernel: Any, grid: Any, on: Tensor, **arguments: Any) -> None:
@@ -109,6 +108,7 @@ def compiled_rows(capability: int) -> list[dict[str, Any]]:
 
 
 def launch_quantizers() -> None:
+    """Launch the quantizers under every rule."""
     site = torch.tensor(3.5), torch.full((K,), 56, dtype=torch.uint8), torch.tensor(2**40)
     for rule, scales in RULES:
         for rows in (1, 100) if rule == "difference" else (100,):
@@ -118,6 +118,7 @@ def launch_quantizers() -> None:
 
 
 def launch_linears() -> None:
+    """Launch the packed linear on weights of every mode."""
     for n in (64, 8192):
         weight = torch.randn(n, K, generator=torch.Generator().manual_seed(0))
         codes = quantize_weight(weight, tensor_scale(weight.abs().max().item()))
@@ -141,17 +142,17 @@ def main() -> None:
         raise SystemExit("benchmarks/gpu_compiled.py compiles: unset TRITON_INTERPRET.")
     rows = compiled_rows(args.capability)
     if args.json or args.ptx:
-        kept = rows if args.ptx else [{k: v for k, v in r.items() if k != "ptx"} for r in rows]
-        print(
-            json.dumps({"capability": args.capability, "triton": triton.__version__, "rows": kept})
-        )
+        if not args.ptx:
+            rows = [{k: v for k, v in row.items() if k != "ptx"} for row in rows]
+        facts = {"capability": args.capability, "triton": triton.__version__, "rows": rows}
+        print(json.dumps(facts))
         return
     for row in rows:
         tile = " ".join(f"{name.lower()} {value}" for name, value in row["tile"].items())
         cost = row["instructions_per_value"]
         print(
             f"{row['kernel']:<14}{row['variant']:<12}{tile:<30}{row['registers']:>4} registers"
-            f"{row['stack']:>4} spilled {'' if cost is None else f'{cost:8.2f} a value'}"
+            f"{row['stack']:>4} spilled {'' if cost is None else f'{cost:8.2f} per value'}"
         )
 
 

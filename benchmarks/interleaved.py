@@ -1,8 +1,8 @@
-"""What the CPU benchmarks share: cases that take turns, cold operands, what machine it was.
+"""Shared by the CPU benchmarks: cases in turn, cold operands, facts about the machine.
 
-Machines are noisy and remember what ran last. So every repetition calls all cases once, in an
-order drawn anew, each on the next of several copies of its operands that together exceed the
-caches; a case's figure is the median of its repetitions.
+Timings are noisy and depend on what ran last. So every repetition calls all cases once, in random
+order, each on the next of several copies of its operands; the copies together exceed the caches. A
+case's figure is the median of its repetitions.
 """
 
 import datetime
@@ -23,11 +23,11 @@ Case = Callable[[int], object]
 """Called with the number of the repetition."""
 
 COLD_BYTES = 160 << 20
-"""Copies of an operand are as many as this has room for: several times the last cache."""
+"""Total size of the copies of an operand: several times the last-level cache."""
 
 
 def medians(cases: dict[str, Case], repeats: int) -> dict[str, float]:
-    """Seconds of each case; one round more is run before and not counted."""
+    """Median seconds of each case; a first round warms up and does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     generator = random.Random(0)
     for turn in range(repeats + 1):
@@ -41,7 +41,7 @@ def medians(cases: dict[str, Case], repeats: int) -> dict[str, float]:
 
 
 def copies(nbytes: int) -> int:
-    """How many copies of an operand of ``nbytes`` are cold when taken in turn."""
+    """Number of copies of an operand of ``nbytes`` that are cold when used in turn."""
     return max(3, -(-COLD_BYTES // nbytes))
 
 
@@ -65,13 +65,13 @@ def random_weight(n: int, k: int, share: float, seed: int) -> PackedWeight:
 
 
 def reading(nbytes: int) -> Case:
-    """Add up ``nbytes`` of fp32 numbers that no cache holds: what reading costs at least."""
+    """Case that sums ``nbytes`` of cold fp32 numbers: a lower bound of reading them."""
     buffers = [torch.ones(nbytes // 4) for _ in range(copies(nbytes))]
     return lambda turn: buffers[turn % len(buffers)].sum()
 
 
 def machine() -> dict[str, Any]:
-    """The processor, the versions, the day."""
+    """Processor, version of torch and date."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
     model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
     return {

@@ -3,11 +3,11 @@
     python benchmarks/linear.py [--json] [--threads 1 2] [--repeats R] [--shapes NxK ...]
                                 [--batches M ...] [--sets SET ...]
 
-A row is one shape, batch, thread count, share of FP8 blocks and instruction set: ``us`` of the
-packed linear with bf16 units and a bf16 result; how many times faster it is than torch's linear
-in bf16 and fp32, and what share of the measured read bandwidth its planes come in at. The widest
-instruction set is timed through the operator, as models call it, the others by their kernels.
-``read_gbps`` is the median over all rounds of summing a buffer of a packed weight's size.
+A row is one shape, batch, thread count, share of FP8 blocks and instruction set. It gives ``us`` of
+the packed linear with bf16 units and a bf16 result, how many times faster it is than torch's linear
+in bf16 and fp32, and the rate at which its planes are read, as a share of the read bandwidth. The
+widest instruction set is timed through the operator, as models call it, the others by their
+kernels. ``read_gbps`` is the median over all rounds of summing a buffer of a packed weight's size.
 """
 
 import argparse
@@ -29,11 +29,11 @@ SHARES = (0.0, 0.1, 0.3)
 
 
 def packed_case(weights: list[PackedWeight], x: torch.Tensor, instruction_set: str) -> Case:
-    """One packed linear a turn, each on the next weight."""
+    """Case of one packed linear per turn, each on the next weight."""
     planes = [tuple(getattr(w, name) for name in PLANES) for w in weights]
-    best = kernels()
-    assert best is not None
-    if instruction_set == best.instruction_set:
+    widest = kernels()
+    assert widest is not None
+    if instruction_set == widest.instruction_set:
         r, t = torch.tensor(1.0), weights[0].t
         return lambda i: ops.packed_linear(x, *planes[i % len(planes)], r, t, None, x.dtype)
     run = Kernels(instruction_set=instruction_set)
@@ -43,7 +43,7 @@ def packed_case(weights: list[PackedWeight], x: torch.Tensor, instruction_set: s
 def measure(
     n: int, k: int, batch: int, threads: int, sets: list[str], repeats: int
 ) -> tuple[float, list[dict[str, Any]]]:
-    """Bandwidth in GB/s and the rows of one shape and batch."""
+    """Read bandwidth in GB/s, and the rows of one shape and batch."""
     torch.set_num_threads(threads)
     x = torch.randn(batch, k, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     wide = x.float()
@@ -88,10 +88,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 512])
     parser.add_argument("--sets", nargs="+", choices=INSTRUCTION_SETS)
     args = parser.parse_args()
-    best = kernels()
-    if best is None:
+    widest = kernels()
+    if widest is None:
         sys.exit("the C++ kernels are not compiled here: install a C++ compiler, reinstall fgmp")
-    supported = list(INSTRUCTION_SETS[: INSTRUCTION_SETS.index(best.instruction_set) + 1])
+    supported = list(INSTRUCTION_SETS[: INSTRUCTION_SETS.index(widest.instruction_set) + 1])
     sets = args.sets or [name for name in supported if name != "portable"] or supported
 
     bandwidths, rows = [], []
@@ -100,18 +100,18 @@ def main() -> None:
             n, k = map(int, shape.split("x"))
             for batch in args.batches:
                 repeats = args.repeats if batch < 100 else max(3, args.repeats // 5)
-                gbps, found = measure(n, k, batch, threads, sets, repeats)
+                gbps, measured = measure(n, k, batch, threads, sets, repeats)
                 bandwidths.append(gbps)
-                rows += found
+                rows += measured
                 if not args.json:
-                    show(gbps, found)
+                    show(gbps, measured)
     facts = {**machine(), "read_gbps": statistics.median(bandwidths), "rows": rows}
     if args.json:
         print(json.dumps(facts, indent=1))
 
 
 def show(gbps: float, rows: list[dict[str, Any]]) -> None:
-    """Rows of one shape and batch as text."""
+    """Print the rows of one shape and batch."""
     first = rows[0]
     print(f"{first['shape']} batch {first['batch']}, {first['threads']} threads, {gbps:.1f} GB/s")
     for row in rows:

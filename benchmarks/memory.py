@@ -1,11 +1,10 @@
-"""What a loaded checkpoint takes of the machine's memory, against what it holds.
+"""Memory of a process that loads a checkpoint, against the size of its tensors.
 
     python benchmarks/memory.py CHECKPOINT [--json]
 
-``held_bytes`` is what its parameters and buffers have in them. ``loaded_bytes`` is how much the
-process grew by loading, ``used_bytes`` by loading and one forward pass, which touches every page:
-resident memory by the kernel's own count, after a first model of a few bytes has brought in the
-libraries.
+``held_bytes`` is the size of its parameters and buffers. ``loaded_bytes`` is how much the process
+grew by loading, ``used_bytes`` by loading and one forward pass, which touches every page. Both are
+resident memory by the kernel's count. A tiny model runs first, so that libraries do not count.
 """
 
 import argparse
@@ -21,6 +20,7 @@ import fgmp
 
 
 def resident() -> int:
+    """Resident bytes of this process."""
     gc.collect()
     return psutil.Process().memory_info().rss
 

@@ -1,16 +1,23 @@
-"""The activation quantizer against PyTorch's own ways of doing it, and against a peer.
+"""The activation quantizer against plain PyTorch, torch.compile and compressed-tensors.
 
     python benchmarks/quantizer.py [--json] [--tokens M] [--columns K] [--threads T] [--repeats R]
 
-Rows: the operator under every rule and choice of scales; the definition in eager PyTorch
-(``formats.activation.quantize``), its faster eager twin that the operator falls back on without a
-compiler (``fake_quantize``) and that twin under torch.compile; and compressed-tensors' NVFP4
-fake quantization, which has no FP8, no decision and no search. ``over`` is a row's time over the
-operator's under the same rule and scales, the peer's over ``difference`` and ``max``.
+Rows:
+
+* the operator under several rules and choices of scales;
+* the definition in eager PyTorch (``formats.activation.quantize``);
+* the faster eager version, to which the operator falls back without a compiler (``fake_quantize``),
+  and the same under torch.compile;
+* compressed-tensors' NVFP4 fake quantization, which has no FP8, no decision and no search.
+
+``over`` is a row's time over the operator's under the same rule and scales. compressed-tensors is
+compared with ``difference`` and ``max``.
 """
 
 import argparse
 import json
+from dataclasses import replace
+from typing import Any
 
 import torch
 from interleaved import Case, machine, medians
@@ -27,16 +34,16 @@ CHOICES = [
 
 
 def site(x: torch.Tensor, rule: str, scales: str) -> Site:
-    """A record under which 30% of the blocks of ``x`` are FP8."""
+    """Constants of a site under which 30% of the blocks of ``x`` are FP8."""
     g = torch.Generator().manual_seed(1)
     sensitivity = torch.randint(1, 0x7F, (x.shape[1],), dtype=torch.uint8, generator=g)
-    record = Site(multiplier(x.abs().max().item()), sensitivity, 1.0, 0, rule, scales)
-    scores = quantize(x[:8], record).score.flatten().sort().values
-    return Site(record.r, sensitivity, 1.0, int(scores[len(scores) * 7 // 10]), rule, scales)
+    constants = Site(multiplier(x.abs().max().item()), sensitivity, 1.0, 0, rule, scales)
+    scores = quantize(x[:8], constants).score.flatten().sort().values
+    return replace(constants, threshold=int(scores[len(scores) * 7 // 10]))
 
 
 def peer(x: torch.Tensor) -> Case:
-    """compressed-tensors' NVFP4 fake quantization of an activation."""
+    """Case of compressed-tensors' NVFP4 fake quantization of an activation."""
     from compressed_tensors.quantization import QuantizationScheme, fake_quantize
     from compressed_tensors.quantization.quant_scheme import NVFP4
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
@@ -53,6 +60,37 @@ def peer(x: torch.Tensor) -> Case:
     return run
 
 
+def cases_of(x: torch.Tensor) -> dict[str, Case]:
+    """All rows: a name and what is called."""
+    compiled = torch.compile(fake_quantize)
+    cases: dict[str, Case] = {}
+    for rule, scales in CHOICES:
+        constants = site(x, rule, scales)
+        r, threshold = torch.tensor(constants.r), torch.tensor(constants.threshold)
+        arguments = (x, r, constants.sensitivity, threshold, rule, scales)
+        name = f"{rule}, {scales}"
+        cases[f"operator, {name}"] = lambda _, a=arguments: ops.fake_quantize_activation(*a)
+        cases[f"eager fake_quantize, {name}"] = lambda _, s=constants: fake_quantize(x, s)
+        if (rule, scales) == CHOICES[0]:
+            cases[f"eager definition, {name}"] = lambda _, s=constants: quantize(x, s)
+            cases[f"torch.compile, {name}"] = lambda _, s=constants: compiled(x, s)
+    cases["compressed-tensors NVFP4"] = peer(x)
+    return cases
+
+
+def rows_of(seconds: dict[str, float]) -> list[dict[str, Any]]:
+    """Time of every case, and over the operator's under the same rule and scales."""
+
+    def operator_seconds(name: str) -> float:
+        rule = name.split(", ", 1)[1] if ", " in name else "difference, max"
+        return seconds[f"operator, {rule}"]
+
+    return [
+        {"name": name, "ms": value * 1e3, "over": value / operator_seconds(name)}
+        for name, value in seconds.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true")
@@ -64,37 +102,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(args.tokens, args.columns, generator=g).to(torch.bfloat16)
-
-    compiled = torch.compile(fake_quantize)
-    cases: dict[str, Case] = {}
-    for rule, scales in CHOICES:
-        record = site(x, rule, scales)
-        r, threshold = torch.tensor(record.r), torch.tensor(record.threshold)
-        arguments = (x, r, record.sensitivity, threshold, rule, scales)
-        name = f"{rule}, {scales}"
-        cases[f"operator, {name}"] = lambda _, a=arguments: ops.fake_quantize_activation(*a)
-        cases[f"eager fake_quantize, {name}"] = lambda _, s=record: fake_quantize(x, s)
-        if (rule, scales) == CHOICES[0]:
-            cases[f"eager definition, {name}"] = lambda _, s=record: quantize(x, s)
-            cases[f"torch.compile, {name}"] = lambda _, s=record: compiled(x, s)
-    cases["compressed-tensors NVFP4"] = peer(x)
-    seconds = medians(cases, args.repeats)
-
-    def own(name: str) -> float:
-        rule = name.split(", ", 1)[1] if ", " in name else "difference, max"
-        return seconds[f"operator, {rule}"]
-
-    rows = [
-        {"name": name, "ms": value * 1e3, "over": value / own(name)}
-        for name, value in seconds.items()
-    ]
+    rows = rows_of(medians(cases_of(x), args.repeats))
     shape = f"{args.tokens}x{args.columns}"
     if args.json:
-        print(
-            json.dumps(
-                {**machine(), "shape": shape, "threads": args.threads, "rows": rows}, indent=1
-            )
-        )
+        facts = {**machine(), "shape": shape, "threads": args.threads, "rows": rows}
+        print(json.dumps(facts, indent=1))
         return
     print(f"{shape}, {args.threads} threads")
     for row in rows:

@@ -1,36 +1,31 @@
-"""What a user would choose instead: rules of other toolkits, on our formats and our sites.
+"""Baselines: published rules of other toolkits, on this package's formats and activation sites.
 
-Each function takes a setting of ``runs/accuracy.py`` and returns a packed model, so that bits are
-counted from bytes like everyone's. The rules are published ones, implemented anew:
+Each function takes a setting and returns a packed model, so bits are counted from bytes as for
+every row. The rules are implemented anew:
 
 four_over_six   NVFP4 whose blocks put their largest value at 6 or at 4, whichever has the smaller
                 squared error, weights and activations; tensor scales leave room for the factor 1.5
                 (arXiv 2512.02010)
 gptq            NVFP4 with error compensation (arXiv 2210.17323) and MSE scales, layer after layer
-                on the second moments of inputs that the quantized layers before make; activations
-                rounded to nearest
-autoquantize    one format a layer: Model Optimizer's rule, score = sum (gradient of the layer's
-                output times its error)^2, linears that read one tensor together, solved exactly
-                under a budget of weight bits
-by_channel      outlier channels in FP8: whole blocks of 16 channels, sorted by what FP8 saves there
+                on the second moments of inputs that the quantized layers before return;
+                activations rounded to nearest
+autoquantize    one format per layer, as Model Optimizer chooses it: score = sum (gradient of the
+                layer's output times its error)^2, linears that read one tensor together, solved
+                exactly under a budget of weight bits
+by_channel      outlier channels in FP8: whole blocks of 16 channels, sorted by the error that FP8
+                avoids there
 """
 
-from __future__ import annotations
-
-import json
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from setting import ROUND_TO_NEAREST, Setting
 from torch import Tensor, nn
 
-from fgmp import Recipe
-from fgmp.assign.clip import error
 from fgmp.assign.compensate import compensated, factorize
+from fgmp.assign.scale_search import error
 from fgmp.assign.weights import group_scale
 from fgmp.formats.activation import Site, fake_quantize, multiplier
 from fgmp.formats.codec import decode_e4m3, encode_e4m3, from_blocks, round_e2m1, to_blocks
@@ -48,29 +43,37 @@ from fgmp.formats.spec import (
 )
 from fgmp.formats.weight import WeightCodes, quantize_weight
 from fgmp.model.convert import install
-from fgmp.model.linear import ActivationSite, mixed_linears, sites
+from fgmp.model.linear import mixed_linears, sites
+from fgmp.model.losses import causal_lm_loss
+from fgmp.model.observe import differentiable_inputs, frozen, observed_inputs, run_all
 from fgmp.model.select import linearize
 from fgmp.model.store import config_of
-from fgmp.pack.planes import PackedWeight, pack, packed_bytes
-from fgmp.sensitivity.fisher import causal_lm_loss, frozen
+from fgmp.pack.planes import PackedWeight, pack
+from fgmp.quantization.sequential import pack_in_turn
 from fgmp.sensitivity.moments import Moments
-from fgmp.sequential import pack_in_turn
-
-if TYPE_CHECKING:
-    from accuracy import Setting
 
 GPTQ_DAMPING = 0.01
+"""The default of GPTQ's authors."""
+
 SCORED_SEQUENCES = 128
-"""What Model Optimizer scores layers on by default."""
+"""Sequences on which Model Optimizer scores layers by default."""
 
 
 class Parts:
-    """The original's weights, the sites, and what calibration learnt, ready to recombine."""
+    """Weights of the original and constants of the sites, to be combined into a packed model.
+
+    Attributes:
+        linears_of: names of the linears that read a site's tensor, by the site's owner.
+        sites: constants of the sites.
+        model: the original, linearized.
+        linears, weights: linears to quantize and their weights (N, K), by name.
+        scale: tensor scales by linear.
+    """
 
     def __init__(self, setting: Setting) -> None:
         base = setting.base
         self.linears_of = {owner: s.linears for owner, s in config_of(base).sites.items()}
-        self.records = {owner: site.record for owner, site in sites(base).items()}
+        self.sites = {owner: site.record for owner, site in sites(base).items()}
         self.model = setting.load()
         linearize(self.model)
         self.linears = {n: self.model.get_submodule(n) for n in mixed_linears(base)}
@@ -81,85 +84,94 @@ class Parts:
             for name in names
         }
 
-    def with_threshold(self, threshold: dict[str, int]) -> dict[str, Site]:
-        """Records that decide alike for every block of a site."""
-        return {o: replace(r, threshold=threshold[o]) for o, r in self.records.items()}
+    def nearest_codes(self) -> dict[str, WeightCodes]:
+        """Codes of all weights under scales rounded to nearest, by linear."""
+        return {n: quantize_weight(w, self.scale[n]) for n, w in self.weights.items()}
+
+    def with_thresholds(self, thresholds: dict[str, int]) -> dict[str, Site]:
+        """Constants of the sites with these thresholds, by owner."""
+        return {o: replace(s, threshold=thresholds[o]) for o, s in self.sites.items()}
 
     def install(
-        self, codes: dict[str, WeightCodes], is_fp8: dict[str, Tensor], records: dict[str, Site]
+        self, codes: dict[str, WeightCodes], is_fp8: dict[str, Tensor], sites: dict[str, Site]
     ) -> nn.Module:
-        """The packed model."""
+        """Pack the weights and put them into the model."""
         packed = {name: pack(codes[name], is_fp8[name]) for name in codes}
-        install(self.model, packed, records, self.linears_of)
+        install(self.model, packed, sites, self.linears_of)
         return self.model
 
 
-def at_bits(setting: Setting, bits: float) -> nn.Module:
-    """Our default with as many FP8 weight blocks as so many bits a weight hold, were every weight
-    to mix formats: every byte counted. The same share of its activation blocks is FP8."""
-    shapes = [(m.packed.n, m.packed.k) for m in mixed_linears(setting.base).values()]
-    blocks = sum(n * -(-k // BLOCK) for n, k in shapes)
-    more = packed_bytes(BLOCK, BLOCK, 2) - packed_bytes(BLOCK, BLOCK, 1)
-    none = sum(packed_bytes(n, k, 1) - more for n, k in shapes)
-    room = bits / 8 * sum(n * k for n, k in shapes) - none
-    return setting.quantized(fp4=1 - math.floor(room / more) / blocks)
+# Four Over Six.
+
+HEADROOM = E4M3.max / 256
+"""Four Over Six scales the largest value of a tensor to 6 * 256, so that the factor 1.5 fits."""
 
 
 def four_over_six(setting: Setting) -> nn.Module:
-    """NVFP4 with the better of two scales a block."""
+    """NVFP4 with the better of two scales per block."""
     parts = Parts(setting)
-    codes = {}
-    for name, weight in parts.weights.items():
-        t = parts.scale[name] * _ROOM
-        blocks = to_blocks(weight.float())
-        u = blocks / (FP8_FACTOR * torch.tensor(t))
-        at6, at4 = _two_scales(u.abs().amax(-1))
-        ones = torch.ones_like(blocks).flatten(0, 1).double()
-        errors = [error(blocks.flatten(0, 1), ones, s.flatten(), t) for s in (at6, at4)]
-        better = (errors[1] < errors[0]).view_as(at6)
-        codes[name] = quantize_weight(weight, t, torch.where(better, at4, at6))
-        flushed = (codes[name].fp4 & (E2M1.sign_bit - 1) == 0).all(-1)
-        codes[name].scale[flushed] = SCALE_MIN_CODE
-    none = {name: torch.zeros_like(c.scale, dtype=torch.bool) for name, c in codes.items()}
-    records = {
-        owner: replace(
-            r, r=multiplier(E4M3.max / r.r * _ROOM), threshold=THRESHOLD_ALL_FP4, scales="max"
-        )
-        for owner, r in parts.records.items()
+    codes = {
+        name: four_over_six_codes(weight, parts.scale[name] * HEADROOM)
+        for name, weight in parts.weights.items()
     }
-    model = parts.install(codes, none, records)
+    none = {name: torch.zeros_like(c.scale, dtype=torch.bool) for name, c in codes.items()}
+    constants = {
+        owner: replace(
+            site,
+            r=multiplier(E4M3.max / site.r * HEADROOM),
+            threshold=THRESHOLD_ALL_FP4,
+            scales="max",
+        )
+        for owner, site in parts.sites.items()
+    }
+    model = parts.install(codes, none, constants)
     for site in sites(model).values():
-        site.__class__ = _FourOverSixSite
+        site.quantizer = four_over_six_quantizer
     return model
 
 
-_ROOM = E4M3.max / 256
-"""Four Over Six scales a tensor's largest value to 6 * 256, so that the factor 1.5 fits."""
+def four_over_six_codes(weight: Tensor, t: float) -> WeightCodes:
+    """Codes of a weight (N, K) under the better of two scales per block."""
+    blocks = to_blocks(weight.float())
+    u = blocks / (FP8_FACTOR * torch.tensor(t))
+    at6, at4 = two_scales(u.abs().amax(-1))
+    ones = torch.ones_like(blocks).flatten(0, 1).double()
+    errors = [error(blocks.flatten(0, 1), ones, s.flatten(), t) for s in (at6, at4)]
+    better = (errors[1] < errors[0]).view_as(at6)
+    codes = quantize_weight(weight, t, torch.where(better, at4, at6))
+    flushed = (codes.fp4 & (E2M1.sign_bit - 1) == 0).all(-1)
+    codes.scale[flushed] = SCALE_MIN_CODE
+    return codes
 
 
-def _two_scales(largest: Tensor) -> tuple[Tensor, Tensor]:
-    codes = (encode_e4m3(largest), encode_e4m3(largest * (6 / 4)))
-    return tuple(c.clamp(SCALE_MIN_CODE, SCALE_MAX_CODE) for c in codes)  # type: ignore[return-value]
+def four_over_six_quantizer(x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+    """Online quantizer of :func:`four_over_six`; see ``ActivationSite.quantizer``."""
+    u = to_blocks(x.to(torch.bfloat16).float()) * site.r
+    candidates = []
+    for code in two_scales(u.abs().amax(-1)):
+        step = decode_e4m3(code).unsqueeze(-1)
+        candidates.append(round_e2m1(FP8_FACTOR * u / step) * step)
+    at6, at4 = ((q - FP8_FACTOR * u).square().sum(-1, keepdim=True) for q in candidates)
+    units = torch.where(at4 < at6, candidates[1], candidates[0])
+    is_fp8 = torch.zeros(units.shape[:-1], dtype=torch.bool, device=x.device)
+    return from_blocks(units, x.shape[-1]).bfloat16(), is_fp8
 
 
-class _FourOverSixSite(ActivationSite):
-    def _quantize(self, x: Tensor) -> Tensor:
-        u = to_blocks(x.to(torch.bfloat16).float()) * self.record.r
-        tried = []
-        for code in _two_scales(u.abs().amax(-1)):
-            step = decode_e4m3(code).unsqueeze(-1)
-            tried.append(round_e2m1(FP8_FACTOR * u / step) * step)
-        at6, at4 = ((q - FP8_FACTOR * u).square().sum(-1, keepdim=True) for q in tried)
-        self.counts[0] += at6.numel()
-        self.counts[1] += at6.numel()
-        better = torch.where(at4 < at6, tried[1], tried[0])
-        return from_blocks(better, x.shape[-1]).bfloat16()
+def two_scales(largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale codes that put the largest magnitudes (...) of blocks at 6 and at 4; uint8 (...)."""
+    at6, at4 = (
+        encode_e4m3(largest * factor).clamp(SCALE_MIN_CODE, SCALE_MAX_CODE) for factor in (1, 6 / 4)
+    )
+    return at6, at4
+
+
+# GPTQ.
 
 
 def gptq(setting: Setting) -> nn.Module:
     """NVFP4 weights by GPTQ with MSE scales; activations rounded to nearest."""
     parts = Parts(setting)
-    records = parts.with_threshold(dict.fromkeys(parts.records, THRESHOLD_ALL_FP4))
+    constants = parts.with_thresholds(dict.fromkeys(parts.sites, THRESHOLD_ALL_FP4))
 
     def pack_stage(
         groups: Iterable[list[str]], moments: dict[str, Moments]
@@ -167,173 +179,177 @@ def gptq(setting: Setting) -> nn.Module:
         packed = {}
         for names in groups:
             h = moments[names[0]].h
-            factors = factorize(Moments(h, h.clone()), GPTQ_DAMPING)  # its own inputs: from W on
+            # C = H: W* is W, since the layer compensates for no error of its input.
+            factors = factorize(Moments(h, h.clone()), GPTQ_DAMPING)
             for name in names:
                 w = parts.weights[name]
-                nothing = torch.zeros(len(w), -(-w.shape[1] // BLOCK), dtype=torch.bool)
-                ones = torch.ones_like(w)
-                codes = compensated(w, factors, nothing, parts.scale[name], ones)
-                packed[name] = pack(codes, nothing)
+                none = torch.zeros(len(w), -(-w.shape[1] // BLOCK), dtype=torch.bool)
+                codes = compensated(w, factors, none, parts.scale[name], torch.ones_like(w))
+                packed[name] = pack(codes, none)
         return packed
 
-    samples = setting.text.samples
     packed = pack_in_turn(
-        parts.model, parts.linears_of, records, samples, causal_lm_loss, pack_stage
+        parts.model, parts.linears_of, constants, setting.text.samples, causal_lm_loss, pack_stage
     )
-    install(parts.model, packed, records, parts.linears_of)
+    install(parts.model, packed, constants, parts.linears_of)
     return parts.model
 
 
-@torch.no_grad()
-def _watch(parts: Parts, hook: Any, samples: Tensor) -> None:
-    """Run the original; ``hook`` gets a site's owner, the module and its arguments."""
-    handles = [parts.linears[o].register_forward_pre_hook(partial(hook, o)) for o in parts.records]
-    for sample in samples:
-        causal_lm_loss(parts.model, sample)
-    for handle in handles:
-        handle.remove()
+# AutoQuantize.
 
 
 def autoquantize(setting: Setting, bits: float) -> nn.Module:
-    """One format a site, weights and activations, under a budget of bits a weight."""
+    """One format per site, weights and activations, under a budget of bits per weight."""
     parts = Parts(setting)
-    scores = setting.layer_scores
+    gains = {owner: s["fp4"] - s["fp8"] for owner, s in setting.once(layer_scores).items()}
     size = {o: sum(parts.weights[n].numel() for n in ns) for o, ns in parts.linears_of.items()}
     room = (bits - FP4_BITS) / (FP8_BITS - FP4_BITS) * sum(size.values())
-    # Every subset of sites in FP8 that no cheaper one beats: cost -> (gain, sites).
-    best: dict[int, tuple[float, frozenset[str]]] = {0: (0.0, frozenset())}
-    for owner, cost in size.items():
-        gain = scores[owner]["fp4"] - scores[owner]["fp8"]
-        for used, (sum_, chosen) in list(best.items()):
-            if used + cost <= room and sum_ + gain > best.get(used + cost, (-1.0, chosen))[0]:
-                best[used + cost] = (sum_ + gain, chosen | {owner})
-        frontier, reached = {}, -1.0
-        for used in sorted(best):
-            if best[used][0] > reached:
-                frontier[used], reached = best[used], best[used][0]
-        best = frontier
-    chosen = max(best.values())[1]
-    ends = {o: THRESHOLD_ALL_FP8 if o in chosen else THRESHOLD_ALL_FP4 for o in parts.records}
-    codes = {n: quantize_weight(w, parts.scale[n]) for n, w in parts.weights.items()}
+    chosen = best_subset(gains, size, room)
+    thresholds = {o: THRESHOLD_ALL_FP8 if o in chosen else THRESHOLD_ALL_FP4 for o in parts.sites}
+    codes = parts.nearest_codes()
     is_fp8 = {
         name: torch.full_like(codes[name].scale, owner in chosen).bool()
         for owner, names in parts.linears_of.items()
         for name in names
     }
-    return parts.install(codes, is_fp8, parts.with_threshold(ends))
+    return parts.install(codes, is_fp8, parts.with_thresholds(thresholds))
 
 
-def layer_scores(parts: Parts, samples: Tensor) -> dict[str, dict[str, float]]:
+def best_subset(gains: dict[str, float], size: dict[str, int], room: float) -> frozenset[str]:
+    """Names with the largest sum of gains whose sizes sum to at most ``room``; exact."""
+    # Subsets that no cheaper one beats, by size: (gain, names).
+    best: dict[int, tuple[float, frozenset[str]]] = {0: (0.0, frozenset())}
+    for name, cost in size.items():
+        for used, (gain, names) in list(best.items()):
+            total = gain + gains[name]
+            if used + cost <= room and total > best.get(used + cost, (-1.0, names))[0]:
+                best[used + cost] = (total, names | {name})
+        frontier, reached = {}, -1.0
+        for used in sorted(best):
+            if best[used][0] > reached:
+                frontier[used], reached = best[used], best[used][0]
+        best = frontier
+    return max(best.values())[1]
+
+
+def layer_scores(setting: Setting) -> dict[str, dict[str, float]]:
     """sum (dL/dY * (Y quantized - Y))^2 by site and format, over its linears and all tokens."""
-    samples = samples[:SCORED_SEQUENCES]
-    scores = {owner: {"fp4": 0.0, "fp8": 0.0} for owner in parts.records}
-    codes = {n: quantize_weight(w, parts.scale[n]) for n, w in parts.weights.items()}
-    ends = {"fp4": THRESHOLD_ALL_FP4, "fp8": THRESHOLD_ALL_FP8}
-
-    def differentiate(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0] if args[0].requires_grad else args[0].detach().requires_grad_(),)
+    parts = Parts(setting)
+    scores = {owner: {"fp4": 0.0, "fp8": 0.0} for owner in parts.sites}
+    codes = parts.nearest_codes()
+    thresholds = {"fp4": THRESHOLD_ALL_FP4, "fp8": THRESHOLD_ALL_FP8}
 
     def compare(owner: str, name: str, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
         with torch.no_grad():
-            difference = {}
-            for fmt, threshold in ends.items():
-                record = replace(parts.records[owner], threshold=threshold)
-                q = fake_quantize(args[0], record)[0] * record.t
+            errors = {}
+            for fmt, threshold in thresholds.items():
+                site = replace(parts.sites[owner], threshold=threshold)
+                q = fake_quantize(args[0], site)[0] * site.t
                 mask = torch.full_like(codes[name].scale, fmt == "fp8").bool()
                 weight = codes[name].units(mask) * parts.scale[name]
                 bias = parts.linears[name].bias
                 exact = y.float() if bias is None else y.float() - bias.float()
-                difference[fmt] = q @ weight.T - exact
+                errors[fmt] = q @ weight.T - exact
 
         def score(gradient: Tensor) -> None:
-            for fmt, d in difference.items():
-                scores[owner][fmt] += (gradient.float() * d).square().sum().item()
+            for fmt, difference in errors.items():
+                scores[owner][fmt] += (gradient.float() * difference).square().sum().item()
 
         y.register_hook(score)
 
-    handles = []
-    for owner, names in parts.linears_of.items():
-        for name in names:
-            linear = parts.linears[name]
-            handles.append(linear.register_forward_pre_hook(differentiate))
-            handles.append(linear.register_forward_hook(partial(compare, owner, name)))
-    with frozen(parts.model):
-        for sample in samples:
+    handles = [
+        parts.linears[name].register_forward_hook(partial(compare, owner, name))
+        for owner, names in parts.linears_of.items()
+        for name in names
+    ]
+    with frozen(parts.model), differentiable_inputs(parts.linears.values()):
+        for sample in setting.text.samples[:SCORED_SEQUENCES]:
             causal_lm_loss(parts.model, sample)[0].backward()
     for handle in handles:
         handle.remove()
     return scores
 
 
+# Outlier channels.
+
+
 def by_channel(setting: Setting, fp4: float) -> nn.Module:
-    """Whole blocks of 16 input channels in FP8, channels sorted by the harm FP4 does in them."""
+    """Whole blocks of 16 input channels in FP8, channels sorted by the error that FP8 avoids."""
     parts = Parts(setting)
-    harm = setting.channel_harm
-    order = {o: h.argsort(descending=True) for o, h in harm.items()}
-    blocks = {o: to_blocks(h[order[o]]).sum(-1) for o, h in harm.items()}
+    harm = setting.once(channel_harm)
+    order = {owner: h.argsort(descending=True) for owner, h in harm.items()}
+    blocks = {owner: to_blocks(h[order[owner]]).sum(-1) for owner, h in harm.items()}
     rows = {o: sum(len(parts.weights[n]) for n in ns) for o, ns in parts.linears_of.items()}
-    density = torch.cat([b / rows[o] for o, b in blocks.items()])
-    counts = torch.cat([torch.full((len(b),), float(rows[o])) for o, b in blocks.items()])
-    ranked = density.argsort(descending=True)
-    inside = counts[ranked].cumsum(0) <= (1 - fp4) * counts.sum()
-    limit = density[ranked][inside].min().item() if inside.any() else float("inf")
-    fp8 = {o: b / rows[o] >= limit for o, b in blocks.items()}
+    fp8 = worst_blocks(blocks, rows, 1 - fp4)
     codes, is_fp8 = {}, {}
     for owner, names in parts.linears_of.items():
         for name in names:
             codes[name] = quantize_weight(parts.weights[name][:, order[owner]], parts.scale[name])
             is_fp8[name] = fp8[owner].expand_as(codes[name].scale)
-    model = parts.install(codes, is_fp8, parts.records)
+    model = parts.install(codes, is_fp8, parts.sites)
     for owner, site in sites(model).items():
-        site.__class__ = _ChannelSite
-        site.order, site.fp8 = order[owner], fp8[owner]
+        site.quantizer = partial(channel_quantizer, order[owner], fp8[owner])
     return model
 
 
-class _ChannelSite(ActivationSite):
-    """Reads channels in ``order``; ``fp8`` says which blocks of 16 of them are FP8."""
+def worst_blocks(
+    blocks: dict[str, Tensor], rows: dict[str, int], share: float
+) -> dict[str, Tensor]:
+    """Blocks of channels with the most harm per row, bool (G,) by site.
 
-    order: Tensor
-    fp8: Tensor
-
-    def _quantize(self, x: Tensor) -> Tensor:
-        x = x[..., self.order]
-        high, low = (
-            to_blocks(fake_quantize(x, replace(self.record, threshold=end))[0])
-            for end in (THRESHOLD_ALL_FP8, THRESHOLD_ALL_FP4)
-        )
-        tokens = x.numel() // x.shape[-1]
-        self.counts[0] += tokens * int((~self.fp8).sum())
-        self.counts[1] += tokens * len(self.fp8)
-        mixed = torch.where(self.fp8.unsqueeze(-1), high, low)
-        return from_blocks(mixed, x.shape[-1]).bfloat16()
+    Args:
+        blocks: harm by site, (G,).
+        rows: rows of all weights that read the site.
+        share: at most this share of all weight blocks.
+    """
+    density = torch.cat([b / rows[owner] for owner, b in blocks.items()])
+    counts = torch.cat([torch.full((len(b),), float(rows[owner])) for owner, b in blocks.items()])
+    ranked = density.argsort(descending=True)
+    inside = counts[ranked].cumsum(0) <= share * counts.sum()
+    limit = density[ranked][inside].min().item() if inside.any() else float("inf")
+    return {owner: b / rows[owner] >= limit for owner, b in blocks.items()}
 
 
-def channel_harm(parts: Parts, setting: Setting) -> dict[str, Tensor]:
-    """Fisher-weighted error that FP8 takes away, by site and channel, float64 (K,)."""
-    kept = setting.calibration(Recipe.from_dict(config_of(setting.base).recipe))
-    with safe_open(kept, framework="pt") as file:
-        predictions = json.loads(file.metadata()["state"])["predictions"]
-        fisher = {n: file.get_tensor(f"weight.{n}").double() / predictions for n in parts.weights}
+def channel_quantizer(order: Tensor, fp8: Tensor, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+    """Online quantizer that reads channels in ``order``, int64 (K,).
+
+    The format of a block is known beforehand: ``fp8``, bool (G,). With both arguments bound it is
+    an ``ActivationSite.quantizer``.
+    """
+    x = x[..., order]
+    high, low = (
+        to_blocks(fake_quantize(x, replace(site, threshold=end))[0])
+        for end in (THRESHOLD_ALL_FP8, THRESHOLD_ALL_FP4)
+    )
+    units = torch.where(fp8.unsqueeze(-1), high, low)
+    return from_blocks(units, x.shape[-1]).bfloat16(), fp8.expand(units.shape[:-1])
+
+
+def channel_harm(setting: Setting) -> dict[str, Tensor]:
+    """Fisher-weighted squared error that FP8 avoids, by site and channel, float64 (K,)."""
+    parts = Parts(setting)
+    calibration = setting.calibrated(**ROUND_TO_NEAREST)
     harm: dict[str, Tensor] = {}
     for owner, names in parts.linears_of.items():
         for name in names:
             codes = quantize_weight(parts.weights[name], parts.scale[name])
-            w = parts.weights[name].double()
+            w, fisher = parts.weights[name].double(), calibration.weights[name].double()
             fp4, fp8 = (
                 (codes.units(torch.full_like(codes.scale, high).bool()) * codes.t - w).square()
                 for high in (0, 1)
             )
-            harm[owner] = harm.get(owner, 0) + (fisher[name] * (fp4 - fp8)).sum(0)
+            harm[owner] = harm.get(owner, 0) + (fisher * (fp4 - fp8)).sum(0)
 
-    def add(owner: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        record, x = parts.records[owner], args[0].float()
+    def add(owner: str, x: Tensor) -> None:
+        site, x = parts.sites[owner], x.float()
         fp4, fp8 = (
-            (fake_quantize(x, replace(record, threshold=end))[0] * record.t - x).square()
+            (fake_quantize(x, replace(site, threshold=end))[0] * site.t - x).square()
             for end in (THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8)
         )
-        g2 = decode_e4m3(record.sensitivity).double() * record.gamma
-        harm[owner] += g2 * (fp4 - fp8).flatten(0, -2).double().sum(0) / predictions
+        g2 = decode_e4m3(site.sensitivity).double() * site.gamma
+        squares = (fp4 - fp8).flatten(0, -2).double().sum(0)
+        harm[owner] += g2 * squares / calibration.predictions
 
-    _watch(parts, add, setting.text.samples)
+    with observed_inputs(parts.model, parts.sites, add):
+        run_all(parts.model, setting.text.samples, causal_lm_loss)
     return harm

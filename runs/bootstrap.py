@@ -1,4 +1,4 @@
-"""95% intervals by a bootstrap over what is evaluated and over calibrations, paired across rows."""
+"""Bootstrap of 95% intervals over evaluated items and calibrations, paired across rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ RESAMPLES = 2000
 
 
 class Draws:
-    """The same draws for every row of a table, all with replacement.
+    """Draws with replacement, the same for every row of a table.
 
     Args:
-        count: windows or sentences that every row was evaluated on.
-        calibrations: the most that a row has.
+        count: number of windows or sentences that rows are evaluated on.
+        calibrations: largest number of calibrations of a row.
     """
 
     def __init__(self, count: int, calibrations: int) -> None:
@@ -26,25 +26,31 @@ class Draws:
         }
 
     def means(self, values: Sequence[Tensor]) -> Tensor:
-        """Means, (RESAMPLES,), of values (count,) of one calibration after the other."""
+        """Mean of each draw, (RESAMPLES,), from values (count,) of each calibration."""
         means = torch.stack([v[self._picks].mean(-1) for v in values])
         return means.gather(0, self._calibrations[len(values)]).mean(0)
 
 
 def interval(values: Tensor) -> list[float]:
-    """95% of the drawn values, (D,), lie between these."""
+    """Bounds that hold 95% of the drawn values (D,)."""
     ends = torch.tensor([0.025, 0.975], dtype=values.dtype)
     return [float(v) for v in values.quantile(ends)]
 
 
 def recovered(harm: Tensor, nvfp4: Tensor, fp8: Tensor) -> Tensor:
-    """How much of the gap from all NVFP4 to all FP8 a row closes, in percent."""
+    """Percent of the gap from all NVFP4 to all FP8 that a row closes."""
     return 100 * ((nvfp4 - harm) / (nvfp4 - fp8))
 
 
 @dataclass(frozen=True)
 class Harm:
-    """What a row costs, as a mean over all and its interval, and how much of the gap it closes."""
+    """Harm of a row and the share of the gap that it closes.
+
+    Attributes:
+        mean, ci95: over items and calibrations.
+        recovered_percent, recovered_ci95: percent of the gap from all NVFP4 to all FP8.
+        recovered_by_seed: likewise, by calibration.
+    """
 
     mean: float
     ci95: list[float]
@@ -54,11 +60,11 @@ class Harm:
 
 
 def harms(measured: dict[str, list[Tensor]]) -> dict[str, Harm]:
-    """Every row beside all FP8 and all NVFP4.
+    """Harm of every row, beside all FP8 and all NVFP4.
 
     Args:
-        measured: of each row, ``fp8`` and ``nvfp4`` among them, values (count,) of one calibration
-            after the other, as many for every row.
+        measured: values (count,) of each calibration, by row; ``fp8`` and ``nvfp4`` among them. All
+            rows have as many calibrations.
     """
     draws = Draws(len(measured["fp8"][0]), len(measured["fp8"]))
     drawn = {name: draws.means(row) for name, row in measured.items()}

@@ -1,10 +1,10 @@
-"""What a model comes to under several budgets, of one calibration.
+"""Results of several budgets on one calibration.
 
     python runs/budgets.py MODEL --calib TEXT [--samples 32] [--seq-len 128] BUDGET=VALUE ...
 
 A budget is one of the recipe's, its value as on the command line of ``fgmp quantize``:
 ``bits=5.4``, ``max_bytes=700k``, ``max_energy=80%``, ``max_increase=2%``. Prints JSON: for each
-what the checkpoint would say of its result.
+budget, the results that the checkpoint would store.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 from provenance import provenance
@@ -19,11 +20,41 @@ from rich.console import Console
 from transformers.utils import logging
 
 from fgmp import Recipe, calibration_text, quantize
-from fgmp.errors import FGMPError
+from fgmp.data import CalibrationText
+from fgmp.errors import FGMPError, InputError
 from fgmp.model.source import load_model, load_tokenizer
 from fgmp.model.store import config_of
 from fgmp.progress import bars
 from fgmp.recipe import BUDGETS
+
+
+def recipe_of(budget: str) -> Recipe:
+    """Recipe with a budget, given as ``name=value``.
+
+    Raises:
+        InputError: no such budget, or a value out of range.
+    """
+    name, _, value = budget.partition("=")
+    if name not in BUDGETS:
+        raise InputError(f"a budget is one of {', '.join(BUDGETS)}, got {name!r}")
+    return Recipe().with_options({name: yaml.safe_load(value)})
+
+
+def results(model: str, text: CalibrationText, recipes: dict[str, Recipe]) -> list[dict[str, Any]]:
+    """Quantize by each recipe; one calibration serves all."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for budget, recipe in recipes.items():
+            quantized = quantize(
+                load_model(model),
+                text.samples,
+                recipe,
+                held_out=text.held_out,
+                calibration=Path(folder) / "calibration.safetensors",
+                progress=bars(Console(stderr=True)),
+            )
+            rows.append({"budget": budget, "result": config_of(quantized).result})
+    return rows
 
 
 def main() -> None:
@@ -34,35 +65,21 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=128)
     args = parser.parse_args()
-    recipes = {}
-    for given in args.budgets:
-        name, _, value = given.partition("=")
-        if name not in BUDGETS:
-            parser.error(f"a budget is one of {', '.join(BUDGETS)}, got {name!r}")
-        recipes[given] = Recipe().with_options({name: yaml.safe_load(value)})
+    try:
+        recipes = {budget: recipe_of(budget) for budget in args.budgets}
+    except InputError as error:
+        parser.error(str(error))
     logging.disable_progress_bar()
     text = calibration_text(
         args.calib, load_tokenizer(args.model), samples=args.samples, seq_len=args.seq_len, seed=0
     )
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for given, recipe in recipes.items():
-            model = quantize(
-                load_model(args.model),
-                text.samples,
-                recipe,
-                held_out=text.held_out,
-                state=Path(folder) / "calibration.safetensors",
-                progress=bars(Console(stderr=True)),
-            )
-            rows.append({"budget": given, "result": config_of(model).result})
     facts = {
         "model": Path(args.model).name,
         "calibration_sequences": len(text.samples),
         "held_out_sequences": len(text.held_out),
         "seq_len": args.seq_len,
         **provenance(),
-        "rows": rows,
+        "rows": results(args.model, text, recipes),
     }
     print(json.dumps(facts, indent=1))
 

@@ -1,28 +1,28 @@
-"""Tables and plots of docs/results.md, from what ``runs/accuracy.py --json`` wrote.
+"""Tables and plots of docs/results.md, from the JSON files in docs/results.
 
     python runs/figures.py
 
-Fills what stands between ``<!-- NAME -->`` and ``<!-- end -->`` in docs/results.md with the table
-of that name, made of ``docs/results/accuracy-MODEL.json`` and of what ``runs/encoder.py``,
-``runs/kv_cache.py`` and ``runs/budgets.py`` wrote beside it, and draws ``accuracy-MODEL.svg`` for
-each model: KL gap recovered over the mean of the bits of a weight and of an activation value, with
-95% intervals. It computes no result.
+Fills the page between ``<!-- NAME -->`` and ``<!-- end -->`` with the table of that name. Tables
+come from ``accuracy-MODEL.json`` (written by ``runs/accuracy.py --json``) and from the files of
+``runs/encoder.py``, ``runs/kv_cache.py`` and ``runs/budgets.py``. Draws ``accuracy-MODEL.svg`` for
+each model: KL gap recovered over the mean of the bits per weight and per activation value, with 95%
+intervals. It computes no result.
 """
 
+import argparse
 import json
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import kv_cache
-from accuracy import ABLATIONS, ROWS, whole
+from rows import ABLATIONS, ROWS, ablated
 
 from fgmp.formats.spec import FLAG_BITS, stream_bits
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 420, 60, 48, 16, 16
-KINDS = {
+COLOURS = {
     "ours": "#0b6e4f",
     "paper": "#c46210",
     "autoquantize": "#7b2d8b",
@@ -30,7 +30,7 @@ KINDS = {
     "fp8": "#1f4e9c",
     "by channel": "#777777",
 }
-
+"""Colours of a plot, by a part of the row's name; ours where none matches."""
 
 DOCS = Path(__file__).parents[1] / "docs"
 MODELS = {
@@ -42,24 +42,26 @@ MODELS = {
     "smollm2": "SmolLM2",
     "smollm2-192": "SmolLM2, 192 sequences",
 }
-"""What the tables call the model of ``accuracy-MODEL.json``, in their order."""
+"""Names of the models in tables, by MODEL of ``accuracy-MODEL.json``, in the order of tables."""
 
 GOALS = {
     "70% FP4": ("90%, then 94%", ["ours 70%", "ours, mean of 70%"]),
     "90% FP4": ("76%, then 84%", ["ours 90%", "ours, mean of 90%"]),
     "100% FP4": ("45%, then 55%", ["ours 100%"]),
 }
-"""Goals in KL gap recovered, and the rows of which the better one counts."""
+"""Goals in KL gap recovered, and rows; the better row counts."""
 
 Facts = dict[str, Any]
+"""Content of a result file, or one row of it."""
 
 
 def kind_of(name: str) -> str:
-    return next((kind for kind in KINDS if kind in name), "ours")
+    """Key of ``COLOURS`` for a row."""
+    return next((kind for kind in COLOURS if kind in name), "ours")
 
 
 def mean_bits(row: Facts) -> float:
-    """Of a weight and of an activation value; with its flag where formats are chosen online."""
+    """Mean of bits per weight and per activation value, with flags where formats mix online."""
     activations = stream_bits(row["fp4_activations"])
     if kind_of(row["name"]) not in ("ours", "paper") or row["fp4_activations"] == 1:
         activations -= FLAG_BITS
@@ -67,19 +69,19 @@ def mean_bits(row: Facts) -> float:
 
 
 def results() -> dict[str, Facts]:
-    """What there is, by model, in the order of the tables."""
+    """Accuracy results by model, in the order of the tables."""
     files = {model: DOCS / "results" / f"accuracy-{model}.json" for model in MODELS}
     return {model: json.loads(f.read_text()) for model, f in files.items() if f.exists()}
 
 
 def results_beside() -> dict[str, Facts]:
-    """What other scripts found, by file."""
+    """Results of the other scripts, by file."""
     names = ("encoder", "budgets-babyllama105", "kv-wiki5m", "kv-babyllama105")
     return {name: json.loads((DOCS / "results" / f"{name}.json").read_text()) for name in names}
 
 
 def table(facts: Facts) -> list[str]:
-    """What a user would choose from, of one model, and what it was made with."""
+    """Rows of one model, ablations left out, and the setting that they were measured in."""
     lines = [
         "| row | bits/w | FP4 act | perplexity | KL | KL gap recovered | by seed | 95% interval |",
         "|---|---|---|---|---|---|---|---|",
@@ -106,17 +108,17 @@ def table(facts: Facts) -> list[str]:
     ]
 
 
-def goals(found: dict[str, Facts], encoder: Facts) -> list[str]:
-    """What was reached of the project's goals, by model; of the encoder, in drift.
+def goals(models: dict[str, Facts], encoder: Facts) -> list[str]:
+    """Results beside the project's goals, by model; for the encoder, in drift.
 
     A cell is empty where a model lacks the rows.
     """
-    rows = [{row["name"]: row for row in facts["rows"]} for facts in found.values()]
+    rows = [{row["name"]: row for row in facts["rows"]} for facts in models.values()]
 
     def recovered(row: Facts, names: Iterable[str]) -> list[float]:
         return [row[name]["kl_gap_recovered_percent"] for name in names if name in row]
 
-    header = ["", "goal", *(MODELS[model] for model in found), "encoder"]
+    header = ["", "goal", *(MODELS[model] for model in models), "encoder"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     drift = {row["name"]: row["gap_recovered_percent"] for row in encoder["rows"]}
     for share, (goal, names) in GOALS.items():
@@ -143,27 +145,27 @@ def _best(shares: Iterable[float]) -> str:
     return "" if best is None else f"{best:.1f}%"
 
 
-def ablations(found: dict[str, Facts]) -> list[str]:
-    """KL gap recovered by row and model, and the points over the row that it changes."""
-    found = {
+def ablations(models: dict[str, Facts]) -> list[str]:
+    """KL gap recovered by ablation and model, and the points over the row that it changes."""
+    models = {
         model: facts
-        for model, facts in found.items()
+        for model, facts in models.items()
         if any(row["name"] in ABLATIONS for row in facts["rows"])
     }
-    rows = [{row["name"]: row for row in facts["rows"]} for facts in found.values()]
-    lines = _header("row", found)
+    rows = [{row["name"]: row for row in facts["rows"]} for facts in models.values()]
+    lines = _header("row", models)
     seeds = [{str(row["seeds"]) for name, row in r.items() if name in ABLATIONS} for r in rows]
     lines.append(f"| calibrations | {' | '.join(' or '.join(sorted(s)) for s in seeds)} |")
     for name in ABLATIONS:
-        cells = [_with_points(r[name], whole(name)) if name in r else "" for r in rows]
+        cells = [_with_points(r[name], ablated(name)) if name in r else "" for r in rows]
         if any(cells):
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
-def _with_points(row: Facts, whole: str) -> str:
+def _with_points(row: Facts, other: str) -> str:
     share = f"{row['kl_gap_recovered_percent']:.1f}%"
-    over = row["kl_gap_recovered_points_over"].get(whole)
+    over = row["kl_gap_recovered_points_over"].get(other)
     return f"{share}, {_points(over)}" if over else share
 
 
@@ -172,28 +174,28 @@ def _points(over: Facts) -> str:
     return f"{over['points']:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def versus(found: dict[str, Facts]) -> list[str]:
+def versus(models: dict[str, Facts]) -> list[str]:
     """Points of KL gap by which rows lie over others, with paired intervals."""
     over: dict[tuple[str, str], list[str]] = {}
-    for index, facts in enumerate(found.values()):
+    for index, facts in enumerate(models.values()):
         for row in facts["rows"]:
             for other, by in row["kl_gap_recovered_points_over"].items():
                 if row["name"] in ROWS:
-                    cells = over.setdefault((row["name"], other), [""] * len(found))
+                    cells = over.setdefault((row["name"], other), [""] * len(models))
                     cells[index] = _points(by)
-    lines = _header("row, and over which", found)
+    lines = _header("row, and over which", models)
     for (name, other), cells in over.items():
         lines.append(f"| {name}, over {other} | " + " | ".join(cells) + " |")
     return lines
 
 
-def _header(first: str, found: dict[str, Facts]) -> list[str]:
-    columns = [first, *(MODELS[model] for model in found)]
+def _header(first: str, models: dict[str, Facts]) -> list[str]:
+    columns = [first, *(MODELS[model] for model in models)]
     return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
 
 
 def encoder(facts: Facts) -> list[str]:
-    """Drift of the encoder's embeddings, as ``runs/encoder.py`` has it."""
+    """Drift of the encoder's embeddings, from ``runs/encoder.py``."""
     lines = [
         "| row | drift | gap recovered | by seed | 95% interval |",
         "|---|---|---|---|---|",
@@ -213,7 +215,7 @@ def encoder(facts: Facts) -> list[str]:
 
 
 def budgets(facts: Facts) -> list[str]:
-    """What each budget comes to, as ``runs/budgets.py`` has it."""
+    """Results of each budget, from ``runs/budgets.py``."""
     lines = [
         "| option | bits of the formats | FP4 weights | FP4 activations | bytes of tensors | KL "
         "| KL of all NVFP4 |",
@@ -223,31 +225,31 @@ def budgets(facts: Facts) -> list[str]:
         name, _, value = row["budget"].partition("=")
         result = row["result"]
         kl = result["uniform"]["held_out_kl"]
-        nvfp4, (own,) = kl["nvfp4"], [kl[name] for name in kl if name != "nvfp4"]
+        (mixed,) = (kl[name] for name in kl if name != "nvfp4")
         lines.append(
             f"| `--{name.replace('_', '-')} {value}` | {result['budget']['bits']:.3f} "
             f"| {result['fp4_weights']:.1%} | {result['fp4_activations']:.1%} "
-            f"| {result['tensor_bytes']:,} | {own:.4f} | {nvfp4:.3f} |"
+            f"| {result['tensor_bytes']:,} | {mixed:.4f} | {kl['nvfp4']:.3f} |"
         )
     return lines
 
 
-def filled(text: str, found: dict[str, Facts], others: dict[str, Facts]) -> str:
-    """``text`` with every marked table as the results have it.
+def filled(page: str, models: dict[str, Facts], others: dict[str, Facts]) -> str:
+    """The page with every marked table written anew.
 
     Args:
-        text: the page.
-        found: accuracy by model, of :func:`results`.
-        others: what other scripts found, of :func:`results_beside`.
+        page: content of docs/results.md.
+        models: from :func:`results`.
+        others: from :func:`results_beside`.
 
     Raises:
-        KeyError: no table is called so.
+        KeyError: the page names a table that does not exist.
     """
     tables = {
-        "goals": goals(found, others["encoder"]),
-        **{f"accuracy-{model}": table(facts) for model, facts in found.items()},
-        "versus": versus(found),
-        "ablations": ablations(found),
+        "goals": goals(models, others["encoder"]),
+        **{f"accuracy-{model}": table(facts) for model, facts in models.items()},
+        "versus": versus(models),
+        "ablations": ablations(models),
         "encoder": encoder(others["encoder"]),
         "budgets": budgets(others["budgets-babyllama105"]),
         **{name: kv_cache.table(others[name]) for name in ("kv-wiki5m", "kv-babyllama105")},
@@ -256,11 +258,11 @@ def filled(text: str, found: dict[str, Facts], others: dict[str, Facts]) -> str:
     def fill(place: re.Match[str]) -> str:
         return "\n".join([f"<!-- {place[1]} -->", *tables[place[1]], "<!-- end -->"])
 
-    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", fill, page, flags=re.DOTALL)
 
 
 def plot(model: str, facts: Facts) -> str:
-    """An SVG of what a user would choose from."""
+    """SVG of the rows of one model, ablations left out."""
     rows = [row for row in facts["rows"] if row["name"] in ROWS]
 
     def x(bits: float) -> float:
@@ -292,7 +294,7 @@ def plot(model: str, facts: Facts) -> str:
         'text-anchor="middle">KL gap recovered</text>'
     )
     for row in rows:
-        colour, at = KINDS[kind_of(row["name"])], (x(mean_bits(row)), row)
+        colour, at = COLOURS[kind_of(row["name"])], (x(mean_bits(row)), row)
         low, high = row["kl_gap_recovered_ci95"]
         centre = y(row["kl_gap_recovered_percent"])
         parts.append(
@@ -306,12 +308,13 @@ def plot(model: str, facts: Facts) -> str:
 
 
 def main() -> None:
-    found = results()
-    for model, facts in found.items():
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    models = results()
+    for model, facts in models.items():
         (DOCS / "results" / f"accuracy-{model}.svg").write_text(plot(model, facts))
     page = DOCS / "results.md"
-    page.write_text(filled(page.read_text(), found, results_beside()))
+    page.write_text(filled(page.read_text(), models, results_beside()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,31 +1,44 @@
-"""An ablation: FP4 scales by a local Hessian instead of the Fisher information's diagonal.
+"""Ablation: FP4 scales by a local Hessian instead of the Fisher information's diagonal.
 
 Compensation rounds a block's columns one after the other and moves each error to the columns still
-to come. What a scale costs the layer's output, everything after the block free to make up for it,
-is the sum of GPTQ's squared errors over the block, of which the local Hessian is the matrix (arXiv
+to come. What a scale costs the layer's output, with everything after the block free to make up for
+it, is the sum of GPTQ's squared errors over the block. Their matrix is the local Hessian (arXiv
 2210.17323, and the objective that others name after it). Here every candidate scale goes through
-the block's rounding, and the one of least cost stays; the product searches the scale that weighs
-each element's square by its Fisher information.
+the block's rounding, and the cheapest one stays. The product instead searches the scale that
+weights each element's squared error by its Fisher information.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fgmp.assign.compensate import Factors, rounded
+from fgmp.assign.compensate import Factors, ScaleSearch, rounded
+from fgmp.assign.scale_search import search_scale_codes
 from fgmp.formats.spec import BLOCK, E2M1, SCALE_MAX_CODE, SCALE_MIN_CODE
 from fgmp.formats.weight import WeightCodes, nearest_scale_codes
 
-REACH = range(-10, 8)
-"""Candidates: codes so far from the nearest scale's, half to nearly twice the scale."""
+OFFSETS = range(-10, 8)
+"""Candidates, as offsets from the code of the nearest scale: half to nearly twice the scale."""
 
 
 def compensated(
-    weight: Tensor, factors: Factors, is_fp8: Tensor, t: float, fisher: Tensor | None
+    weight: Tensor,
+    factors: Factors,
+    is_fp8: Tensor,
+    t: float,
+    sensitivity: Tensor | None,
+    search: ScaleSearch = search_scale_codes,
+    offsets: Sequence[int] = OFFSETS,
 ) -> WeightCodes:
-    """In place of ``fgmp.assign.compensate.compensated``; ``fisher`` is not looked at."""
+    """Compensate a weight; a ``Methods.compensate``.
+
+    Arguments are those of ``fgmp.assign.compensate.compensated``. ``sensitivity`` and ``search``
+    are not used: candidates are the codes at ``offsets``.
+    """
     n, k = weight.shape
     v = weight.double() @ factors.transfer
-    reach = torch.tensor(REACH, device=weight.device)
+    reach = torch.tensor(offsets, device=weight.device)
     tried, rows = len(reach), torch.arange(n, device=weight.device)
     fp4 = torch.zeros(*is_fp8.shape, BLOCK, dtype=torch.uint8, device=weight.device)
     fp8, scale = torch.zeros_like(fp4), torch.zeros_like(fp4[..., 0])

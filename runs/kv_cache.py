@@ -1,22 +1,26 @@
-"""What a packed KV cache costs in quality and saves in bytes.
+"""Quality and size of a packed KV cache.
 
     python runs/kv_cache.py MODEL --calib TEXT --data TEXT [--windows N] [--seeds 3] [--json]
 
-The model's own weights and activations stay as they are (MODEL may also be an fgmp checkpoint);
-every token attends to packed keys and values, its own included. KL is the mean token KL from the
-same model with a cache in its own precision, in nats; the *gap* is that of all-NVFP4 less that of
-all-FP8. Values are means over calibrations, of which ``--seeds`` says how many; the 95% interval is
-a bootstrap over windows and calibrations, paired across rows. Bytes are those of the planes that
-the cache holds, over the tokens of the evaluation. If both texts are the same file, the cache is
-calibrated on windows of its first half and evaluated on its second.
+The model's own weights and activations stay as they are (MODEL may also be an fgmp checkpoint).
+Every token attends to packed keys and values, its own included. KL is the mean token KL, in nats,
+from the same model with a cache in its own precision. The *gap* is the KL of all-NVFP4 less that of
+all-FP8.
+
+Values are means over ``--seeds`` calibrations. The 95% interval is a bootstrap over windows and
+calibrations, paired across rows. Bytes are those of the planes that the cache holds, over the
+tokens of the evaluation. If both texts are the same file, the cache is calibrated on windows of its
+first half and evaluated on its second.
 """
 
 import argparse
 import json
 import math
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from bootstrap import harms
@@ -26,7 +30,13 @@ from torch import Tensor, nn
 
 from fgmp import evaluation_windows
 from fgmp.data import choose_windows
-from fgmp.evaluation.perplexity import batches, divergence_of, logits_of, loss_of
+from fgmp.errors import FGMPError
+from fgmp.evaluation.perplexity import (
+    batches,
+    divergence_of,
+    loss_of,
+    next_token_log_probabilities,
+)
 from fgmp.formats.spec import BLOCK
 from fgmp.model.cache import PackedCache, packed_cache
 from fgmp.model.source import context_length, load_model, load_tokenizer
@@ -37,11 +47,18 @@ ROWS = {
     "mixed 70%": ("mixed", 0.7),
     "mixed 90%": ("mixed", 0.9),
 }
+"""Mode of the cache and fraction of FP4 blocks, by row."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Sums over each window, float64 (B,): loss and KL in nats; what the cache held of it all."""
+    """One cache on the evaluation windows.
+
+    Attributes:
+        loss, kl: sums over each window in nats, float64 (B,).
+        fp4: fraction of FP4 blocks.
+        bytes_per_token, bits_per_value: of the planes that the cache held.
+    """
 
     loss: Tensor
     kl: Tensor
@@ -53,34 +70,41 @@ class Measured:
 def measure(
     model: nn.Module, cache: PackedCache, reference: list[Tensor], windows: Tensor
 ) -> Measured:
-    """Run the windows; ``reference`` is the original's log-probabilities by batch."""
-    stored = wide = 0.0
+    """Measure a cache on windows, int64 (B, L).
+
+    Args:
+        model: whose keys and values are cached.
+        cache: emptied before each batch.
+        reference: log-probabilities with an unpacked cache, fp32 (b, L - 1, V), by batch.
+        windows: evaluation windows.
+    """
+    stored = fp8_blocks = 0.0
     losses, divergences = [], []
-    for batch, wanted in zip(batches(windows), reference, strict=True):
-        own = logits_of(model, batch, cache)
-        losses.append(loss_of(own, batch))
-        divergences.append(divergence_of(own, wanted))
+    for batch, original in zip(batches(windows), reference, strict=True):
+        log_probabilities = next_token_log_probabilities(model, batch, cache)
+        losses.append(loss_of(log_probabilities, batch))
+        divergences.append(divergence_of(log_probabilities, original))
         stored += cache.nbytes
         packed = [p for layer in cache.layers for p in layer.packed]
-        wide += sum(int(p.is_fp8().sum()) for p in packed)
+        fp8_blocks += sum(int(p.is_fp8().sum()) for p in packed)
     values = cache.values_per_token * windows.numel()
     return Measured(
         torch.cat(losses),
         torch.cat(divergences),
-        fp4=1 - wide * BLOCK / values,
+        fp4=1 - fp8_blocks * BLOCK / values,
         bytes_per_token=stored / windows.numel(),
         bits_per_value=8 * stored / values,
     )
 
 
-def rows_of(found: dict[str, list[Measured]], predictions: int) -> list[dict[str, object]]:
-    """The table: means over calibrations, and intervals over windows and calibrations.
+def rows_of(measured: dict[str, list[Measured]], predictions: int) -> list[dict[str, Any]]:
+    """Summarize rows: means over calibrations, and intervals over windows and calibrations.
 
     Args:
-        found: what each row measured, by calibration.
-        predictions: in a window.
+        measured: measurements of each row, one per calibration.
+        predictions: predictions in a window.
     """
-    kl = harms({name: [m.kl / predictions for m in row] for name, row in found.items()})
+    kl = harms({name: [m.kl / predictions for m in row] for name, row in measured.items()})
     return [
         {
             "name": name,
@@ -94,8 +118,42 @@ def rows_of(found: dict[str, list[Measured]], predictions: int) -> list[dict[str
             "bytes_per_token": statistics.mean(m.bytes_per_token for m in row),
             "bits_per_value": statistics.mean(m.bits_per_value for m in row),
         }
-        for name, row in found.items()
+        for name, row in measured.items()
     ]
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure every row over all calibrations."""
+    console = Console(stderr=True)
+    tokenizer, model = load_tokenizer(args.model), load_model(args.model).eval()
+    seq_len = min(args.seq_len, context_length(model))
+    windows = evaluation_windows(args.data, tokenizer, seq_len)
+    calibration = evaluation_windows(args.calib, tokenizer, seq_len)
+    if args.calib == args.data:
+        calibration, windows = windows.chunk(2)
+    windows = windows[: args.windows]
+    reference = [next_token_log_probabilities(model, batch) for batch in batches(windows)]
+    losses = [loss_of(r, b) for r, b in zip(reference, batches(windows), strict=True)]
+    measured: dict[str, list[Measured]] = {name: [] for name in ROWS}
+    for seed in range(args.seeds):
+        options = {"samples": args.samples, "seq_len": seq_len, "seed": seed}
+        samples = choose_windows(calibration.flatten(), **options, source=args.calib).samples
+        for name, (mode, fp4) in ROWS.items():
+            console.print(f"{name}, calibration {seed}")
+            cache = packed_cache(model, samples, mode, fp4)
+            measured[name].append(measure(model, cache, reference, windows))
+    predictions = windows.shape[1] - 1
+    return {
+        "model": Path(args.model).name,
+        "calibration_sequences": len(samples),
+        "seq_len": seq_len,
+        "seeds": args.seeds,
+        "evaluation_tokens": len(windows) * predictions,
+        **provenance(),
+        "perplexity": math.exp(torch.cat(losses).mean() / predictions),
+        "bytes_per_token_bf16": cache.values_per_token * torch.bfloat16.itemsize,
+        "rows": rows_of(measured, predictions),
+    }
 
 
 def main() -> None:
@@ -111,47 +169,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.seeds < 1:
         parser.error(f"--seeds must be 1 or more, got {args.seeds}")
-    console = Console(stderr=True)
-    tokenizer, model = load_tokenizer(args.model), load_model(args.model).eval()
-    seq_len = min(args.seq_len, context_length(model))
-    windows = evaluation_windows(args.data, tokenizer, seq_len)
-    calibration = evaluation_windows(args.calib, tokenizer, seq_len)
-    if args.calib == args.data:
-        calibration, windows = windows.chunk(2)
-    windows = windows[: args.windows]
-    reference = [logits_of(model, batch) for batch in batches(windows)]
-    losses = [loss_of(r, b) for r, b in zip(reference, batches(windows), strict=True)]
-    found: dict[str, list[Measured]] = {name: [] for name in ROWS}
-    for seed in range(args.seeds):
-        chosen = {"samples": args.samples, "seq_len": seq_len, "seed": seed}
-        samples = choose_windows(calibration.flatten(), **chosen, source=args.calib).samples
-        for name, row in ROWS.items():
-            console.print(f"{name}, calibration {seed}")
-            cache = packed_cache(model, samples, *row)
-            found[name].append(measure(model, cache, reference, windows))
-    predictions = windows.shape[1] - 1
-    facts = {
-        "model": Path(args.model).name,
-        "calibration_sequences": len(samples),
-        "seq_len": seq_len,
-        "seeds": args.seeds,
-        "evaluation_tokens": len(windows) * predictions,
-        **provenance(),
-        "perplexity": math.exp(torch.cat(losses).mean() / predictions),
-        "bytes_per_token_bf16": cache.values_per_token * torch.bfloat16.itemsize,
-        "rows": rows_of(found, predictions),
-    }
+    facts = run(args)
     print(json.dumps(facts, indent=1) if args.json else "\n".join(table(facts)))
 
 
-def table(facts: dict) -> list[str]:
-    """What the script found, for people."""
-    own = facts["bytes_per_token_bf16"]
+def table(facts: dict[str, Any]) -> list[str]:
+    """Lines of a Markdown table, and what it was made with."""
+    bf16_bytes = facts["bytes_per_token_bf16"]
     lines = [
         "| cache | perplexity | KL | KL gap recovered | by seed | 95% interval | FP4 "
         "| bytes a token | bits a value |",
         "|---" * 9 + "|",
-        f"| bf16 | {facts['perplexity']:.3f} | 0 | - | - | - | - | {own:,} | 16 |",
+        f"| bf16 | {facts['perplexity']:.3f} | 0 | - | - | - | - | {bf16_bytes:,} | 16 |",
     ]
     for row in facts["rows"]:
         (low, high), seeds = row["kl_gap_recovered_ci95"], row["kl_gap_recovered_by_seed"]
@@ -172,4 +201,7 @@ def table(facts: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FGMPError as error:
+        sys.exit(f"error: {error}")

@@ -1,15 +1,15 @@
-"""OpenSTA's timing of a lane and its internal energy of every cell, beside ours (docs/energy.md).
+"""Timing of a lane and internal energy of its cells by OpenSTA, beside ours (docs/energy.md).
 
     python runs/opensta.py --liberty FILE [--lane fp4] [--json RESULT.json]
 
 OpenSTA is optional and serves nothing else here: ``apt-get install opensta`` (2.0.17 on Debian 12).
-It gets our mapped netlist as Verilog, our clock and slews at ports, and the liberty file without
-the power tables of the ground pin, which say where the same charge leaves. Delays, slews and the
+It reads our mapped netlist as Verilog, our clock and slews at ports, and the liberty file without
+the power tables of the ground pin: these say where the same charge leaves. Delays, slews and the
 longest path are its own.
 
-Its power of the whole lane is not compared: 2.0.17 has no way to say how often an inner pin toggles
+Its power of the whole lane is not compared: in 2.0.17 the toggle rate of an inner pin cannot be set
 (``set_power_activity -pins`` calls a procedure that does not exist). Instead each combinational
-cell of the lane stands alone, every input toggling, at one slew and one load: internal power over
+cell of the lane stands alone, every input toggling, at one slew and one load. Internal power over
 switching power needs no unit of activity.
 """
 
@@ -19,6 +19,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,18 +28,18 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from fgmp.accelerator import library_of
+from fgmp.app.commands import Reporter
+from fgmp.app.machines import library_of
 from fgmp.errors import FGMPError, InputError
 from fgmp.hardware import silicon
 from fgmp.hardware.cells import Cell, Library
 from fgmp.hardware.netlist import GATED_FLOPS, ONE, ZERO, Netlist
 from fgmp.hardware.silicon import Implementation
 from fgmp.hardware.timing import default_slew
-from fgmp.workflow import Reporter
 
 LANES = {"mixed": silicon.MIXED, "fp8": silicon.FP8, "fp4": silicon.FP4}
 SLEW, LOAD = 20.0, 2.0
-"""Of the cells that stand alone, in ps and fF."""
+"""Slew at the inputs and load of cells that stand alone, in ps and fF."""
 
 _POWER = re.compile(r"^\s*(?:internal|leakage)_power\s*\([^)]*\)\s*\{", re.MULTILINE)
 _BRACE = re.compile(r"[{}]")
@@ -49,14 +50,14 @@ _ROW = re.compile(
 
 
 def instance(cell: Cell, name: str, pins: dict[str, str]) -> str:
-    """A line of structural Verilog."""
+    """Instance of a cell, one line of structural Verilog."""
     return f"  {cell.name} {name} ({', '.join(f'.{pin}({net})' for pin, net in pins.items())});"
 
 
 def verilog(netlist: Netlist, library: Library) -> str:
-    """The netlist as structural Verilog, a scalar port for each bit of the inputs.
+    """The netlist as structural Verilog with clock gates, one scalar port per input bit.
 
-    Clock gates are there; an output is a net that nothing reads.
+    Outputs are nets that nothing reads.
     """
     flop, inverter = library.flip_flop, library.inverter
     (gate,) = library.clock_gate
@@ -65,17 +66,17 @@ def verilog(netlist: Netlist, library: Library) -> str:
     lines = [f"module top ({', '.join(ports)});", *(f"  input {port};" for port in ports)]
     lines += [f"  supply0 n{ZERO};", f"  supply1 n{ONE};"]
 
-    for i, own in enumerate(netlist.gates):
-        cell = library.cells[own.cell]
-        pins = {pin: f"n{net}" for pin, net in zip(cell.capacitance, own.inputs, strict=True)}
-        lines.append(instance(cell, f"g{i}", pins | {cell.output: f"n{own.output}"}))
-    served: dict[tuple[str, int], int] = {}
+    for i, mapped in enumerate(netlist.gates):
+        cell = library.cells[mapped.cell]
+        pins = {pin: f"n{net}" for pin, net in zip(cell.capacitance, mapped.inputs, strict=True)}
+        lines.append(instance(cell, f"g{i}", pins | {cell.output: f"n{mapped.output}"}))
+    gated_flops: dict[tuple[str, int], int] = {}
     for i, register in enumerate(netlist.flops):
         clocked = f"n{clock}"
         if register.enable != ONE:
             group = (register.unit, register.enable)
-            index = served.get(group, 0)
-            served[group] = index + 1
+            index = gated_flops.get(group, 0)
+            gated_flops[group] = index + 1
             number = list(netlist.clock_gates).index(group)
             clocked = f"gated_{number}_{index // GATED_FLOPS}"
             if index % GATED_FLOPS == 0:
@@ -114,28 +115,29 @@ def without_ground(path: Path) -> Iterator[str]:
 
 
 def run_sta(folder: Path, commands: str) -> str:
-    """OpenSTA's output.
+    """Run OpenSTA and return what it prints.
 
     Raises:
         InputError: it is not installed.
-        FGMPError: its own message.
+        FGMPError: it reports an error.
     """
     if shutil.which("sta") is None:
         raise InputError("this needs OpenSTA on the path: apt-get install opensta")
     (folder / "run.tcl").write_text(commands + "exit\n")
     command = ["sta", "-no_splash", "-exit", "run.tcl"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode or "Error" in done.stdout + done.stderr:
-        raise FGMPError(f"OpenSTA: {(done.stdout + done.stderr).strip()[-800:]}")
-    return done.stdout
+    completed = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    output = completed.stdout + completed.stderr
+    if completed.returncode or "Error" in output:
+        raise FGMPError(f"OpenSTA: {output.strip()[-800:]}")
+    return completed.stdout
 
 
-def longest_path(made: Implementation, folder: Path) -> dict[str, float]:
+def longest_path(lane: Implementation, folder: Path) -> dict[str, float]:
     """Arrival at the end of the longest path in ps: OpenSTA's and ours."""
-    netlist, library = made.netlist, made.library
+    netlist, library = lane.netlist, lane.library
     (folder / "top.v").write_text(verilog(netlist, library))
     ports = [f"n{net}" for port, nets in netlist.inputs.items() if port != "clk" for net in nets]
-    slew, launch = default_slew(library), made.timing.flop_delay.mean()
+    slew, launch = default_slew(library), lane.timing.flop_delay.mean()
     text = run_sta(
         folder,
         f"""read_liberty cells.lib
@@ -151,13 +153,13 @@ report_checks -path_delay max -digits 4
     )
     arrivals = [float(line.split()[0]) for line in text.splitlines() if "data arrival" in line]
     setups = [-float(line.split()[0]) for line in text.splitlines() if "setup time" in line]
-    return {"opensta_ps": arrivals[0], "ours_ps": made.timing.critical, "setup_ps": setups[0]}
+    return {"opensta_ps": arrivals[0], "ours_ps": lane.timing.critical, "setup_ps": setups[0]}
 
 
-def internal_energies(made: Implementation, folder: Path) -> list[dict[str, Any]]:
+def internal_energies(lane: Implementation, folder: Path) -> list[dict[str, Any]]:
     """Internal over switching energy of each cell, OpenSTA's and ours, and leakage in nW."""
-    library = made.library
-    cells = [library.cells[name] for name in sorted({gate.cell for gate in made.netlist.gates})]
+    library = lane.library
+    cells = [library.cells[name] for name in sorted({gate.cell for gate in lane.netlist.gates})]
     inputs = [f"{cell.name}_{pin}" for cell in cells for pin in cell.capacitance]
     outputs = [f"{cell.name}_{cell.output}" for cell in cells]
     lines = [f"module top ({', '.join([*inputs, *outputs])});"]
@@ -179,14 +181,17 @@ set_power_activity -input_ports $ports -activity 1e9 -duty 0.5
 set_load {LOAD} [all_outputs]
 {reports}""",
     )
-    found = {name: [float(v) for v in values] for *values, name in _ROW.findall(text)}
+    powers = {name: [float(v) for v in values] for *values, name in _ROW.findall(text)}
     switching = LOAD * library.voltage**2 / 2
     rows = []
     for cell in cells:
-        internal, switched, leakage = found[cell.name]
+        internal, switched, leakage = powers[cell.name]
         tables = [e.at(SLEW, LOAD) for e in cell.output_energy]
         pins = [
-            e.at(SLEW, 0) for own in cell.input_energy.values() for e in own if not e.conditional
+            e.at(SLEW, 0)
+            for energies in cell.input_energy.values()
+            for e in energies
+            if not e.conditional
         ]
         rows.append(
             {
@@ -206,20 +211,20 @@ def main() -> None:
     parser.add_argument("--liberty", type=Path, required=True, help="such as ASAP7's")
     parser.add_argument("--lane", choices=LANES, default="fp4")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    library = library_of(given.liberty, Reporter(line=Console(stderr=True).print))
-    made = silicon.implement(LANES[given.lane].create(), library)
+    args = parser.parse_args()
+    library = library_of(args.liberty, Reporter(message=Console(stderr=True).print))
+    lane = silicon.implement(LANES[args.lane].create(), library)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "cells.lib").write_text("".join(without_ground(given.liberty)))
-        path, rows = longest_path(made, folder), internal_energies(made, folder)
+        (folder / "cells.lib").write_text("".join(without_ground(args.liberty)))
+        path, rows = longest_path(lane, folder), internal_energies(lane, folder)
     by_inputs: dict[int, list[float]] = {}
     for row in rows:
         by_inputs.setdefault(row["inputs"], []).append(row["opensta"] / row["ours"])
     result = {
         "command": "runs/opensta.py",
         "library": library.name,
-        "lane": given.lane,
+        "lane": args.lane,
         "longest_path": path,
         "internal_energy_opensta_over_ours": {
             n: {"cells": len(q), "min": min(q), "median": float(np.median(q)), "max": max(q)}
@@ -228,9 +233,12 @@ def main() -> None:
         "cells": rows,
     }
     print(json.dumps({k: v for k, v in result.items() if k != "cells"}, indent=1))
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FGMPError as error:
+        sys.exit(f"error: {error}")

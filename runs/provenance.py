@@ -1,4 +1,4 @@
-"""What a figure was made with; it goes into the JSON beside the figure."""
+"""Versions that a figure was measured with, for the JSON that holds it."""
 
 import platform
 import subprocess
@@ -9,14 +9,14 @@ import torch
 
 
 def provenance() -> dict[str, Any]:
-    """Git revision of the code (``+`` if the tree was changed), Python, torch and its threads."""
+    """Git revision of the code (``+`` if the tree differs), Python, torch and its threads."""
     root = Path(__file__).parent
 
     def git(*command: str) -> str:
-        done = subprocess.run(
+        completed = subprocess.run(
             ["git", "-C", str(root), *command], capture_output=True, text=True, check=False
         )
-        return done.stdout.strip()
+        return completed.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "../src", ".")
     revision = git("rev-parse", "--short=12", "HEAD") or "unknown"

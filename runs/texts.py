@@ -1,13 +1,13 @@
-"""The demonstration model's texts as files, for scripts that take files.
+"""Texts of the demonstration model as files, for scripts that read files.
 
     python runs/texts.py DIR
 
-Writes ``docstrings.txt`` (docstrings of the standard library, one document a file, for calibration)
-and ``topics.txt`` (the interpreter's language reference, for evaluation). They share no run of ten
-words; see ``fgmp.demo.text``.
+Writes ``docstrings.txt`` (docstrings of the standard library, for calibration) and ``topics.txt``
+(the interpreter's language reference, for evaluation). They share no run of ten words; see
+``fgmp.demo.text``.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from fgmp.data import SEPARATOR
@@ -15,7 +15,9 @@ from fgmp.demo.text import docstrings, standard_library, topics
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     documents = docstrings(standard_library())
     (folder / "docstrings.txt").write_text(f"\n{SEPARATOR}\n".join(documents))

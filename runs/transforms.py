@@ -1,17 +1,18 @@
-"""Easier tensors: transforms of a Llama's weights that leave its function and the format alone.
+"""Transforms of a Llama's weights that make its tensors easier to quantize.
+
+Neither the model's function nor the format changes. Each takes a model before quantization, and
+calibration windows, and changes the model in place.
 
 migrate         per-channel scales moved from activations into weights: out of a norm's weight, of
                 the value projection's rows or of the up projection's, into the columns of the
                 linears that follow. SmoothQuant (arXiv 2211.10438) with maxima of both, AWQ (arXiv
-                2306.00978) with the mean magnitude of activations alone, and the exponent that
-                calibration text likes best. Scales are powers of two, so that nothing is rounded.
+                2306.00978) with the mean magnitude of activations alone; calibration text chooses
+                the exponent. Scales are powers of two, so nothing is rounded.
 reorder         channels sorted by Fisher-weighted squares, so that a block holds like channels
 rotate          orthogonal rotations: of the residual stream and of each head's values, folded into
                 weights (QuaRot, arXiv 2404.00456), and of the input of down projections, applied
                 online. Hadamard matrices with random signs, as large as a power of two divides the
                 width, or block-local ones of 16.
-
-All take a model before quantization and change it in place.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,37 +26,39 @@ from fgmp.formats.activation import Site, fake_quantize, multiplier, sensitivity
 from fgmp.formats.codec import from_blocks
 from fgmp.formats.spec import BLOCK, THRESHOLD_ALL_FP4
 from fgmp.formats.weight import quantize_weight, tensor_scale
+from fgmp.model.losses import causal_lm_loss
+from fgmp.model.observe import observed_inputs, run_all
 from fgmp.model.select import quantizable
-from fgmp.sensitivity.fisher import calibrate, causal_lm_loss
+from fgmp.sensitivity.fisher import calibrate
 
 SEQUENCES = 8
-"""Calibration sequences that statistics of single channels are taken from."""
+"""Calibration sequences for the statistics of single channels."""
 
 
 @dataclass(frozen=True)
 class Seam:
-    """A tensor between what makes it and the linears that read it.
+    """A tensor between the parameters that write it and the linears that read it.
 
     Attributes:
-        scaled: parameters whose rows, or elements, make the tensor's channels.
+        writers: parameters whose rows, or elements, write the tensor's channels.
         readers: the linears that read it.
-        repeats: how often each channel made comes up in what is read: value heads that several
-            query heads share. Channels of one head stay together.
-        head: channels in a head.
+        repeats: how often each written channel is read: query heads per value head. Channels of one
+            head stay together.
+        head: channels per head.
     """
 
-    scaled: list[nn.Parameter]
+    writers: list[nn.Parameter]
     readers: list[nn.Linear]
     repeats: int = 1
     head: int = 1
 
     def spread(self, per_channel: Tensor) -> Tensor:
-        """A value for every channel made, (C,), to every channel read, (C * repeats,)."""
+        """A value per written channel, (C,), to one per read channel, (C * repeats,)."""
         heads = per_channel.unflatten(0, (-1, self.head))
         return heads.repeat_interleave(self.repeats, 0).flatten()
 
     def gather(self, read: Tensor) -> Tensor:
-        """The largest of what is read of each channel made, (..., C): the way back."""
+        """The largest value read of each written channel, (..., C); inverse of `spread`."""
         return read.unflatten(-1, (-1, self.repeats, self.head)).amax(-2).flatten(-2)
 
 
@@ -63,7 +66,7 @@ def seams(model: nn.Module) -> Iterator[Seam]:
     """The four seams of every layer of a Llama.
 
     Raises:
-        InputError: another model.
+        InputError: a model of another type.
     """
     config = model.config
     if config.model_type != "llama":
@@ -81,7 +84,7 @@ def seams(model: nn.Module) -> Iterator[Seam]:
 
 
 Scale = Callable[[Tensor, Tensor], Tensor]
-"""Activations (T, C) and largest weight by channel, (C,), to what channels are divided by."""
+"""(activations (T, C), largest weights by channel (C,)) to divisors of the channels, (C,)."""
 
 
 def smoothquant(alpha: float) -> Scale:
@@ -95,45 +98,47 @@ def awq(alpha: float) -> Scale:
 
 
 CANDIDATES = (awq(0.0), *(family(a) for family in (awq, smoothquant) for a in (0.25, 0.5, 0.75)))
-"""What :func:`migrate` chooses from; the first leaves everything as it is."""
+"""Candidates of :func:`migrate`; the first changes nothing."""
 
 _TINY = 1e-9
+"""Smallest magnitude that a channel counts with."""
 
 
 @torch.no_grad()
 def migrate(
     model: nn.Module, samples: Tensor, candidates: tuple[Scale, ...] = CANDIDATES
 ) -> nn.Module:
-    """Divide what is made by a scale a channel and multiply what reads it, in place.
+    """Divide the writers of each channel by a scale and multiply its readers by it, in place.
 
-    Each seam takes the candidate under which the outputs of its readers, weights and activations
-    all NVFP4, are nearest to their own on calibration tokens.
+    Each seam takes the candidate under which the outputs of its readers, with weights and
+    activations all NVFP4, are nearest to the original's on calibration tokens.
 
     Args:
         model: a Llama without biases in its linears.
         samples: calibration windows, int64 (B, L), of which the first few are used.
-        candidates: powers of two are made of them here.
+        candidates: rounded to powers of two.
     """
-    found = list(seams(model))
-    for seam, x in zip(found, _inputs(model, found, samples), strict=True):
+    all_seams = list(seams(model))
+    for seam, x in zip(all_seams, seam_inputs(model, all_seams, samples), strict=True):
         w = torch.stack([r.weight.abs().amax(0) for r in seam.readers]).amax(0).float()
-        read = seam.gather(x.abs()), seam.gather(w).clamp(min=_TINY)
-        tried = [_powers_of_two(scale(*read)) for scale in candidates]
-        s = min(tried, key=lambda s: _output_error(seam, x, seam.spread(s)))
-        for parameter in seam.scaled:
+        largest = seam.gather(x.abs()), seam.gather(w).clamp(min=_TINY)
+        scales = [powers_of_two(scale(*largest)) for scale in candidates]
+        s = min(scales, key=lambda s: output_error(seam, x, seam.spread(s)))
+        for parameter in seam.writers:
             parameter.div_(s.view(-1, *[1] * (parameter.ndim - 1)))
         for reader in seam.readers:
             reader.weight.mul_(seam.spread(s))
     return model
 
 
-def _powers_of_two(s: Tensor) -> Tensor:
+def powers_of_two(s: Tensor) -> Tensor:
+    """Nearest powers of two, scaled so that their geometric mean is about 1."""
     exponents = s.log2()
     return (exponents - exponents.mean()).round().exp2()
 
 
-def _output_error(seam: Seam, x: Tensor, s: Tensor) -> float:
-    """Squared error of the readers' outputs with everything in FP4."""
+def output_error(seam: Seam, x: Tensor, s: Tensor) -> float:
+    """Squared error of the readers' outputs in NVFP4 when channels (K,) are divided by ``s``."""
     moved = x / s
     codes, gamma = sensitivity_codes(torch.ones_like(s))
     r = multiplier(moved.abs().max().item())
@@ -150,19 +155,19 @@ def _output_error(seam: Seam, x: Tensor, s: Tensor) -> float:
 
 @torch.no_grad()
 def reorder(model: nn.Module, samples: Tensor) -> nn.Module:
-    """Sort channels by g^2 x^2, mean squares, so that blocks hold like channels; in place.
+    """Sort channels by the product of mean squares g^2 x^2, in place, so blocks hold like channels.
 
-    The residual stream has one order for all layers, by the mean of logarithms; each layer's
-    feed-forward channels have their own, and so have the value channels of each head.
+    The residual stream has one order for all layers, by the mean of logarithms. The feed-forward
+    channels of each layer have their own order, and so have the value channels of each head.
     """
-    found = list(seams(model))
+    all_seams = list(seams(model))
     with torch.enable_grad():
         sites = calibrate(model, quantizable(model), samples).sites.values()
     g2 = {name: site.g2 for site in sites for name in site.linears}
     names = {id(module): name for name, module in model.named_modules()}
     harm = [
         (g2[names[id(seam.readers[0])]] * x.square().mean(0)).clamp(min=1e-30).log()
-        for seam, x in zip(found, _inputs(model, found, samples), strict=True)
+        for seam, x in zip(all_seams, seam_inputs(model, all_seams, samples), strict=True)
     ]
     stream = torch.stack([h - h.mean() for h in (*harm[0::4], *harm[2::4])]).mean(0).argsort()
     model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:, stream])
@@ -170,9 +175,9 @@ def reorder(model: nn.Module, samples: Tensor) -> nn.Module:
         model.lm_head.weight.copy_(model.lm_head.weight[:, stream])
     model.model.norm.weight.copy_(model.model.norm.weight[stream])
     for index, layer in enumerate(model.model.layers):
-        into_attention, values, into_mlp = found[4 * index : 4 * index + 3]
+        into_attention, values, into_mlp = all_seams[4 * index : 4 * index + 3]
         for seam in (into_attention, into_mlp):
-            seam.scaled[0].copy_(seam.scaled[0][stream])
+            seam.writers[0].copy_(seam.writers[0][stream])
             for reader in seam.readers:
                 reader.weight.copy_(reader.weight[:, stream])
         for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
@@ -183,30 +188,29 @@ def reorder(model: nn.Module, samples: Tensor) -> nn.Module:
         layer.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight[:, order])
         by_head = values.gather(harm[4 * index + 1]).unflatten(0, (-1, values.head)).argsort(-1)
         rows = (by_head + values.head * torch.arange(len(by_head)).unsqueeze(-1)).flatten()
-        values.scaled[0].copy_(values.scaled[0][rows])
+        values.writers[0].copy_(values.writers[0][rows])
         read = by_head.repeat_interleave(values.repeats, 0)
         columns = (read + values.head * torch.arange(len(read)).unsqueeze(-1)).flatten()
         layer.self_attn.o_proj.weight.copy_(layer.self_attn.o_proj.weight[:, columns])
     return model
 
 
-def _inputs(model: nn.Module, found: list[Seam], samples: Tensor) -> list[Tensor]:
-    """What each seam's readers read in the first samples, fp32 (T, K)."""
-    seen: list[list[Tensor]] = [[] for _ in found]
+def seam_inputs(model: nn.Module, all_seams: list[Seam], samples: Tensor) -> list[Tensor]:
+    """Inputs of each seam's readers on the first samples, fp32 (T, K)."""
+    names = {id(module): name for name, module in model.named_modules()}
+    readers = [names[id(seam.readers[0])] for seam in all_seams]
+    inputs: dict[str, list[Tensor]] = {name: [] for name in readers}
 
-    def watch(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: seen[index].append(args[0].flatten(0, -2).float())
+    def keep(name: str, x: Tensor) -> None:
+        inputs[name].append(x.flatten(0, -2).float())
 
-    handles = [seam.readers[0].register_forward_pre_hook(watch(i)) for i, seam in enumerate(found)]
-    for sample in samples[:SEQUENCES]:
-        causal_lm_loss(model, sample)
-    for handle in handles:
-        handle.remove()
-    return [torch.cat(parts) for parts in seen]
+    with observed_inputs(model, readers, keep):
+        run_all(model, samples[:SEQUENCES], causal_lm_loss)
+    return [torch.cat(inputs[name]) for name in readers]
 
 
 def hadamard(size: int) -> Tensor:
-    """The orthogonal Hadamard matrix of a power of two, float64 (size, size)."""
+    """Orthogonal Hadamard matrix, float64 (size, size); ``size`` is a power of two."""
     h = torch.ones(1, 1, dtype=torch.float64)
     while len(h) < size:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
@@ -216,7 +220,7 @@ def hadamard(size: int) -> Tensor:
 def rotation(width: int, block: int | None, seed: int) -> Tensor:
     """Block-diagonal Hadamard with random signs, float64 (width, width).
 
-    ``block`` is the most that a block spans; None: as much as a power of two divides ``width``.
+    ``block`` is the largest span of a block; None: the largest power of two that divides ``width``.
     """
     size = width & -width
     size = size if block is None else min(size, block)
@@ -225,7 +229,7 @@ def rotation(width: int, block: int | None, seed: int) -> Tensor:
 
 
 class Rotated(nn.Module):
-    """A linear that reads its input rotated, online."""
+    """A linear whose input is rotated online."""
 
     def __init__(self, linear: nn.Linear, matrix: Tensor) -> None:
         super().__init__()
@@ -240,11 +244,14 @@ class Rotated(nn.Module):
 
 @torch.no_grad()
 def rotate(model: nn.Module, samples: Tensor, block: int | None = None) -> nn.Module:
-    """Rotate every quantized tensor of a Llama, in place; ``block`` as in :func:`rotation`.
+    """Rotate every quantized tensor of a Llama, in place.
 
-    ``samples`` are what every transform gets; a rotation has no use for them.
+    The model becomes fp32: rotated weights do not fit bf16.
 
-    The model becomes fp32: a rotated weight has no reason to fit bf16.
+    Args:
+        model: a Llama.
+        samples: not used; every transform gets them.
+        block: as in :func:`rotation`.
     """
     model.float()
     config = model.config
@@ -280,18 +287,18 @@ def rotate_blocks(model: nn.Module, samples: Tensor) -> nn.Module:
 
 
 def _columns(module: nn.Module, matrix: Tensor) -> None:
-    """W to W R, so that it reads x R (or, of an embedding, gives it)."""
+    """Turn W into W R, in place: a linear then reads x R, an embedding returns it."""
     module.weight.copy_(module.weight.double() @ matrix)
 
 
 def _absorb(norm: nn.Module, readers: list[nn.Linear]) -> None:
-    """Move a norm's weight into what reads it: without it the norm commutes with rotations."""
+    """Move a norm's weight into its readers; without it the norm commutes with rotations."""
     for reader in readers:
         reader.weight.mul_(norm.weight)
     norm.weight.fill_(1)
 
 
 def _untie(model: nn.Module) -> None:
-    """Give the head a matrix of its own."""
+    """Give the output head a matrix of its own."""
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     model.config.tie_word_embeddings = False

@@ -242,8 +242,9 @@ def activation_rows(kind: Callable[[Bits], Iterator[Block]], seed: int) -> Itera
         sensitivity = bits.codes()
         if kind is far_apart and index < 8:
             sensitivity = torch.full((BLOCK,), SCALE_MAX_CODE, dtype=torch.uint8)
-        s = int(activation.quantize(x, Site(r, sensitivity, 1.0, 0)).score)
-        site = Site(r, sensitivity, 1.0, threshold(bits, s, index))
+        site = Site(r, sensitivity, 1.0, 0, "difference", "max")
+        score = int(activation.quantize(x, site).score)
+        site = replace(site, threshold=threshold(bits, score, index))
         codes = activation.quantize(x, site)
         finite = bool(x.isfinite().all())
         u = torch.where(x.isnan(), torch.nan, x.float() * r)

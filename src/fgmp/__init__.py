@@ -5,16 +5,22 @@
     fgmp.save(model, "out", tokenizer)
     model = fgmp.load("out")
 
-Importing this package also teaches ``transformers.AutoModelForCausalLM.from_pretrained`` to load
-such checkpoints. The command line is ``fgmp --help``.
+After ``import fgmp``, ``transformers.AutoModelForCausalLM.from_pretrained`` loads such checkpoints,
+too. The names below are imported when they are first used, so that importing the package takes
+milliseconds. The command line is ``fgmp --help``.
 """
 
-import fgmp.model.transformers  # noqa: F401  registers the checkpoint format
-from fgmp.data import calibration_text, evaluation_windows
-from fgmp.errors import CheckpointError, FGMPError, InputError, MemoryLimitError
-from fgmp.model.store import load, save
-from fgmp.pipeline import quantize
-from fgmp.recipe import Recipe
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fgmp.model.registration import register as _register
+
+if TYPE_CHECKING:
+    from fgmp.data import calibration_text, evaluation_windows
+    from fgmp.errors import CheckpointError, FGMPError, InputError, MemoryLimitError
+    from fgmp.model.store import load, save
+    from fgmp.quantization.pipeline import quantize
+    from fgmp.recipe import Recipe
 
 __all__ = [
     "CheckpointError",
@@ -28,3 +34,27 @@ __all__ = [
     "quantize",
     "save",
 ]
+
+_MODULES = {
+    "fgmp.errors": ("CheckpointError", "FGMPError", "InputError", "MemoryLimitError"),
+    "fgmp.recipe": ("Recipe",),
+    "fgmp.data": ("calibration_text", "evaluation_windows"),
+    "fgmp.model.store": ("load", "save"),
+    "fgmp.quantization.pipeline": ("quantize",),
+}
+
+_register()
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    for module, names in _MODULES.items():
+        if name in names:
+            value = getattr(import_module(module), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'fgmp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,10 +1,12 @@
 """Text to token windows for calibration and evaluation.
 
-Sources: a text file, JSON lines with a ``text`` field, or the name of a Hugging Face dataset
-(``NAME``, ``NAME:CONFIG`` or ``NAME:CONFIG:SPLIT``, where the package ``datasets`` is installed).
-A text file is one document unless ``<|endoftext|>`` lines part it into several. Documents are
-tokenized with the tokenizer's own special tokens, joined by its end-of-sequence token where it
-has one, and cut into windows that do not overlap. There is no padding; the tail is dropped.
+A source is a text file, a JSON-lines file with a ``text`` field, or a Hugging Face dataset named
+``NAME``, ``NAME:CONFIG`` or ``NAME:CONFIG:SPLIT`` (this needs the package ``datasets``). A text
+file is one document unless ``<|endoftext|>`` separates several.
+
+Documents are tokenized with the tokenizer's own special tokens and joined by its end-of-sequence
+token, where it has one. The stream is cut into windows that do not overlap. There is no padding;
+the tail is dropped.
 """
 
 import base64
@@ -22,13 +24,15 @@ from fgmp.errors import InputError
 
 SEPARATOR = "<|endoftext|>"
 HELD_OUT_SHARE = 8
-"""The held-out slice of a calibration text is one window for this many calibration windows."""
+"""Calibration windows per held-out window."""
 
 _SPAN = 32
+"""Consecutive tokens in common that :func:`overlap` reports."""
+
 _PIECE = 48
 _PIECES = 1024
 _HASH_BYTES = 6
-"""Of text, for a checkpoint: characters in a piece, pieces kept, bytes of a hash."""
+"""The digest of a text: characters per piece, largest number of pieces, bytes per hash."""
 
 _TEXT_SUFFIXES = (".txt", ".md", ".text", ".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 
@@ -36,17 +40,19 @@ _NOTHING = torch.zeros(0, dtype=torch.int64)
 
 
 def read_documents(source: str | Path) -> list[str]:
-    """The documents of a text file, a JSON-lines file or a Hugging Face dataset, one or more.
+    """Read the documents, at least one, of a text file, JSON-lines file or Hugging Face dataset.
+
+    Blank documents are dropped.
 
     Raises:
-        InputError: nothing can be read there, or all of it is blank.
+        InputError: nothing can be read there, or all documents are blank.
     """
     path = Path(source)
     try:
-        found = path.exists()
+        is_file = path.exists()
     except OSError as error:  # such as a name that is too long
         raise InputError(f"text {str(source)[:60]}...: {error.strerror}") from error
-    documents = _read_file(path) if found else _read_dataset(str(source))
+    documents = _read_file(path) if is_file else _read_dataset(str(source))
     documents = [d for d in documents if d.strip()]
     if not documents:
         raise InputError(f"text {source}: holds no text")
@@ -63,15 +69,15 @@ def _read_file(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise InputError(f"text {path}: not UTF-8 at byte {error.start}") from error
     if path.suffix in (".jsonl", ".ndjson"):
-        # Not splitlines, which also parts at characters that JSON allows inside a string.
+        # splitlines would also split at characters that JSON allows inside a string.
         lines = enumerate(text.split("\n"), start=1)
         return [_text_of(line, path, number) for number, line in lines if line.strip()]
     return text.split(SEPARATOR)
 
 
 def tokenize(documents: list[str], tokenizer: Any) -> Tensor:
-    """One stream of token ids, int64 (T,)."""
-    # Over-long input is the point here, so the tokenizer's own remark about it is switched off.
+    """Token ids of all documents in one stream, int64 (T,), joined by end-of-sequence tokens."""
+    # The stream is longer than the model's context by design: verbose=False hides that warning.
     encoded = tokenizer(documents, return_attention_mask=False, verbose=False)["input_ids"]
     end = getattr(tokenizer, "eos_token_id", None)
     stream: list[int] = []
@@ -83,7 +89,7 @@ def tokenize(documents: list[str], tokenizer: Any) -> Tensor:
 
 
 def windows(stream: Tensor, length: int) -> Tensor:
-    """Cut a stream into windows: int64 (B, length), the tail dropped."""
+    """Cut a stream, int64 (T,), into windows, int64 (B, length); the tail is dropped."""
     count = len(stream) // length
     return stream[: count * length].view(count, length)
 
@@ -93,10 +99,10 @@ class CalibrationText:
     """Token windows of a calibration text.
 
     Attributes:
-        samples: int64 (B, L), the calibration sequences.
-        held_out: int64 (B', L), windows of the same text that are not among them.
+        samples: the calibration sequences, int64 (B, L).
+        held_out: other windows of the same text, int64 (B', L).
         fingerprint: SHA-256 of the samples' token ids.
-        asked: how many samples were asked for; fewer are there if the text is short.
+        asked: number of samples requested; a short text gives fewer.
     """
 
     samples: Tensor
@@ -108,7 +114,14 @@ class CalibrationText:
 def calibration_text(
     source: str | Path, tokenizer: Any, *, samples: int, seq_len: int, seed: int
 ) -> CalibrationText:
-    """Choose calibration windows at random, and a held-out slice beside them.
+    """Choose random calibration windows of a text, and a held-out slice of other windows.
+
+    Args:
+        source: as for :func:`read_documents`.
+        tokenizer: a Transformers tokenizer.
+        samples: calibration windows to choose; a short text gives fewer.
+        seq_len: tokens per window.
+        seed: of the random choice.
 
     Raises:
         InputError: the text does not give two windows; ``samples`` below 1, ``seq_len`` below 2.
@@ -120,7 +133,7 @@ def calibration_text(
 def choose_windows(
     stream: Tensor, *, samples: int, seq_len: int, seed: int, source: str = "text"
 ) -> CalibrationText:
-    """:func:`calibration_text` from a token stream, int64 (T,)."""
+    """:func:`calibration_text` for a token stream, int64 (T,); ``source`` names it in errors."""
     if samples < 1:
         raise InputError(f"samples must be 1 or more, got {samples}")
     _require_length(seq_len)
@@ -131,11 +144,11 @@ def choose_windows(
             f"got {len(stream)} tokens"
         )
     order = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))
-    held = max(1, min(samples, len(cut)) // HELD_OUT_SHARE)
-    chosen = cut[order[: min(samples, len(cut) - held)].sort().values]
-    kept_apart = cut[order[len(chosen) : len(chosen) + held].sort().values]
+    held_out_count = max(1, min(samples, len(cut)) // HELD_OUT_SHARE)
+    chosen = cut[order[: min(samples, len(cut) - held_out_count)].sort().values]
+    held_out = cut[order[len(chosen) : len(chosen) + held_out_count].sort().values]
     fingerprint = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
-    return CalibrationText(chosen, kept_apart, fingerprint, samples)
+    return CalibrationText(chosen, held_out, fingerprint, samples)
 
 
 def _require_length(seq_len: int) -> None:
@@ -148,7 +161,11 @@ def evaluation_windows(
 ) -> Tensor:
     """All windows of an evaluation text, int64 (B, seq_len); a shorter text is one window.
 
-    ``documents``: those of ``source``, if they were read before.
+    Args:
+        source: as for :func:`read_documents`.
+        tokenizer: a Transformers tokenizer.
+        seq_len: tokens per window.
+        documents: the documents of ``source``, if the caller has already read them.
 
     Raises:
         InputError: the text has fewer than two tokens, so nothing can be predicted.
@@ -161,68 +178,73 @@ def evaluation_windows(
 
 
 def overlap(calibration: Tensor, evaluation: Tensor) -> float:
-    """Share of evaluation windows that hold 32 consecutive tokens of the calibration windows.
+    """Fraction of evaluation windows that contain 32 consecutive tokens of the calibration windows.
+
+    The calibration windows are cut into spans of 32 tokens, so any 63 tokens in common contain a
+    whole span.
 
     Args:
-        calibration: int64 (B, L). Pieces at multiples of 32 are looked for, so that any passage of
-            63 tokens in common is found.
+        calibration: int64 (B, L).
         evaluation: int64 (B', L').
     """
-    known = _hashes(calibration, _SPAN, _SPAN).flatten()
-    found = torch.isin(_hashes(evaluation, _SPAN, 1), known)
-    return found.any(-1).double().mean().item()
+    calibration_hashes = _hashes(calibration, _SPAN, _SPAN).flatten()
+    matches = torch.isin(_hashes(evaluation, _SPAN, 1), calibration_hashes)
+    return matches.any(-1).double().mean().item()
 
 
 def digest(windows: Tensor, tokenizer: Any) -> str:
-    """What a checkpoint remembers of its calibration text: hashes of pieces of it, base64.
+    """Digest of the calibration text for the checkpoint: base64 of hashes of its pieces.
 
-    Hashed are pieces of 48 letters and digits, about ten words, case folded, one after the other
-    in each window. Of more than 1,024 pieces those with the smallest hashes stay, 8 KB in all.
+    A piece is 48 letters and digits, about ten words, case folded; pieces of a window follow each
+    other without overlap. The 1,024 smallest hashes are stored, 8 KB at most. docs/format.md,
+    section 1, specifies the digest.
 
     Args:
         windows: int64 (B, L).
-        tokenizer: what made them.
+        tokenizer: the tokenizer that produced the windows.
     """
-    found = [_hashes(text, _PIECE, _PIECE) for text in _letters(windows, tokenizer)]
-    kept = sorted(set(torch.cat(found).tolist()))[:_PIECES]
-    return base64.b64encode(b"".join(h.to_bytes(_HASH_BYTES, "little") for h in kept)).decode()
+    hashes = [_hashes(text, _PIECE, _PIECE) for text in _letters(windows, tokenizer)]
+    smallest = sorted(set(torch.cat(hashes).tolist()))[:_PIECES]
+    return base64.b64encode(b"".join(h.to_bytes(_HASH_BYTES, "little") for h in smallest)).decode()
 
 
 def overlap_with(calibrated: str, windows: Tensor, tokenizer: Any) -> float:
-    """Share of evaluation windows that hold a piece of the calibration text.
+    """Fraction of evaluation windows that contain a piece of the calibration text.
 
-    Of text, not of tokens: the two may be tokenized and cut differently. A lower bound where the
-    calibration text had more pieces than are kept.
+    Text is compared rather than tokens, since tokenizers and window lengths may differ. The result
+    is a lower bound where the calibration text had more pieces than the digest holds.
 
     Args:
-        calibrated: from :func:`digest`.
+        calibrated: result of :func:`digest` for the calibration windows.
         windows: int64 (B, L).
-        tokenizer: what made them.
+        tokenizer: the tokenizer that produced ``windows``.
     """
     raw = base64.b64decode(calibrated)
-    known = torch.tensor(
+    calibration_hashes = torch.tensor(
         [
             int.from_bytes(raw[i : i + _HASH_BYTES], "little")
             for i in range(0, len(raw), _HASH_BYTES)
         ],
         dtype=torch.int64,
     )
-    found = [
-        torch.isin(_hashes(text, _PIECE, 1), known).any().item()
+    matches = [
+        torch.isin(_hashes(text, _PIECE, 1), calibration_hashes).any().item()
         for text in _letters(windows, tokenizer)
     ]
-    return sum(found) / len(found)
+    return sum(matches) / len(matches)
 
 
 def _letters(windows: Tensor, tokenizer: Any) -> Iterator[Tensor]:
-    """Code points of each window's letters and digits, int64."""
+    """Yield the code points of each window's letters and digits, case folded, int64."""
     for text in tokenizer.batch_decode(windows.tolist(), skip_special_tokens=True):
-        kept = "".join(filter(str.isalnum, text.casefold())).encode("utf-32-le")
-        yield torch.frombuffer(bytearray(kept), dtype=torch.int32).long() if kept else _NOTHING
+        encoded = "".join(filter(str.isalnum, text.casefold())).encode("utf-32-le")
+        yield (
+            torch.frombuffer(bytearray(encoded), dtype=torch.int32).long() if encoded else _NOTHING
+        )
 
 
 def _hashes(values: Tensor, length: int, step: int) -> Tensor:
-    """Hashes, 48 bits in int64 (..., M), of runs of ``length`` values at multiples of ``step``."""
+    """Hash runs of ``length`` values at multiples of ``step``: 48 bits in int64 (..., M)."""
     if values.shape[-1] < length:
         return values[..., :0]
     generator = torch.Generator().manual_seed(0)

@@ -1,11 +1,11 @@
 """Every error that fgmp raises on purpose.
 
     FGMPError
-    ├── InputError          what the user gave cannot be used: a value, a file, a model
-    │   └── MemoryLimitError    the run would need more memory than there is
+    ├── InputError          an argument, file or model of the user's cannot be used
+    │   └── MemoryLimitError    the run would need more memory than the machine has
     └── CheckpointError     a checkpoint breaks a rule of docs/format.md
 
-A message states the constraint, the value that breaks it and where it was found.
+A message states the constraint, the value that violates it, and where that value is.
 """
 
 
@@ -14,11 +14,11 @@ class FGMPError(Exception):
 
 
 class InputError(FGMPError, ValueError):
-    """An argument, file or model that the user gave cannot be used."""
+    """An argument, file or model of the user's cannot be used."""
 
 
 class MemoryLimitError(InputError):
-    """The run was refused before it began: it would not fit in memory."""
+    """The run would not fit in memory; it was refused before it began."""
 
 
 class CheckpointError(FGMPError):

@@ -1,18 +1,18 @@
-"""How long work reports on itself: a stage with a title, a number of steps and an advance call.
+"""Progress of long work: a stage has a title, a number of steps and a function that advances it.
 
-The library calls ``progress(title, steps)`` and uses the context manager it gets; who wants bars
-passes :func:`bars`, who wants silence passes nothing.
+The library calls ``progress(title, steps)`` and enters the context manager that it returns, which
+yields the function. Callers pass :func:`bars` for progress bars, :func:`silent` for none.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Advance = Callable[[], None]
-Stages = Callable[[str, int], AbstractContextManager[Advance]]
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
 
 @contextlib.contextmanager
@@ -21,19 +21,19 @@ def silent(title: str, steps: int) -> Iterator[Advance]:
     yield lambda: None
 
 
-def bars(console: Console) -> Stages:
+def bars(console: Console) -> Progress:
     """Report on a console, one bar a stage."""
 
     @contextlib.contextmanager
     def stage(title: str, steps: int) -> Iterator[Advance]:
         columns = (
-            TextColumn("{task.description:<28}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            rich_progress.TextColumn("{task.description:<28}"),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TimeRemainingColumn(elapsed_when_finished=True),
         )
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task(title, total=steps)
-            yield lambda: progress.advance(task)
+        with rich_progress.Progress(*columns, console=console) as display:
+            task = display.add_task(title, total=steps)
+            yield lambda: display.advance(task)
 
     return stage

@@ -1,7 +1,10 @@
-"""The one user configuration: what a checkpoint will be, and nothing about machines.
+"""The user's configuration: what a checkpoint will be, and nothing about machines.
 
-A recipe is frozen, never edited after construction, and stored with its result. As a file it is
-YAML with the same keys; a key that does not exist is an error, so is a value out of range.
+A recipe is frozen and stored in the checkpoint that it produced. A recipe file is YAML with the
+same keys. An unknown key is an error, and so is a value out of range.
+
+Two keys choose FP4 block scales: ``clip`` those of weights, searched offline, and ``scales`` those
+of activations, searched online. Documents call both a *scale search*.
 """
 
 import math
@@ -12,25 +15,29 @@ from typing import Any
 
 import yaml
 
+from fgmp.assign.policy import POLICIES
 from fgmp.errors import InputError
+from fgmp.formats.rules import (
+    PAPER_QUANTIZER,
+    SCALES,
+    SENSITIVITIES,
+    QuantizerConfig,
+    recipe_rules,
+)
 from fgmp.formats.spec import FP4_BITS, FP8_BITS
 
 CLIP_CHOICES = ("auto", "on", "off")
 FISHER_CHOICES = ("exact", "factored")
 LABEL_CHOICES = ("model", "text")
-RULE_NAMES = ("benefit", "difference", "truncated")
-SCALES_NAMES = ("search", "max")
-SENSITIVITY_NAMES = ("e4m3", "powers")
 PAPER: dict[str, Any] = {
     "labels": "text",
-    "rule": "difference",
-    "scales": "max",
+    "rule": PAPER_QUANTIZER.rule,
+    "scales": PAPER_QUANTIZER.scales,
     "compensate": False,
 }
-"""What makes a recipe the paper's method: ``Recipe(fp4=0.7, **PAPER)``."""
+"""Settings of the paper's method (arXiv 2504.14152): ``Recipe(fp4=0.7, **PAPER)``."""
 BUDGETS = ("bits", "max_bytes", "max_increase", "max_energy")
-"""Instead of shares: fields that say what the result may cost, at most one of them at a time."""
-POLICY_NAMES = ("fisher", "fisher-per-layer", "error", "random", "fp8", "nvfp4")
+"""Fields that limit the cost of the result, instead of fractions of FP4 blocks; at most one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,45 +45,51 @@ class Recipe:
     """How to quantize a model.
 
     Attributes:
-        fp4: share of weight blocks kept in FP4, 0 to 1.
-        fp4_activations: share of activation blocks kept in FP4, on the calibration tokens;
-            None: the same as ``fp4``.
-        bits: instead of the two shares, a budget: the mean of the bits of a weight and of an
-            activation value, spent where it does least harm. A value has the bits of its block's
-            format, 4.5 or 8; scale bytes of FP8 blocks, counters and padding are not in it. This
-            and the three budgets that follow exclude each other and the shares, and need
-            ``policy: fisher``.
-        max_bytes: the bytes that all tensors of the checkpoint may have.
-        max_increase: percent by which perplexity on held-out text may exceed all-FP8's.
-        max_energy: percent of the energy that an FP8 machine takes for the same matrix products.
+        fp4: fraction of weight blocks in FP4, 0 to 1.
+        fp4_activations: fraction of activation blocks in FP4 on the calibration tokens; None: the
+            same as ``fp4``.
+        bits: budget: mean of the bits per weight and the bits per activation value, divided so
+            that the loss grows least. A value counts the bits of its block's format, 4.5 or 8;
+            scale bytes of FP8 blocks, counters and padding do not count. Each of the four budgets
+            excludes the others and the fractions, and needs ``policy: fisher``.
+        max_bytes: budget: bytes of all tensors in the checkpoint.
+        max_increase: budget: percent by which perplexity on held-out text may exceed all-FP8's.
+        max_energy: budget: percent of the energy of an FP8 machine for the same matrix products.
         policy: which blocks get FP8; see ``fgmp.assign.policy``.
-        fisher: what calibration keeps of a weight's squared gradients: ``exact``, four bytes a
-            weight, or ``factored``, four a row and a column; see ``fgmp.sensitivity.squares``.
-        labels: of the next-token loss whose gradients are squared: drawn from the ``model``'s own
-            predictions, which makes it the true Fisher information, or the next tokens of the
-            ``text``, as the paper has it. Another loss, given to ``quantize``, has its own.
-        rule: what makes a block FP8: ``benefit``, how much error that takes away, or
-            ``difference``, how far apart the formats are, which is the paper's. ``truncated`` is
-            ``benefit`` for narrow hardware: activations are judged with fewer bits.
-        scales: block scales of FP4 activations: ``search`` tries four, ``max`` is the paper's.
-        sensitivities: of activation channels: ``e4m3``, or ``powers`` of two, for which narrow
-            hardware needs no multiplier.
-        clip: search the block scale of FP4 weight blocks: ``on``, ``off``, or ``auto``, dropped if
-            predictions on a held-out slice of the calibration text are nearer to the original's
-            without.
-        compensate: let weights not yet rounded make up for the errors of those that are, and of
-            the activations; not in the paper. See ``fgmp.assign.compensate``.
-        tune: passes over the calibration text in which norms, biases, embeddings and whatever else
-            is not quantized are tuned to the packed model, after all else; 0: none. Training, if
-            little of it; not in the paper. See ``fgmp.tune``.
-        samples: calibration sequences.
-        seq_len: tokens in a calibration sequence; capped at the model's context.
-        seed: chooses the calibration sequences.
-        headroom: activations up to this multiple of the largest calibrated one do not saturate.
-        include: name patterns (shell style) of the linears to quantize. A pattern other than
-            ``*`` may name an output head or router, which are otherwise left alone; not a head
-            that shares its weight with the embedding.
-        exclude: name patterns of linears to leave alone.
+        fisher: how calibration stores the squared gradients of a weight (N, K): ``exact``, four
+            bytes per element, or ``factored``, four bytes per row and per column; see
+            ``fgmp.sensitivity.squares``.
+        labels: labels of the next-token loss whose gradients are squared. ``model``: sampled from
+            the model's own predictions, which gives the true Fisher information; ``text``: the
+            next tokens of the text, as in the paper. A custom loss brings its own labels.
+        rule: decision rule, what makes a block FP8. ``benefit``: the error that FP8 avoids;
+            ``difference``: how far the two formats are apart, as in the paper; ``truncated``:
+            ``benefit`` with fewer bits per activation, for narrow hardware.
+        scales: scale search of FP4 activation blocks: ``search`` tries four scales per block,
+            ``max`` takes the one of the largest magnitude, as in the paper.
+        sensitivities: per-channel sensitivities of activations: any E4M3 value (``e4m3``) or
+            ``powers`` of two, for which hardware needs no multiplier.
+        clip: scale search of FP4 weight blocks: ``on``, ``off``, or ``auto``. ``auto`` searches
+            unless a held-out slice of the calibration text finds the model without search closer
+            to the original's predictions.
+        compensate: error compensation (GPTQ with quantized inputs): weights not yet rounded make up
+            for the rounding errors of weights and activations. Not in the paper; see
+            ``fgmp.assign.compensate``.
+        tune: passes over the calibration text that train what is not quantized (norms, biases,
+            embeddings) against the original's predictions, as the last stage; 0: none. Not in the
+            paper; see ``fgmp.quantization.tune``.
+        samples: number of calibration sequences.
+        seq_len: tokens per calibration sequence; capped at the model's context.
+        seed: of the random choice of calibration sequences.
+        headroom: activations up to this multiple of the largest calibrated magnitude do not
+            saturate.
+        include: name patterns (shell style) of the linears to quantize. Output heads and routers
+            are quantized only if a pattern other than ``*`` names them. A head that shares its
+            weight with the embedding cannot be quantized.
+        exclude: name patterns of linears that keep their precision.
+
+    Raises:
+        InputError: a value out of range, or two budgets, or a budget beside a fraction.
     """
 
     fp4: float = 0.7
@@ -88,9 +101,9 @@ class Recipe:
     policy: str = "fisher"
     fisher: str = "exact"
     labels: str = "model"
-    rule: str = "benefit"
-    scales: str = "search"
-    sensitivities: str = "e4m3"
+    rule: str = QuantizerConfig.rule
+    scales: str = QuantizerConfig.scales
+    sensitivities: str = QuantizerConfig.sensitivities
     clip: str = "auto"
     compensate: bool = True
     tune: int = 0
@@ -104,8 +117,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):  # a YAML list arrives here as a list
             value = getattr(self, name)
-            listed = isinstance(value, list | tuple) and all(isinstance(p, str) for p in value)
-            if not listed:
+            valid = isinstance(value, list | tuple) and all(isinstance(p, str) for p in value)
+            if not valid:
                 raise InputError(f"recipe: {name} must be a list of name patterns, got {value!r}")
             object.__setattr__(self, name, tuple(value))
         for name in ("fp4", "fp4_activations"):
@@ -115,23 +128,23 @@ class Recipe:
             if not _is_number(value) or not 0 <= value <= 1:
                 raise InputError(f"recipe: {name} must be a fraction from 0 to 1, got {value!r}")
         self._check_budgets()
-        if self.policy not in POLICY_NAMES:
+        if self.policy not in POLICIES:
             raise InputError(
-                f"recipe: policy must be one of {', '.join(POLICY_NAMES)}, got {self.policy!r}"
+                f"recipe: policy must be one of {', '.join(POLICIES)}, got {self.policy!r}"
             )
         if self.clip not in CLIP_CHOICES:
             raise InputError(f"recipe: clip must be auto, on or off, got {self.clip!r}")
-        pairs = {
+        choices = {
             "fisher": FISHER_CHOICES,
             "labels": LABEL_CHOICES,
-            "rule": RULE_NAMES,
-            "scales": SCALES_NAMES,
-            "sensitivities": SENSITIVITY_NAMES,
+            "rule": recipe_rules(),
+            "scales": tuple(SCALES),
+            "sensitivities": SENSITIVITIES,
         }
-        for name, known in pairs.items():
-            if getattr(self, name) not in known:
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
                 raise InputError(
-                    f"recipe: {name} must be {_listed(known)}, got {getattr(self, name)!r}"
+                    f"recipe: {name} must be {_listed(allowed)}, got {getattr(self, name)!r}"
                 )
         if self.sensitivities == "powers" and not self.policy.startswith("fisher"):
             raise InputError(
@@ -172,9 +185,9 @@ class Recipe:
             )
         budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         defaults = {"fp4": type(self).fp4, "fp4_activations": None}
-        shares = [name for name, default in defaults.items() if getattr(self, name) != default]
-        if len(budgets) > 1 or (budgets and shares):
-            raise _several(shares + budgets)
+        fractions = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if len(budgets) > 1 or (budgets and fractions):
+            raise _conflict(fractions + budgets)
         if self.budget and self.policy != "fisher":
             raise InputError(
                 f"recipe: {self.budget} needs scores of one unit, policy fisher, "
@@ -183,46 +196,63 @@ class Recipe:
 
     @property
     def budget(self) -> str | None:
-        """Which of :data:`BUDGETS` is given; None where shares are."""
+        """Name of the budget in use, one of :data:`BUDGETS`; None with fractions of FP4 blocks."""
         return next((name for name in BUDGETS if getattr(self, name) is not None), None)
 
-    def with_options(self, given: dict[str, Any]) -> "Recipe":
-        """This recipe under options that override it, a size or percentage as text.
+    def with_options(self, options: dict[str, Any]) -> "Recipe":
+        """Copy of this recipe with some fields replaced; sizes and percentages may be text.
 
-        A share of FP4 replaces a budget of the recipe's, a budget shares and any other budget.
+        The option ``fp4`` removes the recipe's budget. A budget resets both fractions of FP4 blocks
+        and removes any other budget.
+
+        Raises:
+            InputError: ``fp4`` together with a budget, two budgets, or a value out of range.
         """
-        given = {key: _parsed(key, value) for key, value in given.items()}
-        amounts = [name for name in ("fp4", *BUDGETS) if name in given]
+        options = {key: _parsed(key, value) for key, value in options.items()}
+        amounts = [name for name in ("fp4", *BUDGETS) if name in options]
         if len(amounts) > 1:
-            raise _several(amounts)
+            raise _conflict(amounts)
         if amounts and amounts[0] != "fp4":
             default = {"fp4": type(self).fp4, "fp4_activations": None}
-            given = {**default, **dict.fromkeys(BUDGETS), **given}
+            options = {**default, **dict.fromkeys(BUDGETS), **options}
         elif amounts:
-            given = {**dict.fromkeys(BUDGETS), **given}
-        return replace(self, **given)
+            options = {**dict.fromkeys(BUDGETS), **options}
+        return replace(self, **options)
+
+    @property
+    def quantizer(self) -> QuantizerConfig:
+        """Configuration of the online activation quantizer."""
+        return QuantizerConfig(self.rule, self.scales, self.sensitivities)
 
     @property
     def activation_fraction(self) -> float:
-        """The asked share of FP4 activation blocks."""
+        """Fraction of activation blocks in FP4, ``fp4`` where ``fp4_activations`` is None."""
         return self.fp4 if self.fp4_activations is None else self.fp4_activations
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, in field order."""
+        """All fields as plain JSON types, in field order."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "recipe") -> "Recipe":
-        """A recipe from plain types; unknown keys are refused with the known ones listed."""
-        known = [f.name for f in fields(cls)]
+        """Build a recipe from plain types.
+
+        Raises:
+            InputError: an unknown key, with the known ones listed, or a value out of range.
+        """
+        keys = [f.name for f in fields(cls)]
         for key in values:
-            if key not in known:
-                raise InputError(f"{source}: unknown key {key!r}; the keys are {', '.join(known)}")
+            if key not in keys:
+                raise InputError(f"{source}: unknown key {key!r}; the keys are {', '.join(keys)}")
         return cls(**values)
 
     @classmethod
     def from_yaml(cls, path: Path) -> "Recipe":
-        """Read a recipe file."""
+        """Read a recipe file.
+
+        Raises:
+            InputError: not a readable YAML mapping, an unknown key or a value out of range.
+        """
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -247,24 +277,24 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _several(given: list[str]) -> InputError:
-    return InputError(f"recipe: give one of fp4, {', '.join(BUDGETS)}, got {' and '.join(given)}")
+def _conflict(names: list[str]) -> InputError:
+    return InputError(f"recipe: give one of fp4, {', '.join(BUDGETS)}, got {' and '.join(names)}")
 
 
 _SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
 
 def _parsed(key: str, value: Any) -> Any:
-    """A size such as 4.5M, or a percentage such as 1%, as a number; anything else as it is."""
+    """Parse a size such as 4.5M or a percentage such as 1%; return anything else unchanged."""
     if key == "max_bytes" and isinstance(value, str):
-        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kMG]?)B?", value)
-        if not found:
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kMG]?)B?", value)
+        if not match:
             raise InputError(
                 f"recipe: max_bytes must be a number of bytes, with k, M or G for thousands, "
                 f"millions or billions, got {value!r}"
             )
-        return round(float(found[1]) * _SUFFIXES[found[2]])
+        return round(float(match[1]) * _SUFFIXES[match[2]])
     if key in ("max_increase", "max_energy") and isinstance(value, str):
-        found = re.fullmatch(r"(-?[0-9]+(?:\.[0-9]+)?) *%?", value)
-        return float(found[1]) if found else value
+        match = re.fullmatch(r"(-?[0-9]+(?:\.[0-9]+)?) *%?", value)
+        return float(match[1]) if match else value
     return value

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fgmp.assign import compensate
-from fgmp.assign.clip import search_scale_codes
+from fgmp.assign.scale_search import search_scale_codes
 from fgmp.assign.compensate import compensated, factorize
 from fgmp.formats.activation import Site, fake_quantize, multiplier, sensitivity_codes
 from fgmp.formats.codec import from_blocks

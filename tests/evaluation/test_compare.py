@@ -18,7 +18,7 @@ from fgmp.evaluation.perplexity import Losses, batches, evaluate, loss_of
 from fgmp.model.linear import mixed_linears, sites
 from fgmp.model.store import config_of
 from fgmp.pack.stream import to_image
-from fgmp.pipeline import uniform
+from fgmp.quantization.pipeline import uniform
 
 
 def measured(nll: float, kl: float = 0.0) -> _Measured:
@@ -120,7 +120,7 @@ def test_perplexity_against_a_plain_loop(tokens: Tensor) -> None:
             total -= logits.log_softmax(-1)[window[position]].item()
             n += 1
     found = evaluate(make_model("llama"), tokens)
-    assert found.tokens == n == 8 * 23
+    assert found.predicted_tokens == n == 8 * 23
     # fp32 against float64: each token's loss to about 1e-6.
     assert found.nll == pytest.approx(total / n, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(total / n), rel=1e-4)

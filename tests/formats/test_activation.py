@@ -306,7 +306,7 @@ def test_bounds_of_the_errors():
 def test_the_largest_score():
     """u = 372 under s = 448 is a difference of 512 t, in 15 places at once."""
     x = torch.tensor([[448.0] + 15 * [372.0]])
-    site = Site(1.0, torch.full((16,), 0x7E, dtype=torch.uint8), 1.0, 0)
+    site = Site(1.0, torch.full((16,), 0x7E, dtype=torch.uint8), 1.0, 0, "difference", "max")
     assert quantize(x, site).score.item() == 15 * 448 * 2**9 * 2**38
     check_against_model(x, site)
 

@@ -1,4 +1,4 @@
-"""What the hardware's tests share: random blocks, weights and sites, and how to play them."""
+"""Shared by the hardware's tests: random blocks, weights and sites, and how to play them."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fgmp.formats.activation import Site, multiplier, quantize
+from fgmp.formats.rules import PAPER_QUANTIZER, QuantizerConfig
 from fgmp.formats.spec import BLOCK, E4M3, FP8_BLOCK
 from fgmp.formats.weight import quantize_weight, tensor_scale
 from fgmp.hardware.datapath import Datapath
@@ -35,7 +36,7 @@ def take(blocks: BlockCodes, index: Tensor) -> BlockCodes:
 
 
 def port(blocks: BlockCodes, i: int, datapath: Datapath) -> dict[str, object]:
-    """A block as a lane's port takes it."""
+    """A block in the form of a lane's port."""
     fields: dict[str, object] = {"codes": blocks.codes[i].tolist()}
     if datapath.kind != "fp8":
         fields["scale"] = int(blocks.scale[i]) & 0x7F
@@ -51,19 +52,19 @@ def signed(value: int, bits: int) -> int:
 def play_lane(
     lane: Lane, activation: BlockCodes, weight: BlockCodes, length: int, gaps: Sequence[int] = ()
 ) -> list[int]:
-    """Totals of a lane that takes ``reuse`` dot products at a time of ``length`` blocks each.
+    """Totals of a lane that computes ``reuse`` dot products at a time, of ``length`` blocks each.
 
-    Pair i is of slot ``i % reuse``; a weight block stays for ``reuse`` pairs. Before the pairs in
-    ``gaps`` a cycle passes without one.
+    Pair i is in slot ``i % reuse``; a weight block stays for ``reuse`` pairs. Before the pairs in
+    ``gaps`` there is a cycle without a pair.
     """
     datapath, n = lane.datapath, len(activation.is_fp8)
-    found: list[int] = []
+    totals: list[int] = []
 
     async def bench(ctx):
         async def tick():
             await ctx.tick()
             if ctx.get(lane.done):
-                found.append(signed(ctx.get(lane.total), datapath.total_bits))
+                totals.append(signed(ctx.get(lane.total), datapath.total_bits))
 
         for i in range(n):
             if i in gaps:
@@ -83,7 +84,7 @@ def play_lane(
             await tick()
 
     simulate(lane, bench)
-    return found
+    return totals
 
 
 def a_weight(n: int, k: int, fp8_share: float, seed: int) -> PackedWeight:
@@ -99,11 +100,17 @@ def an_input(tokens: int, k: int, seed: int) -> Tensor:
     return torch.randn(tokens, k, generator=g) * torch.randn(tokens, k, generator=g).exp()
 
 
-def a_site(x: Tensor, fp8_share: float, seed: int) -> Site:
-    """A site that puts about this share of the blocks of ``x`` into FP8; a tenth saturates."""
+def a_site(
+    x: Tensor, fp8_share: float, seed: int, quantizer: QuantizerConfig = PAPER_QUANTIZER
+) -> Site:
+    """A site with about this share of the blocks of ``x`` in FP8.
+
+    Values beyond nine tenths of the largest saturate.
+    """
+    rules = (quantizer.rule, quantizer.scales)
     sensitivity = torch.randint(1, 127, (x.shape[-1],), generator=draw(seed)).to(torch.uint8)
     finite = x.nan_to_num(0, 0, 0)
     r = multiplier(float(finite.abs().max()) * 0.9)
-    score = quantize(finite, Site(r, sensitivity, 1.0, -1)).score.double()
+    score = quantize(finite, Site(r, sensitivity, 1.0, -1, *rules)).score.double()
     threshold = -1 if fp8_share == 1 else int(score.quantile(1 - fp8_share))
-    return Site(r, sensitivity, 1.0, threshold)
+    return Site(r, sensitivity, 1.0, threshold, *rules)

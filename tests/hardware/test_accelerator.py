@@ -1,4 +1,4 @@
-"""Whole linears through the array: bit for bit, whatever the shape and whoever pauses."""
+"""Whole linears through the array: bit for bit, for all shapes and with pauses on any stream."""
 
 import re
 from dataclasses import replace
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fgmp.errors import InputError
 from fgmp.formats.activation import power_codes
+from fgmp.formats.rules import PAPER_QUANTIZER, QuantizerConfig
 from fgmp.formats.spec import BLOCK
 from fgmp.hardware.array import Array
 from fgmp.hardware.datapath import Datapath
@@ -22,19 +23,32 @@ from fgmp.hardware.verify import Layer, first_rows, mismatches
 from fgmp.pack.planes import unpack, validate
 from fgmp.pack.stream import from_image, to_image
 
-SMALL = Array(datapath=Datapath(k_max=64, reuse=4), lanes=2, rows=2, outputs_max=32)
+SMALL = Array(
+    datapath=Datapath(k_max=64, reuse=4),
+    lanes=2,
+    rows=2,
+    outputs_max=32,
+    quantizer=PAPER_QUANTIZER,
+)
 
 
 def a_layer(
-    outputs: list[int], k: int, x: Tensor, *, weights: float, activations: float, seed: int
+    outputs: list[int],
+    k: int,
+    x: Tensor,
+    *,
+    weights: float,
+    activations: float,
+    seed: int,
+    quantizer: QuantizerConfig = PAPER_QUANTIZER,
 ) -> Layer:
-    """Linears of one site, every second with a bias."""
+    """Linears of one site, every second with a bias; shares of FP8 blocks by side."""
     whole = a_weight(sum(outputs), k, weights, seed)
     linears, g = {}, draw(seed)
     for i, n in enumerate(outputs):
         bias = torch.randn(n, generator=g) if i % 2 else None
         linears[f"linear_{i}"] = (first_rows(whole, n), bias)
-    return Layer("linear_0", a_site(x, activations, seed), linears)
+    return Layer("linear_0", a_site(x, activations, seed, quantizer), linears)
 
 
 def run(array: Array, *jobs: tuple[Layer, Tensor]) -> list[dict[str, int]]:
@@ -46,10 +60,11 @@ def run(array: Array, *jobs: tuple[Layer, Tensor]) -> list[dict[str, int]]:
 
 
 def test_a_16_by_64_layer() -> None:
-    """The default lanes: four weight rows at a time, sixteen tokens."""
+    """The default lanes and quantizer: four weight rows at a time, sixteen tokens."""
     array = Array(datapath=Datapath(k_max=64), lanes=4, outputs_max=16)
     x = an_input(16, 64, seed=1)
-    layer = a_layer([16], 64, x, weights=0.3, activations=0.3, seed=1)
+    layer = a_layer([16], 64, x, weights=0.3, activations=0.3, seed=1, quantizer=array.quantizer)
+    array.require_rules("linear_0", layer.site)
     (counters,) = run(array, (layer, x))
     assert counters["working"] == array.cycles(16, 64, 16) == 256
     assert counters["activations"] == 0, "the quantizer caused a stall"
@@ -78,7 +93,7 @@ def test_an_array_for_powers_of_two() -> None:
     """Padding has no sensitivity, which is no power of two."""
     x = an_input(5, 40, seed=11)
     layer = a_layer([3], 40, x, weights=0.4, activations=0.4, seed=11)
-    array = replace(SMALL, sensitivities="powers")
+    array = replace(SMALL, quantizer=replace(PAPER_QUANTIZER, sensitivities="powers"))
     with pytest.raises(InputError, match="sensitivities must be 'powers' for this array"):
         array.require_rules("linear_0", layer.site)
     codes = power_codes(layer.site.sensitivity)
@@ -86,7 +101,7 @@ def test_an_array_for_powers_of_two() -> None:
     array.require_rules("linear_0", powers.site)
     SMALL.require_rules("linear_0", powers.site)
     run(array, (powers, x))
-    # It reads no significands: with the site's own codes it decides otherwise.
+    # It reads no significands: with the site's original codes it decides otherwise.
     (outcome,) = in_amaranth(array, [(layer.image, x)])
     assert mismatches(outcome, layer.reference(x), x) > 0
 
@@ -107,7 +122,7 @@ def test_who_waits_for_whom() -> None:
 
 def test_lanes_follow_the_quantizer_through_one_token() -> None:
     """A row of 16 blocks: the lanes begin long before its last is quantized."""
-    array = Array(datapath=Datapath(k_max=256), lanes=2, outputs_max=4)
+    array = Array(datapath=Datapath(k_max=256), lanes=2, outputs_max=4, quantizer=PAPER_QUANTIZER)
     x = an_input(1, 256, seed=13)
     layer = a_layer([2], 256, x, weights=0.3, activations=0.3, seed=13)
     (counters,) = run(array, (layer, x))
@@ -148,7 +163,7 @@ def test_normalised(value: float) -> None:
 def test_unpacker_gives_the_blocks_of_an_image() -> None:
     """Both formats in all orders, with pauses; an image that ends within a word and a byte."""
     weight = a_weight(5, 3 * BLOCK, 0.4, seed=9)
-    content, top, found = from_image(to_image(weight), 5, 48), Unpacker(), []
+    content, top, received = from_image(to_image(weight), 5, 48), Unpacker(), []
     x = an_input(1, 48, seed=9)
     image = LinearImage.of("weight", a_site(x, 0.5, 9), [(weight, None)])
     streams = feed(SMALL, image, x).streams
@@ -169,17 +184,17 @@ def test_unpacker_gives_the_blocks_of_an_image() -> None:
         return bench
 
     async def bench(ctx: Any) -> None:
-        while len(found) < 30:
+        while len(received) < 30:
             ready = not next(pauses)
             ctx.set(top.output.ready, ready)
-            ctx.set(top.restart, ready and len(found) % 15 == 14 and ctx.get(top.output.valid))
+            ctx.set(top.restart, ready and len(received) % 15 == 14 and ctx.get(top.output.valid))
             *_, valid, payload = await ctx.tick().sample(top.output.valid, top.output.payload)
             if valid and ready:
-                found.append(payload)
+                received.append(payload)
 
     flags, words = source(top.flags, streams["flags"]), source(top.words, streams["words"])
     simulate(top, bench, flags, words)
-    for i, block in enumerate(found):
+    for i, block in enumerate(received):
         row, group = divmod(i % 15, 3)
         assert bool(block.is_fp8) == bool(content.is_fp8[row, group])
         assert [int(c) for c in block.codes] == content.codes[row, group].tolist()
@@ -221,7 +236,9 @@ def test_refusals() -> None:
     ):
         with refuses(rule):
             SMALL.require_rules("x", type(site)(**{**vars(site), **change}))
-    with refuses("array: rule must be one of ('difference', 'benefit', 'truncated'), got 'random'"):
-        Array(rule="random")
+    with refuses(
+        "quantizer: rule must be one with hardware (difference, benefit, truncated), got 'random'"
+    ):
+        Array(quantizer=QuantizerConfig("random"))
     with refuses("x: the accelerator needs finite biases"):
         LinearImage.of("x", site, [(weight, torch.tensor([1.0, torch.inf]))])

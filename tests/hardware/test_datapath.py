@@ -35,12 +35,12 @@ def values(blocks: BlockCodes) -> list[list[Fraction]]:
 def test_contributions_are_dot_products(kind: str) -> None:
     datapath = Datapath(kind=kind)
     a, w = (random_blocks(300, SHARES[kind], seed) for seed in (1, 2))
-    found = datapath.contributions(a, w).tolist()
+    contributions = datapath.contributions(a, w).tolist()
     exact = [
         sum(x * y for x, y in zip(left, right, strict=True))
         for left, right in zip(values(a), values(w), strict=True)
     ]
-    assert [c * datapath.total_unit for c in found] == exact
+    assert [c * datapath.total_unit for c in contributions] == exact
 
 
 @pytest.mark.parametrize("kind", SHARES)
@@ -79,7 +79,7 @@ def test_integers_count_the_smallest_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "rule"),
+    ("parameters", "rule"),
     [
         ({"kind": "int8"}, "kind must be one of ['fp4', 'fp8', 'mixed'], got 'int8'"),
         ({"k_max": 8}, "k_max must be 16 or more, got 8"),
@@ -91,6 +91,6 @@ def test_integers_count_the_smallest_value() -> None:
         ({"accumulator": "fp16"}, "accumulator must be one of"),
     ],
 )
-def test_refusals(given: dict[str, object], rule: str) -> None:
+def test_refusals(parameters: dict[str, object], rule: str) -> None:
     with pytest.raises(InputError, match=re.escape(rule)):
-        Datapath(**given)
+        Datapath(**parameters)

@@ -17,7 +17,7 @@ def run(datapath: Datapath, linear: Layer) -> list[int]:
     """Totals that leave a lane while it is driven as one stream of the gate-level runs."""
     ports = stimulus.stimulate([linear], datapath, CYCLES)
     lane = datapath.create()
-    found = []
+    totals = []
 
     async def bench(ctx) -> None:  # type: ignore[no-untyped-def]
         for cycle in range(CYCLES):
@@ -27,10 +27,10 @@ def run(datapath: Datapath, linear: Layer) -> list[int]:
                 ctx.set(port.as_value() if hasattr(port, "as_value") else port, value)
             await ctx.tick()
             if ctx.get(lane.done):
-                found.append(ctx.get(lane.total.as_signed()))
+                totals.append(ctx.get(lane.total.as_signed()))
 
     simulate(lane, bench)
-    return found
+    return totals
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,9 @@ def test_every_total_is_exact(changed: dict[str, object]) -> None:
         for total in datapath.contributions(linear.activation, row_of(linear.weight, row)).sum(-1)
     }
     begun_before = datapath.reuse
-    found = run(datapath, linear)[begun_before:]
-    assert len(found) > 50
-    assert set(found) <= expected
+    totals = run(datapath, linear)[begun_before:]
+    assert len(totals) > 50
+    assert set(totals) <= expected
 
 
 def test_a_layer_all_in_fp4_has_its_values() -> None:
@@ -68,9 +68,9 @@ def test_a_layer_all_in_fp4_has_its_values() -> None:
         (linear.weight, narrow.weight),
     ):
         assert not after.is_fp8.any()
-        kept = ~before.is_fp8
-        assert torch.equal(after.codes[kept], before.codes[kept])
-        assert torch.equal(after.scale[kept], before.scale[kept])
+        fp4 = ~before.is_fp8
+        assert torch.equal(after.codes[fp4], before.codes[fp4])
+        assert torch.equal(after.scale[fp4], before.scale[fp4])
         assert ((after.scale >= 0x01) & (after.scale <= 0x7E)).all()
 
 

@@ -24,7 +24,7 @@ def play(
     totals: list[int], biases: list[int], scale: float, finite: list[bool]
 ) -> tuple[list[int], list[int]]:
     """fp32 and bf16 bit patterns."""
-    top, found = Epilogue(DATAPATH, tag_bits=8), []
+    top, outputs = Epilogue(DATAPATH, tag_bits=8), []
 
     async def bench(ctx: Any) -> None:
         significand, exponent = normalised(scale, 24)
@@ -38,11 +38,11 @@ def play(
             ctx.set(top.input.valid, i < len(totals))
             await ctx.tick()
             if ctx.get(top.output.valid):
-                found.append(ctx.get(top.output.payload))
+                outputs.append(ctx.get(top.output.payload))
 
     simulate(top, bench)
-    assert [f["tag"] for f in found] == [i % 256 for i in range(len(totals))]
-    return [f["fp32"] for f in found], [f["bf16"] for f in found]
+    assert [y["tag"] for y in outputs] == [i % 256 for i in range(len(totals))]
+    return [y["fp32"] for y in outputs], [y["bf16"] for y in outputs]
 
 
 def reference(totals: list[int], scale: float) -> Tensor:
@@ -63,13 +63,13 @@ def bf16_bits(y: Tensor) -> list[int]:
 
 def interesting_totals() -> list[int]:
     """Ties of the first rounding with both neighbours at every length, and the extremes."""
-    found = [0, 1, -1, 2**53, DATAPATH.total_max, -DATAPATH.total_max]
+    totals = [0, 1, -1, 2**53, DATAPATH.total_max, -DATAPATH.total_max]
     for shift in range(28):
         for significand in (2**23, 2**23 + 1, 2**24 - 1):
             tie = (2 * significand + 1) << shift
-            found += [tie - 1, tie, tie + 1, -tie]
+            totals += [tie - 1, tie, tie + 1, -tie]
     # exact_linear takes one product here, below 2**53; longer totals are the accelerator's tests.
-    return [t for t in found if abs(t) <= 2**53]
+    return [t for t in totals if abs(t) <= 2**53]
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ def test_scaling(scale: float) -> None:
     scale = float(np.float32(scale))
     totals = interesting_totals()
     fp32, bf16 = play(totals, [NO_BIAS] * len(totals), scale, [True] * len(totals))
-    wanted = reference(totals, scale)
-    assert fp32 == bits(wanted)
-    assert bf16 == bf16_bits(wanted)
+    expected = reference(totals, scale)
+    assert fp32 == bits(expected)
+    assert bf16 == bf16_bits(expected)
 
 
 def test_biases() -> None:

@@ -26,20 +26,20 @@ def random_netlist(library: Library, seed: int, inputs: int = 12, count: int = 1
     ports = tuple(next(net) for _ in range(inputs))
     states = [next(net) for _ in range(6)]
     known = [ZERO, ONE, *ports, *states]
-    made = []
+    gates_so_far = []
     for _ in range(count):
         cell = rng.choice(list(library.cells.values()))
         # Late nets are likelier, so that paths become long and glitches many.
         pins = tuple(known[-1 - int(len(known) * rng.random() ** 2)] for _ in cell.capacitance)
-        made.append(Gate(cell.name, "", pins, next(net)))
-        known.append(made[-1].output)
+        gates_so_far.append(Gate(cell.name, "", pins, next(net)))
+        known.append(gates_so_far[-1].output)
     flops = [
         Flop("", rng.choice(known), ONE if i % 2 else rng.choice(known), state)
         for i, state in enumerate(states)
     ]
     # Every gate drives something: sinks become outputs.
     return Netlist(
-        "random", next(net), tuple(made), tuple(flops), {"in": ports}, {"out": (known[-1],)}
+        "random", next(net), tuple(gates_so_far), tuple(flops), {"in": ports}, {"out": (known[-1],)}
     )
 
 
@@ -57,7 +57,7 @@ def steps_of(timed: timing.Timing, step: float) -> tuple[list[int], list[int]]:
 def events(
     netlist: Netlist, library: Library, trace: gates.Trace, timed: timing.Timing, step: float
 ) -> np.ndarray:
-    """Toggles a net by an event queue, one cycle of one stream at a time."""
+    """Toggles per net by an event queue, one cycle of one stream at a time."""
     rise, fall = steps_of(timed, step)
     tables = {
         name: liberty.truth(cell.function, list(cell.capacitance))
@@ -177,7 +177,7 @@ def test_stimuli_must_fit() -> None:
 
 
 def verilog(netlist: Netlist, library: Library, timed: timing.Timing, step: float) -> str:
-    """The netlist with delays, and a bench that counts toggles a net."""
+    """The netlist with delays, and a bench that counts toggles."""
     rise, fall = steps_of(timed, step)
     lines = ["`timescale 1ns/1ns", "module bench;", f"reg clk = 0; reg [{netlist.nets}:0] n;"]
     lines += ["initial begin n[0] = 0; n[1] = 1; end"]

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from fgmp.formats.rules import QuantizerConfig
 from fgmp.hardware import inference
 from fgmp.hardware.inference import Machine, Work
 
@@ -35,17 +36,17 @@ def test_a_mix_of_independent_shares() -> None:
 
 def test_energy_of_one_linear() -> None:
     """4 tokens, 8 outputs, 2 blocks: 64 pairs of 32 operations; half of the activations FP8."""
-    found = inference.serve([LINEAR], MACHINE, tokens=4, passes=3)
+    joules = inference.serve([LINEAR], MACHINE, tokens=4, passes=3)
     table = inference.energies()
-    assert found["lanes"] == pytest.approx(3e-15 * 64 * 32 * (0.5 * 1 + 0.5 * 3))
-    assert found["totals"] == pytest.approx(3e-15 * 64 * 32 * 0.75)
-    assert found["quantizer"] == pytest.approx(3e-15 * 4 * 2 * 100)
+    assert joules["lanes"] == pytest.approx(3e-15 * 64 * 32 * (0.5 * 1 + 0.5 * 3))
+    assert joules["totals"] == pytest.approx(3e-15 * 64 * 32 * 0.75)
+    assert joules["quantizer"] == pytest.approx(3e-15 * 4 * 2 * 100)
     weights = 64 / 2 * 16 * 5
     activations = 64 / 4 * 16 * 6.5
     outputs = 2 * 16 * 4 * 8
     bits = weights + activations + outputs
-    assert found["buffers"] == pytest.approx(3e-15 * bits * table["sram"].value)
-    assert found["dram"] == pytest.approx(3e-15 * 8 * 32 * 5 * table["dram"].value)
+    assert joules["buffers"] == pytest.approx(3e-15 * bits * table["sram"].value)
+    assert joules["dram"] == pytest.approx(3e-15 * 8 * 32 * 5 * table["dram"].value)
 
 
 def test_an_expert_sees_its_share_of_the_tokens() -> None:
@@ -76,7 +77,7 @@ def test_the_quantizers_latency() -> None:
     pytest.importorskip("amaranth")
     from fgmp.hardware.rtl import ppu
 
-    assert ppu.latency("benefit", "search") == inference.QUANTIZER_LATENCY
+    assert ppu.latency(QuantizerConfig()) == inference.QUANTIZER_LATENCY
 
 
 def test_llama_2_7b_has_its_weights() -> None:

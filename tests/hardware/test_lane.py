@@ -68,12 +68,12 @@ def test_fp32_accumulator(share: float) -> None:
     a, w = (random_blocks(10 * 2 * length, share, seed) for seed in (7, 8))
     w = take(w, torch.arange(180) // 2)
     each = lane.datapath.contributions(a, w).view(10, length, 2).transpose(1, 2)
-    wanted = lane.datapath.totals(each).flatten()
-    found = play_lane(lane, a, w, length)
-    assert [f & 0xFFFF_FFFF for f in found] == (
-        wanted.view(torch.int32).long() & 0xFFFF_FFFF
+    sums = lane.datapath.totals(each).flatten()
+    totals = play_lane(lane, a, w, length)
+    assert [t & 0xFFFF_FFFF for t in totals] == (
+        sums.view(torch.int32).long() & 0xFFFF_FFFF
     ).tolist()
-    for total, terms in zip(wanted.tolist(), each.flatten(0, 1).tolist(), strict=True):
+    for total, terms in zip(sums.tolist(), each.flatten(0, 1).tolist(), strict=True):
         bound = ((1 + u) ** length - 1) * sum(map(abs, terms))
         assert abs(Fraction(total) - sum(terms)) <= bound
 
@@ -116,10 +116,10 @@ def test_every_e2m1_product() -> None:
         scale = torch.full((256,), 0x38, dtype=torch.uint8)
         sides.append(BlockCodes(torch.zeros(256, dtype=torch.bool), block, scale))
     lane = Datapath(kind="fp4", reuse=1, k_max=16).create()
-    found = play_lane(lane, *sides, 1)
+    totals = play_lane(lane, *sides, 1)
     value = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
     one = 2**9  # the scale 1, code 0x38, in units of 2**-9
-    assert found == (value[pairs // 16] * value[pairs % 16] * one * one).tolist()
+    assert totals == (value[pairs // 16] * value[pairs % 16] * one * one).tolist()
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -204,7 +204,7 @@ def test_gating_is_proved() -> None:
 
 
 def test_verilog_ports_are_plain() -> None:
-    """One vector a port, unsigned: OpenSTA refuses others."""
+    """One unsigned vector per port: OpenSTA refuses others."""
     lane = Datapath(k_max=16, reuse=2).create()
     listed = ports(lane)
     text = verilog(rtlil_text(lane, "lane"))

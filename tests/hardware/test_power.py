@@ -27,17 +27,17 @@ def test_two_inverters() -> None:
     assert timed.load.tolist() == [0, 0, 1, 2, 0]
     # d = p + C / x: 1 + 2 for the first; the second has no load.
     assert timed.rise.tolist() == pytest.approx([3, 1])
-    found = cycle_energy(
+    energy = cycle_energy(
         netlist, library, timed, activity(netlist, {2: 0.5, 3: 0.5, 4: 0.25}, {}), 1000.0
     )
-    # Half C V^2 a toggle of the net, and half the parasitic capacitance of the gate.
-    assert found.units[""]["logic"] == pytest.approx(0.5 * 1 / 2)
-    assert found.units["near"]["logic"] == pytest.approx(0.5 * 2 / 2 + 0.5 * 1 / 2)
-    assert found.units["far"]["logic"] == pytest.approx(0.25 * 2 * 1 / 2)
+    # Half C V^2 per toggle of the net, and half the parasitic capacitance of the gate.
+    assert energy.units[""]["logic"] == pytest.approx(0.5 * 1 / 2)
+    assert energy.units["near"]["logic"] == pytest.approx(0.5 * 2 / 2 + 0.5 * 1 / 2)
+    assert energy.units["far"]["logic"] == pytest.approx(0.25 * 2 * 1 / 2)
     inverter = library.cells["INV_x1"]
-    assert found.units["near"]["leakage"] == pytest.approx(inverter.leakage * 1000e-3)
-    assert found.total == pytest.approx(sum(found.by_cause().values()))
-    assert found.total == pytest.approx(sum(found.by_unit().values()))
+    assert energy.units["near"]["leakage"] == pytest.approx(inverter.leakage * 1000e-3)
+    assert energy.total == pytest.approx(sum(energy.by_cause().values()))
+    assert energy.total == pytest.approx(sum(energy.by_unit().values()))
 
 
 def test_a_gated_register_takes_clock_energy_only_when_it_loads() -> None:
@@ -52,22 +52,22 @@ def test_a_gated_register_takes_clock_energy_only_when_it_loads() -> None:
     assert netlist.clock_gates == {("", 3): 1}
     flop, gate = library.flip_flop, library.clock_gate[0]
     pin = flop.capacitance["CK"] / 2 + flop.input_energy["CK"][0].at(1, 0)
-    own = gate.capacitance["CK"] / 2 + gate.input_energy["CK"][0].at(1, 0)
-    assert idle.total == pytest.approx(2 * own)
+    clock_pin = gate.capacitance["CK"] / 2 + gate.input_energy["CK"][0].at(1, 0)
+    assert idle.total == pytest.approx(2 * clock_pin)
     output = gate.output_energy[0].at(1, 0)
-    assert busy.total == pytest.approx(2 * own + 2 * 32 * pin + 2 * output)
+    assert busy.total == pytest.approx(2 * clock_pin + 2 * 32 * pin + 2 * output)
 
 
 def test_a_free_register_is_clocked_every_cycle() -> None:
     library = embedded()
     netlist = Netlist("free", 4, (), (Flop("", 2, ONE, 3),), {"in": (2,)}, {})
     timed = timing.analyse(netlist, library)
-    found = cycle_energy(netlist, library, timed, activity(netlist, {2: 1.0, 3: 1.0}, {}), 0.0)
+    energy = cycle_energy(netlist, library, timed, activity(netlist, {2: 1.0, 3: 1.0}, {}), 0.0)
     flop = library.flip_flop
     clock = 2 * (flop.capacitance["CK"] / 2 + flop.input_energy["CK"][0].at(1, 0))
-    assert found.by_cause()["clock"] == pytest.approx(clock)
+    assert energy.by_cause()["clock"] == pytest.approx(clock)
     data = flop.input_energy["D"][0].at(1, 0) + flop.output_energy[0].at(1, 0)
-    assert found.by_cause()["registers"] == pytest.approx(data)
+    assert energy.by_cause()["registers"] == pytest.approx(data)
 
 
 def test_states_in_which_the_output_moves_are_not_charged_twice() -> None:

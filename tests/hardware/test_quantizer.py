@@ -9,10 +9,12 @@ import torch
 from benches import a_site, an_input, draw
 from torch import Tensor
 
+from fgmp.errors import InputError
 from fgmp.formats.activation import Site, multiplier, power_codes, quantize
+from fgmp.formats.rules import PAPER_QUANTIZER, QuantizerConfig
 from fgmp.formats.spec import BLOCK, E2M1, E4M3, FP8_FACTOR, THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
 from fgmp.hardware.image import activation_words, normalised
-from fgmp.hardware.rtl.ppu import LATENCY, SITE, Quantizer
+from fgmp.hardware.rtl.ppu import LATENCY, SITE, Quantizer, latency
 from fgmp.hardware.rtl.score import difference_bounds
 from fgmp.hardware.simulate import simulate
 
@@ -28,21 +30,18 @@ def constants(r: float, threshold: int) -> dict[str, int]:
     }
 
 
-PAPER = ("difference", "max")
-POWERS = ("benefit", "search", "powers")
-
-
 def play(
     x: Tensor,
     sensitivity: Tensor,
     r: float,
     thresholds: list[int],
-    profile: tuple[str, ...] = PAPER,
+    config: QuantizerConfig = PAPER_QUANTIZER,
 ) -> list[Quantized]:
-    """Blocks (n, 16) one a cycle; block i meets the sensitivities of row i and threshold i."""
-    top, words, found = Quantizer(*profile), activation_words(x)[:, 0], []
-    more = {"difference": 4, "benefit": 1, "truncated": 2}[profile[0]]
-    assert top.latency == LATENCY + (0 if profile[:2] == PAPER else more)
+    """Blocks (n, 16), one per cycle; block i meets the sensitivities of row i and threshold i."""
+    top, words, received = Quantizer(config), activation_words(x)[:, 0], []
+    more = {"difference": 4, "benefit": 1, "truncated": 2}[config.rule]
+    is_paper = (config.rule, config.scales) == ("difference", "max")
+    assert top.latency == LATENCY + (0 if is_paper else more)
 
     async def bench(ctx: Any) -> None:
         ctx.set(top.output.ready, 1)
@@ -56,11 +55,11 @@ def play(
             ctx.set(top.site, constants(r, thresholds[judged]))
             await ctx.tick()
             if ctx.get(top.output.valid):
-                found.append(unpacked(ctx.get(top.output.payload)))
+                received.append(unpacked(ctx.get(top.output.payload)))
         assert ctx.get(top.input.ready)
 
     simulate(top, bench)
-    return found
+    return received
 
 
 def unpacked(payload: Any) -> Quantized:
@@ -73,16 +72,20 @@ def reference(
     sensitivity: Tensor,
     r: float,
     thresholds: list[int],
-    profile: tuple[str, ...] = PAPER,
+    config: QuantizerConfig = PAPER_QUANTIZER,
 ) -> list[Quantized]:
-    found = []
+    blocks = []
     for i, threshold in enumerate(thresholds):
-        q = quantize(x[i], Site(r, sensitivity[i], 1.0, threshold, *profile[:2]))
+        q = quantize(x[i], a_record(r, sensitivity[i], threshold, config))
         wide = bool(q.is_fp8[0])
         codes = (q.fp8 if wide else q.fp4)[0].tolist()
         finite = int(x[i].to(torch.bfloat16).isfinite().all())
-        found.append((codes, 0 if wide else int(q.scale[0]), int(wide), finite))
-    return found
+        blocks.append((codes, 0 if wide else int(q.scale[0]), int(wide), finite))
+    return blocks
+
+
+def a_record(r: float, sensitivity: Tensor, threshold: int, config: QuantizerConfig) -> Site:
+    return Site(r, sensitivity, 1.0, threshold, config.rule, config.scales)
 
 
 def blocks_of_all_kinds(n: int, r: float, seed: int) -> Tensor:
@@ -97,38 +100,39 @@ def blocks_of_all_kinds(n: int, r: float, seed: int) -> Tensor:
     return x.float()
 
 
-def check(n: int, r: float, profile: tuple[str, ...]) -> None:
+def check(n: int, r: float, config: QuantizerConfig) -> None:
     """Thresholds at every score and one below it decide by the last bit of S."""
     x = blocks_of_all_kinds(n, r, seed=int(r) % 7)
     sensitivity = torch.randint(1, 127, (n, BLOCK), generator=draw(9)).to(torch.uint8)
-    if profile[2:] == ("powers",):
+    if config.sensitivities == "powers":
         sensitivity = power_codes(sensitivity)
     ends = [THRESHOLD_ALL_FP8, THRESHOLD_ALL_FP4]
     thresholds = []
     for i in range(n):
-        score = int(quantize(x[i], Site(r, sensitivity[i], 1.0, 0, *profile[:2])).score[0])
+        score = int(quantize(x[i], a_record(r, sensitivity[i], 0, config)).score[0])
         thresholds.append([score, max(score - 1, -1), *ends][i % 4])
-    found = play(x, sensitivity, r, thresholds, profile)
-    assert found == reference(x, sensitivity, r, thresholds, profile)
+    blocks = play(x, sensitivity, r, thresholds, config)
+    assert blocks == reference(x, sensitivity, r, thresholds, config)
 
 
 @pytest.mark.parametrize("r", [1.0, multiplier(3.7), multiplier(5e-4), 2.0**100, 2.0**-100])
 def test_codes_and_decisions(r: float) -> None:
-    check(48, r, PAPER)
+    check(48, r, PAPER_QUANTIZER)
 
 
 @pytest.mark.parametrize(
-    "profile",
+    "config",
     [
-        ("benefit", "search"),
-        ("difference", "search"),
-        ("truncated", "search"),
-        POWERS,
-        ("truncated", "search", "powers"),
+        QuantizerConfig("benefit", "search"),
+        QuantizerConfig("difference", "search"),
+        QuantizerConfig("truncated", "search"),
+        QuantizerConfig("benefit", "search", "powers"),
+        QuantizerConfig("truncated", "search", "powers"),
     ],
+    ids=str,
 )
-def test_searched_scales(profile: tuple[str, ...]) -> None:
-    check(32, multiplier(3.7), profile)
+def test_searched_scales(config: QuantizerConfig) -> None:
+    check(32, multiplier(3.7), config)
 
 
 @pytest.mark.parametrize("scales", ["max", "search"])
@@ -139,20 +143,25 @@ def test_truncated_values_that_round_apart(scales: str) -> None:
     x = steps[:, None] / 2 * (1 + torch.arange(-12, 4) / 128)
     x[:, 0] = tops
     sensitivity = torch.full((len(x), BLOCK), 0x38, dtype=torch.uint8)
-    profile = ("truncated", scales)
-    sites = [Site(1.0, g, 1.0, 0, *profile) for g in sensitivity]
+    config = QuantizerConfig("truncated", scales)
+    sites = [a_record(1.0, g, 0, config) for g in sensitivity]
     thresholds = [int(quantize(row, site).score[0]) for row, site in zip(x, sites, strict=True)]
-    found = play(x, sensitivity, 1.0, thresholds, profile)
-    assert found == reference(x, sensitivity, 1.0, thresholds, profile)
+    blocks = play(x, sensitivity, 1.0, thresholds, config)
+    assert blocks == reference(x, sensitivity, 1.0, thresholds, config)
 
 
 @pytest.mark.parametrize("rule", ["benefit", "truncated"])
 def test_rules_under_the_largest_scale(rule: str) -> None:
-    check(32, 1.0, (rule, "max"))
+    check(32, 1.0, QuantizerConfig(rule, "max"))
 
 
 def test_the_papers_rule_with_powers_of_two() -> None:
-    check(32, 1.0, (*PAPER, "powers"))
+    check(32, 1.0, QuantizerConfig("difference", "max", "powers"))
+
+
+def test_a_rule_without_hardware_is_refused() -> None:
+    with pytest.raises(InputError, match=r"rule must be one with hardware .*, got 'random'"):
+        latency(QuantizerConfig("random", "max"))
 
 
 def test_every_e4m3_midpoint_and_its_neighbours() -> None:
@@ -175,7 +184,7 @@ def test_back_pressure_and_the_sticky_flag() -> None:
     x[7, 2] = float("nan")
     site = a_site(x, 0.5, seed=3)
     sensitivity = site.sensitivity.repeat(len(x), 1)
-    top, found = Quantizer(), []
+    top, received = Quantizer(PAPER_QUANTIZER), []
     pauses = iter((torch.rand(4000, generator=draw(4)) < 0.4).tolist())
 
     async def source(ctx: Any) -> None:
@@ -190,19 +199,19 @@ def test_back_pressure_and_the_sticky_flag() -> None:
 
     async def bench(ctx: Any) -> None:
         ctx.set(top.site, constants(site.r, site.threshold))
-        while len(found) < len(x):
+        while len(received) < len(x):
             ready = not next(pauses)
             ctx.set(top.output.ready, ready)
             *_, valid, payload = await ctx.tick().sample(top.output.valid, top.output.payload)
             if valid and ready:
-                found.append(unpacked(payload))
+                received.append(unpacked(payload))
         assert ctx.get(top.nonfinite)
         ctx.set(top.clear, 1)
         await ctx.tick()
         assert not ctx.get(top.nonfinite)
 
     simulate(top, bench, source)
-    assert found == reference(x, sensitivity, site.r, [site.threshold] * len(x))
+    assert received == reference(x, sensitivity, site.r, [site.threshold] * len(x))
 
 
 async def until(ctx: Any, condition: Any) -> None:
@@ -222,7 +231,8 @@ def test_difference_bounds_by_brute_force() -> None:
         filled = torch.nn.functional.pad(u, (0, -len(u) % (BLOCK - 1))).view(-1, BLOCK - 1)
         block = torch.cat([filled, torch.full((len(filled), 1), s)], 1).to(torch.bfloat16)
         q = quantize(
-            block.float(), Site(1.0, torch.full((BLOCK,), 0x38, dtype=torch.uint8), 1.0, 0)
+            block.float(),
+            a_record(1.0, torch.full((BLOCK,), 0x38, dtype=torch.uint8), 0, PAPER_QUANTIZER),
         )
         assert (q.scale == scale).all()
         e4m3 = torch.tensor([*E4M3.magnitudes, 0.0])[(q.fp8 & 0x7F).long()]

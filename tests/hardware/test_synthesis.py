@@ -19,11 +19,11 @@ LIBERTY = Path(os.environ.get("FGMP_LIBERTY", "no-folder"))
 
 def totals(values: np.ndarray, nets: tuple[int, ...], stream: int) -> list[int]:
     """A signed port over the cycles of one stream."""
-    found = []
+    values_by_cycle = []
     for words in values[:, list(nets), 0]:
         value = sum((int(word) >> stream & 1) << bit for bit, word in enumerate(words))
-        found.append(value - (value >> (len(nets) - 1) << len(nets)))
-    return found
+        values_by_cycle.append(value - (value >> (len(nets) - 1) << len(nets)))
+    return values_by_cycle
 
 
 @pytest.mark.parametrize(
@@ -85,15 +85,15 @@ def test_netlists_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("FGMP_CACHE_DIR", str(tmp_path / "cache"))
     runs = []
     yosys_run = yosys.run
-    monkeypatch.setattr(yosys, "run", lambda *given: runs.append(1) or yosys_run(*given))
+    monkeypatch.setattr(yosys, "run", lambda *arguments: runs.append(1) or yosys_run(*arguments))
     first = synthesis.synthesize(small(), embedded(), 1000.0)
     again = synthesis.synthesize(small(), embedded(), 1000.0)
     assert len(runs) == 1
     assert again.inputs == first.inputs and again.cells == first.cells
     synthesis.synthesize(small(), embedded(), 900.0)  # another period is another netlist
     assert len(runs) == 2
-    for kept in (tmp_path / "cache" / "netlists").iterdir():
-        kept.write_bytes(kept.read_bytes()[:-9])
+    for path in (tmp_path / "cache" / "netlists").iterdir():
+        path.write_bytes(path.read_bytes()[:-9])
     assert synthesis.synthesize(small(), embedded(), 1000.0).cells == first.cells
     assert len(runs) == 3
 

@@ -81,8 +81,8 @@ def test_rows_are_sampled_before_the_edge(model: Model) -> None:
         model.inputs.of(rows, name)[:] = 1
     model.inputs.of(rows, "step")[:] = words([300] * len(values), 2)
     out = model.cycles(rows)
-    found = numbers(model.outputs.of(out, "output__payload")[1:])
-    assert found == [(value + 300) % 2**WIDE for value in values[:-1]]
+    items = numbers(model.outputs.of(out, "output__payload")[1:])
+    assert items == [(value + 300) % 2**WIDE for value in values[:-1]]
     assert model.outputs.of(out, "output__valid")[1:].all()
 
 
@@ -93,8 +93,8 @@ def test_streams_lose_nothing(model: Model, pause: float) -> None:
     model.inputs.of(row, "step")[:] = words([3], 2)
     model._library.start()  # a new reset: what an earlier test left in the register is gone
     sources, sinks = {"input": words(values, 12)}, {"output": len(values)}
-    found, last = model.streams(row, sources, sinks, pause=pause, seed=5)
-    assert numbers(found["output"]) == [value + 3 for value in values]
+    received, last = model.streams(row, sources, sinks, pause=pause, seed=5)
+    assert numbers(received["output"]) == [value + 3 for value in values]
     assert numbers(model.outputs.of(last, "count")) == [len(values)]
 
 

@@ -1,4 +1,6 @@
-"""Packed weights and activation sites that tests of several kernels share."""
+"""Packed weights, activation sites and operator calls that tests of several kernels share."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from fgmp.pack.planes import PackedWeight, pack
 
 MODES = {"fp4": 0.0, "mixed": 0.3, "fp8": 1.0}
 """Share of FP8 blocks by the mode that packing then takes."""
+
+K = 72
+"""Columns of the operands of :func:`calls`: four blocks and a half."""
 
 
 def packed(n: int, k: int, share: float, seed: int = 0) -> PackedWeight:
@@ -51,3 +56,18 @@ def arguments(site: Site) -> tuple[Tensor, Tensor, Tensor, str, str]:
     """The site as operators take it."""
     r = torch.tensor(site.r, dtype=torch.float32)
     return r, site.sensitivity, torch.tensor(site.threshold), site.rule, site.scales
+
+
+def calls(share: float = 0.3, dtype: torch.dtype = torch.bfloat16) -> dict[str, tuple[Any, ...]]:
+    """Operators by name with arguments that they take."""
+    weight, record = packed(24, K, share), site(K)
+    x = tokens(6, K).view(2, 3, K).to(dtype)
+    units = quantize(x, record).units(K).to(torch.bfloat16)
+    r, t = torch.tensor(record.r), weight.t
+    return {
+        "quantize_activation": (x, *arguments(record)),
+        "fake_quantize_activation": (x, *arguments(record)),
+        "score_activation": (x, *arguments(record)),
+        "unpack_weight": (*planes(weight), K, torch.float32),
+        "packed_linear": (units, *planes(weight), r, t, torch.ones(24), dtype),
+    }

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Mistra
 
 import fgmp
 from fgmp.errors import InputError
-from fgmp.evaluation.perplexity import logits_of
+from fgmp.evaluation.perplexity import next_token_log_probabilities
 from fgmp.formats.activation import fake_quantize
 from fgmp.formats.codec import decode_e4m3
 from fgmp.formats.spec import FP8_BLOCK
@@ -140,7 +140,8 @@ def test_generate(family: str, tokens: Tensor) -> None:
     """An FP8 cache moves logits by less than FP8 moves keys, and greedy text seldom."""
     model = make_model(family)
     cache = a_cache(model, "fp8", tokens)
-    exact, near = logits_of(model, tokens[:2]), logits_of(model, tokens[:2], cache)
+    exact = next_token_log_probabilities(model, tokens[:2])
+    near = next_token_log_probabilities(model, tokens[:2], cache)
     assert not torch.equal(exact, near)
     assert (exact - near).abs().max() < 0.1 * (exact.max() - exact.min())
     cache.reset()
@@ -148,7 +149,7 @@ def test_generate(family: str, tokens: Tensor) -> None:
     made = model.generate(tokens[:1, :8], past_key_values=cache, **options)
     assert made.shape == (1, 14) and cache.get_seq_length() == 13
     # The same tokens, all at once: what generating saw is what evaluating sees.
-    fresh = logits_of(model, made, a_cache(model, "fp8", tokens))
+    fresh = next_token_log_probabilities(model, made, a_cache(model, "fp8", tokens))
     assert torch.equal(fresh[0, 7:].argmax(-1), made[0, 8:])
     cache.reset()
     beams = model.generate(tokens[:2, :8], past_key_values=cache, num_beams=3, **options)

@@ -7,7 +7,7 @@ for every weight, or for the output of the module that feeds a site, and squared
 import copy
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,20 +17,22 @@ import pytest
 import torch
 from conftest import make_model
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from fgmp.errors import InputError
+from fgmp.model.losses import causal_lm_loss, sampled_label_loss
 from fgmp.model.select import linearize, quantizable
-from fgmp.sensitivity.fisher import Calibration, calibrate, causal_lm_loss, drawn_label_loss
+from fgmp.sensitivity import fisher as fisher_module
+from fgmp.sensitivity.fisher import Calibration, calibrate
 from fgmp.sensitivity.squares import SQUARES
+from fgmp.storage.resume import PartialResults
 
 
-def close(found: Tensor, wanted: Tensor) -> bool:
+def close(result: Tensor, expected: Tensor) -> bool:
     """Squares of fp32 gradients: sums of a few hundred terms cancel to 1e-5 of the largest."""
-    assert found.dtype == torch.float32
-    return torch.allclose(found.double(), wanted, rtol=1e-4, atol=1e-6 * wanted.max().item())
+    assert result.dtype == torch.float32
+    return torch.allclose(result.double(), expected, rtol=1e-4, atol=1e-6 * expected.max().item())
 
 
 def prepared(family: str) -> tuple[nn.Module, dict[str, nn.Linear]]:
@@ -83,83 +85,18 @@ SITES = {
 @pytest.mark.parametrize("family", SITES)
 def test_against_autograd(family: str, tokens: Tensor) -> None:
     model, linears = prepared(family)
-    found = calibrate(model, linears, tokens[:3])
-    assert found.predictions == 3 * 23
-    for name, wanted in reference_weights(model, list(linears), tokens[:3]).items():
-        assert close(found.weights[name], wanted), name
+    result = calibrate(model, linears, tokens[:3])
+    assert result.predictions == 3 * 23
+    for name, expected in reference_weights(model, list(linears), tokens[:3]).items():
+        assert close(result.weights[name], expected), name
     for site, module in SITES[family].items():
-        assert close(found.sites[site].g2, reference_activations(model, module, tokens[:3])), site
-        assert found.sites[site].tokens == 3 * 24
-
-
-def reference_factors(model: nn.Module, samples: Tensor) -> dict[str, Tensor]:
-    """Outer products of mean squared output gradients and inputs, of the first layer's MLP."""
-    model = copy.deepcopy(model).double()
-    mlp = model.model.layers[0].mlp
-    sums: dict[str, list[Tensor]] = {}
-    n = tokens = 0
-    for sample in samples:
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-        def keep(name: str, x: Tensor, y: Tensor, into: dict = seen) -> None:
-            into[name] = (x, y)
-
-        hooks = [
-            getattr(mlp, name).register_forward_hook(
-                lambda _, args, out, name=name: keep(name, args[0], out)
-            )
-            for name in ("gate_proj", "down_proj")
-        ]
-        loss, predictions = causal_lm_loss(model, sample)
-        for hook in hooks:
-            hook.remove()
-        n, tokens = n + predictions, tokens + len(sample)
-        for name, (x, y) in seen.items():
-            g = torch.autograd.grad(loss, y, retain_graph=True)[0][0]
-            a, b = sums.setdefault(name, [torch.tensor(0.0), torch.tensor(0.0)])
-            sums[name] = [a + (g**2).sum(0), b + (x[0].detach() ** 2).sum(0)]
-    return {
-        f"model.layers.0.mlp.{name}": torch.einsum("i,j->ij", a / n, b / tokens)
-        for name, (a, b) in sums.items()
-    }
-
-
-def test_factors_against_autograd(tokens: Tensor) -> None:
-    model, linears = prepared("llama")
-    found = calibrate(model, linears, tokens[:3], fisher="factored")
-    for name, wanted in reference_factors(model, tokens[:3]).items():
-        assert close(found.weights[name], wanted), name
-    exact = calibrate(model, linears, tokens[:3])
-    assert found.weights.keys() == exact.weights.keys()
-    for name, f in exact.weights.items():
-        assert found.weights[name].shape == f.shape
-    for name, site in exact.sites.items():
-        assert torch.equal(found.sites[name].g2, site.g2)
-
-
-def test_factors_are_exact_of_one_token() -> None:
-    """One token a sequence, one sequence: the gradient is an outer product, and so its square."""
-    model = nn.Linear(8, 4, bias=False)
-    x = torch.randn(1, 8)
-    exact, factored = (
-        calibrate(model, {"": model}, [x], squares, fisher=f).weights[""]
-        for f in ("exact", "factored")
-    )
-    assert torch.allclose(factored, exact, rtol=1e-5)
-
-
-def test_factors_hold_no_matrix(tokens: Tensor, tmp_path: Path) -> None:
-    model, linears = prepared("llama")
-    found = calibrate(model, linears, tokens[:3], fisher="factored", state=tmp_path / "state")
-    with safe_open(tmp_path / "state", framework="pt") as file:
-        assert max(file.get_tensor(name).ndim for name in file.keys()) == 1  # noqa: SIM118
-    name = next(iter(linears))
-    assert found.weights[name] is not found.weights[name]  # made anew, kept by nobody
+        assert close(result.sites[site].g2, reference_activations(model, module, tokens[:3])), site
+        assert result.sites[site].tokens == 3 * 24
 
 
 def test_equals_the_sequences_of_one_batch_of_four(tokens: Tensor) -> None:
     model, linears = prepared("llama")
-    found = calibrate(model, linears, tokens[:4])
+    result = calibrate(model, linears, tokens[:4])
     # One forward and one backward pass over all four; what belongs to a sequence is sorted out of
     # each linear's input and output gradient afterwards.
     inputs: dict[str, Tensor] = {}
@@ -177,12 +114,12 @@ def test_equals_the_sequences_of_one_batch_of_four(tokens: Tensor) -> None:
     gradients = torch.autograd.grad(loss, list(outputs.values()))
     for name, gradient in zip(outputs, gradients, strict=True):
         by_sequence = torch.einsum("bto,bti->boi", gradient.double(), inputs[name].double())
-        assert close(found.weights[name], by_sequence.square().sum(0) / (4 * 23)), name
+        assert close(result.weights[name], by_sequence.square().sum(0) / (4 * 23)), name
 
 
 def test_activations_of_a_batch_of_four(tokens: Tensor) -> None:
     model, linears = prepared("llama")
-    found = calibrate(model, linears, tokens[:4])
+    result = calibrate(model, linears, tokens[:4])
     whole = copy.deepcopy(model).double()
     held: list[Tensor] = []
     whole.model.layers[0].input_layernorm.register_forward_hook(lambda *a: held.append(a[-1]))
@@ -190,8 +127,8 @@ def test_activations_of_a_batch_of_four(tokens: Tensor) -> None:
     loss = nn.functional.cross_entropy(
         logits.flatten(0, 1), tokens[:4, 1:].flatten(), reduction="sum"
     )
-    wanted = torch.autograd.grad(loss, held[0])[0].square().sum((0, 1)) / (4 * 23)
-    assert close(found.sites["model.layers.0.self_attn.q_proj"].g2, wanted)
+    expected = torch.autograd.grad(loss, held[0])[0].square().sum((0, 1)) / (4 * 23)
+    assert close(result.sites["model.layers.0.self_attn.q_proj"].g2, expected)
 
 
 def test_padding_contributes_nothing(tokens: Tensor) -> None:
@@ -218,22 +155,22 @@ def test_padding_contributes_nothing(tokens: Tensor) -> None:
 
 def test_readers_of_one_tensor_share_a_site(tokens: Tensor) -> None:
     model, linears = prepared("llama")
-    found = calibrate(model, linears, tokens[:1])
+    result = calibrate(model, linears, tokens[:1])
     layer = "model.layers.0"
     attention = [f"{layer}.self_attn.{n}_proj" for n in "qkv"]
     gated = [f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"]
-    assert found.sites[attention[0]].linears == attention
-    assert found.sites[gated[0]].linears == gated
-    assert len(found.sites) == 2 * 4  # qkv, o, gate and up, down
-    assert sorted(n for s in found.sites.values() for n in s.linears) == sorted(linears)
+    assert result.sites[attention[0]].linears == attention
+    assert result.sites[gated[0]].linears == gated
+    assert len(result.sites) == 2 * 4  # qkv, o, gate and up, down
+    assert sorted(n for s in result.sites.values() for n in s.linears) == sorted(linears)
 
 
 def test_sites_can_be_named(tokens: Tensor) -> None:
     model, linears = prepared("llama")
     q, k, v = (f"model.layers.0.self_attn.{n}_proj" for n in "qkv")
-    found = calibrate(model, linears, tokens[:1], groups={"value": [v]})
-    assert found.sites[q].linears == [q, k]
-    assert found.sites["value"].linears == [v]
+    result = calibrate(model, linears, tokens[:1], groups={"value": [v]})
+    assert result.sites[q].linears == [q, k]
+    assert result.sites["value"].linears == [v]
     with pytest.raises(InputError, match="site value: 'nowhere' is not a quantized linear"):
         calibrate(model, linears, tokens[:1], groups={"value": ["nowhere"]})
 
@@ -258,15 +195,15 @@ def test_a_linear_used_twice_squares_the_sum() -> None:
     model = Reused()
     samples = list(torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0)))
     linears = {"inner": model.inner, "outer": model.outer}
-    found = calibrate(model, linears, samples, squares)
+    result = calibrate(model, linears, samples, squares)
     double = copy.deepcopy(model).double()
-    wanted = torch.zeros(8, 8, dtype=torch.float64)
+    expected = torch.zeros(8, 8, dtype=torch.float64)
     for x in samples:
         (g,) = torch.autograd.grad(squares(double, x.double())[0], [double.inner.weight])
-        wanted += g.square()
-    assert close(found.weights["inner"], wanted / 15)
-    assert found.sites["inner"].linears == ["inner"]
-    assert found.sites["inner"].tokens == 2 * 15
+        expected += g.square()
+    assert close(result.weights["inner"], expected / 15)
+    assert result.sites["inner"].linears == ["inner"]
+    assert result.sites["inner"].tokens == 2 * 15
 
 
 class Crossed(nn.Module):
@@ -304,8 +241,8 @@ def test_a_tensor_changed_in_place_is_another_site() -> None:
 
     model = InPlace()
     linears = {"a": model.a, "b": model.b}
-    found = calibrate(model, linears, [torch.zeros(2, 8)], squares)
-    assert found.sites["a"].amax == 0 and found.sites["b"].amax == 1
+    result = calibrate(model, linears, [torch.zeros(2, 8)], squares)
+    assert result.sites["a"].amax == 0 and result.sites["b"].amax == 1
 
 
 @pytest.fixture
@@ -338,21 +275,21 @@ def test_experts_count_their_own_tokens(
     hook = model.model.layers[0].mlp.experts.register_forward_pre_hook(
         lambda _, args: chosen.append(args[1])
     )
-    found = calibrate(model, linears, tokens[:3])
+    result = calibrate(model, linears, tokens[:3])
     hook.remove()
     counts = torch.cat(chosen).flatten().bincount(minlength=5).tolist()
     assert counts[2] == 0 and min(counts[:2] + counts[3:]) > 0
-    wanted = reference_weights(model, [n for n in linears if ".experts.2." not in n], tokens[:3])
-    for name, fisher in wanted.items():
-        assert close(found.weights[name], fisher), name
+    expected = reference_weights(model, [n for n in linears if ".experts.2." not in n], tokens[:3])
+    for name, fisher in expected.items():
+        assert close(result.weights[name], fisher), name
     for index, count in enumerate(counts):
         for part in ("gate_up_proj", "down_proj"):
             name = f"model.layers.0.mlp.experts.{index}.{part}"
-            assert found.sites[name].linears == [name]
-            assert found.sites[name].tokens == count
+            assert result.sites[name].linears == [name]
+            assert result.sites[name].tokens == count
             if not count:
-                assert found.sites[name].amax == 0
-                assert not found.sites[name].g2.any() and not found.weights[name].any()
+                assert result.sites[name].amax == 0
+                assert not result.sites[name].g2.any() and not result.weights[name].any()
 
 
 # Fisher information and Hessian agree in expectation over labels from the model itself, so the
@@ -396,7 +333,7 @@ def test_half_the_score_predicts_the_loss_of_weight_noise(
     labelled: tuple[nn.Module, dict[str, nn.Linear], list[Labelled], Tensor],
 ) -> None:
     model, linears, samples, ids = labelled
-    found = calibrate(model, linears, samples, labelled_loss)
+    result = calibrate(model, linears, samples, labelled_loss)
     before = log_probabilities(model, ids[:32])
     originals = {name: linear.weight.detach().clone() for name, linear in linears.items()}
     ratios = []
@@ -405,7 +342,7 @@ def test_half_the_score_predicts_the_loss_of_weight_noise(
         for name, linear in linears.items():
             step = 1e-3 * originals[name].abs() * signs(originals[name])
             linear.weight.data.copy_(originals[name] + step)
-            score += (found.weights[name] * step.square()).sum().item()
+            score += (result.weights[name] * step.square()).sum().item()
         increase = (before.exp() * (before - log_probabilities(model, ids[:32]))).sum(-1).mean()
         ratios.append(increase.item() / (score / 2))
     assert sum(ratios) / len(ratios) == pytest.approx(1, abs=TOLERANCE)
@@ -467,8 +404,8 @@ def test_dropout_does_not_drop(tokens: Tensor) -> None:
     model, linears = prepared("gpt2")
     quiet = calibrate(model, linears, tokens[:1])
     model.train()
-    found = calibrate(model, linears, tokens[:1])
-    assert all(torch.equal(found.weights[name], quiet.weights[name]) for name in linears)
+    result = calibrate(model, linears, tokens[:1])
+    assert all(torch.equal(result.weights[name], quiet.weights[name]) for name in linears)
 
 
 def test_refuses_what_is_not_finite(tokens: Tensor) -> None:
@@ -483,7 +420,7 @@ def test_refuses_what_is_not_finite(tokens: Tensor) -> None:
     head = model.lm_head.weight.data.clone()
     model.lm_head.weight.data[3] = torch.inf  # no linear that is quantized sees it
     with pytest.raises(InputError, match="the loss of sequence 0 is nan"):
-        calibrate(model, linears, tokens[:1], drawn_label_loss)
+        calibrate(model, linears, tokens[:1], sampled_label_loss)
     model.lm_head.weight.data.copy_(head)
     # A finite loss whose gradient is not: the square root at zero.
     with pytest.raises(InputError, match=r"the gradient of model\.layers\.\d\.\S+ is not finite"):
@@ -527,19 +464,38 @@ def same(a: Calibration, b: Calibration) -> bool:
     )
 
 
+def destination(kind: str, path: Path, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """The argument of ``calibrate`` that stores its sums: a file, or partial results of a run."""
+    if kind == "file":
+        return {"file": path / "new" / "run.safetensors"}
+    return {"resume": PartialResults(path / "new", "0" * 16, report)}
+
+
+def stored_file(path: Path) -> Path:
+    (file,) = (path / "new").iterdir()
+    return file
+
+
+def done_in(file: Path) -> int:
+    with safe_open(file, framework="pt") as content:
+        return json.loads(content.metadata()["fgmp_state"])["facts"]["done"]
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 @pytest.mark.parametrize("fisher", SQUARES)
-@pytest.mark.parametrize("reason", [KeyboardInterrupt, MemoryError])
-def test_goes_on_to_equal_bits(
-    family: str, fisher: str, reason: type[BaseException], tokens: Tensor, tmp_path: Path
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("file", KeyboardInterrupt), ("file", MemoryError), ("resume", OSError)]
+)
+def test_resumes_to_equal_bits(
+    family: str, fisher: str, kind: str, reason: type[BaseException], tokens: Tensor, tmp_path: Path
 ) -> None:
     model, linears = prepared(family)
-    asked = partial(calibrate, model, linears, tokens[:4], fisher=fisher)
-    whole = asked()
-    state = tmp_path / "new" / "run.safetensors"
+    run = partial(calibrate, model, linears, tokens[:4], fisher=fisher)
+    whole = run()
+    stored = destination(kind, tmp_path)
     with pytest.raises(reason):
-        asked(state=state, advance=stopping_after(3, reason))
-    assert done_in(state) == 3
+        run(**stored, advance=stopping_after(3, reason))
+    assert done_in(stored_file(tmp_path)) == 3
     advanced: list[int] = []
     seen: list[Tensor] = []
 
@@ -548,25 +504,22 @@ def test_goes_on_to_equal_bits(
         seen.append(sample)
         return causal_lm_loss(model, sample)
 
-    again = asked(loss, state=state, advance=lambda: advanced.append(1))
+    again = run(loss, **stored, advance=lambda: advanced.append(1))
     assert len(seen) == 1 and len(advanced) == 4
     assert same(again, whole)
-    # Its own result is stored too: packing may be interrupted as well.
-    assert same(asked(state=state), whole)
+    # The finished sums are stored too: packing may be interrupted as well.
+    assert same(run(loss, **stored), whole) and len(seen) == 1
 
 
-def done_in(state: Path) -> int:
-    with safe_open(state, framework="pt") as file:
-        return json.loads(file.metadata()["state"])["done"]
-
-
+@pytest.mark.parametrize("seconds", [-1, 1000])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_an_error_within_a_sequence_leaves_whole_sequences_only(
-    where: str, tokens: Tensor, tmp_path: Path
+    where: str, seconds: int, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fisher_module, "Periodic", partial(fisher_module.Periodic, seconds))
     model, linears = prepared("llama")
     whole = calibrate(model, linears, tokens[:4])
-    state = tmp_path / "state"
+    file = tmp_path / "run.state"
     seen: list[Tensor] = []
 
     @wraps(causal_lm_loss)  # calibrations know a loss by its name
@@ -586,15 +539,17 @@ def test_an_error_within_a_sequence_leaves_whole_sequences_only(
         lambda _, args, out: out.register_hook(stumble) and None
     )
     with pytest.raises(KeyboardInterrupt):
-        calibrate(model, linears, tokens[:4], loss, state=state)
+        calibrate(model, linears, tokens[:4], loss, file=file)
     hook.remove()
-    assert same(calibrate(model, linears, tokens[:4], state=state), whole)
+    # Sums that hold a part of a sequence are not stored; what was stored before stays.
+    assert (done_in(file) == 2) if seconds < 0 else not file.exists()
+    assert same(calibrate(model, linears, tokens[:4], file=file), whole)
 
 
 def test_ctrl_c_waits_for_the_sequence_to_end(tokens: Tensor, tmp_path: Path) -> None:
     model, linears = prepared("llama")
     whole = calibrate(model, linears, tokens[:4])
-    state = tmp_path / "state"
+    file = tmp_path / "run.state"
     seen: list[Tensor] = []
 
     @wraps(causal_lm_loss)  # calibrations know a loss by its name
@@ -611,15 +566,15 @@ def test_ctrl_c_waits_for_the_sequence_to_end(tokens: Tensor, tmp_path: Path) ->
         lambda _, args, out: out.register_hook(press) and None
     )
     with pytest.raises(KeyboardInterrupt):
-        calibrate(model, linears, tokens[:4], loss, state=state)
+        calibrate(model, linears, tokens[:4], loss, file=file)
     hook.remove()
     assert signal.getsignal(signal.SIGINT) is handler
-    assert done_in(state) == 2
-    assert same(calibrate(model, linears, tokens[:4], state=state), whole)
+    assert done_in(file) == 2
+    assert same(calibrate(model, linears, tokens[:4], file=file), whole)
 
 
-def test_drawn_labels_are_the_models() -> None:
-    """At one prediction made 40,000 times the mean gradient vanishes: labels are as likely as it
+def test_sampled_labels_follow_the_predictions() -> None:
+    """With one prediction made 40,000 times the mean gradient vanishes: labels are as likely as it
     says, to four standard errors."""
 
     class Constant(nn.Module):
@@ -633,140 +588,136 @@ def test_drawn_labels_are_the_models() -> None:
     model, count = Constant(), 40_000
     gradients = []
     for tokens in (torch.zeros(count + 1), torch.zeros(count + 1), torch.ones(count + 1)):
-        loss, predictions = drawn_label_loss(model, tokens.long())
+        loss, predictions = sampled_label_loss(model, tokens.long())
         assert predictions == count
         gradients.append(torch.autograd.grad(loss, model.logits)[0] / count)
     p = model.logits.detach().softmax(0)
-    assert torch.equal(gradients[0], gradients[1])  # the same tokens draw the same labels
+    assert torch.equal(gradients[0], gradients[1])  # equal sequences get equal labels
     assert not torch.equal(gradients[0], gradients[2])
     for gradient in gradients:
         assert (gradient.abs() < 4 * (p * (1 - p) / count).sqrt()).all()
 
 
-def test_a_kept_calibration_is_used_again_or_refused(tokens: Tensor, tmp_path: Path) -> None:
+# Calibration files.
+
+
+def test_a_calibration_file_is_used_again_or_refused(tokens: Tensor, tmp_path: Path) -> None:
     model, linears = prepared("llama")
-    state = tmp_path / "state"
-    whole = calibrate(model, linears, tokens[:3], state=state, reuse=True)
-    seen = state.read_bytes()
-    assert same(calibrate(model, linears, tokens[:3], state=state, reuse=True), whole)
-    message = "state: a calibration of other "
-    with pytest.raises(InputError, match=message):
-        calibrate(model, linears, tokens[3:6], state=state, reuse=True)
+    file = tmp_path / "run.state"
+    calibrated = partial(calibrate, model, file=file)
+    whole = calibrated(linears, tokens[:3])
+    before = file.read_bytes()
+
+    def unused(model: nn.Module, sample: Tensor) -> tuple[Tensor, int]:
+        raise AssertionError
+
+    unused.__qualname__ = causal_lm_loss.__qualname__  # calibrations know a loss by its name
+    assert same(calibrated(linears, tokens[:3], unused), whole)
+
+    def another(model: nn.Module, sample: Tensor) -> tuple[Tensor, int]:
+        return causal_lm_loss(model, sample)
+
+    def refused(meaning: str) -> Any:
+        message = f"^{file}: a calibration {meaning}.*; name another file, or delete it$"
+        return pytest.raises(InputError, match=message)
+
+    with refused("on other token sequences"):
+        calibrated(linears, tokens[3:6])
+    with refused("of another loss, or with other labels"):
+        calibrated(linears, tokens[:3], another)
+    with refused("with other sites"):
+        calibrated(linears, tokens[:3], groups={"value": ["model.layers.0.self_attn.v_proj"]})
+    with refused("of other layers"):
+        calibrated(dict(list(linears.items())[1:]), tokens[:3])
     embeddings = model.get_input_embeddings().weight.data  # not quantized, and part of the model
     for weight in (linears["model.layers.1.mlp.down_proj"].weight.data, embeddings):
         weight[0, 0] += 1
-        with pytest.raises(InputError, match=message + "weights"):
-            calibrate(model, linears, tokens[:3], state=state, reuse=True)
+        with refused("of other weights"):
+            calibrated(linears, tokens[:3])
         weight[0, 0] -= 1
-
-    def another(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
-        return causal_lm_loss(model, tokens)
-
-    with pytest.raises(InputError, match="a calibration of another loss, or other labels"):
-        calibrate(model, linears, tokens[:3], another, state=state, reuse=True)
-    assert state.read_bytes() == seen
+    assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize(("held", "asked"), [("exact", "factored"), ("factored", "exact")])
-def test_the_other_kind_of_fisher_information_is_refused(
-    held: str, asked: str, tokens: Tensor, tmp_path: Path
+@pytest.mark.parametrize(("stored", "asked"), [("exact", "factored"), ("factored", "exact")])
+def test_the_other_form_of_fisher_information_is_refused(
+    stored: str, asked: str, tokens: Tensor, tmp_path: Path
 ) -> None:
     model, linears = prepared("llama")
-    state = tmp_path / "state"
-    calibrate(model, linears, tokens[:3], fisher=held, state=state, reuse=True)
-    message = f"state: holds the {held} Fisher information, the recipe asks for fisher: {asked};"
+    file = tmp_path / "run.state"
+    calibrate(model, linears, tokens[:3], fisher=stored, file=file)
+    message = f"^{file}: a calibration with another form of the Fisher information than the recipe"
     with pytest.raises(InputError, match=message):
-        calibrate(model, linears, tokens[:3], fisher=asked, state=state, reuse=True)
-    # A run that was not told to reuse begins anew.
-    assert same(
-        calibrate(model, linears, tokens[:3], fisher=asked, state=state),
-        calibrate(model, linears, tokens[:3], fisher=asked),
-    )
-
-
-def test_a_state_of_another_run_is_passed_over(tokens: Tensor, tmp_path: Path) -> None:
-    model, linears = prepared("llama")
-    state = tmp_path / "state"
-    calibrate(model, linears, tokens[:3], state=state)
-    groups = {"value": ["model.layers.0.self_attn.v_proj"]}
-    grouped = calibrate(model, linears, tokens[:3], groups=groups, state=state)
-    assert "value" in grouped.sites
-    calibrate(model, linears, tokens[:3], state=state)
-    assert same(
-        calibrate(model, linears, tokens[3:6], state=state), calibrate(model, linears, tokens[3:6])
-    )
-    calibrate(model, linears, tokens[:3], state=state)
-    linears["model.layers.1.mlp.down_proj"].weight.data[0, 0] += 1
-    assert same(
-        calibrate(model, linears, tokens[:3], state=state), calibrate(model, linears, tokens[:3])
-    )
+        calibrate(model, linears, tokens[:3], fisher=asked, file=file)
 
 
 def test_samples_differ_by_every_number_in_them(tmp_path: Path) -> None:
     """Also deep inside: a printed tensor of this size would show none of its middle."""
-    model, state = Reused(), tmp_path / "state"
+    model, file = Reused(), tmp_path / "run.state"
     linears = {"inner": model.inner, "outer": model.outer}
 
     def loss(model: nn.Module, sample: dict[str, Tensor]) -> tuple[Tensor, int]:
         return squares(model, sample["x"].float())
 
     samples = [{"x": torch.ones(500, 8, dtype=torch.bfloat16)}]
-    calibrate(model, linears, samples, loss, state=state)
+    calibrate(model, linears, samples, loss, file=file)
     samples[0]["x"][250, 4] = 100
-    assert same(
-        calibrate(model, linears, samples, loss, state=state),
-        calibrate(model, linears, samples, loss),
-    )
+    with pytest.raises(InputError, match="a calibration on other token sequences"):
+        calibrate(model, linears, samples, loss, file=file)
 
 
-def corruptions(state: Path) -> Iterator[str]:
-    """Only what is known to be a state may be deleted."""
-    whole = state.read_bytes()
-    state.write_bytes(whole[: len(whole) // 2])
-    yield "move this one away"
-    state.write_bytes(b"not a file of tensors")
-    yield "move this one away"
-    save_file({"x": torch.zeros(1)}, state)
-    yield "no state in its metadata.*move this one away"
-    save_file({"x": torch.zeros(1)}, state, metadata={"state": "{"})
-    yield "delete it"
-    save_file({"x": torch.zeros(1)}, state, metadata={"state": "[1]"})
-    yield "delete it"
-    with safe_open_bytes(whole, state) as file:
-        facts, names = file.metadata(), list(file.keys())
-        tensors = {name: file.get_tensor(name) for name in names}
-    del tensors[next(n for n in names if n.startswith("weight."))]
-    save_file(tensors, state, metadata=facts)
-    yield "File does not contain tensor.*delete it"
+def damages(path: Path) -> dict[str, bytes]:
+    """A stored file cut short, with one bit of its header or of its tensors flipped."""
+    whole = path.read_bytes()
+    header, tensors = bytearray(whole), bytearray(whole)
+    header[whole.index(b"crc32") + 30] ^= 1
+    tensors[-100] ^= 1
+    return {"cut": whole[: len(whole) // 2], "header": bytes(header), "tensors": bytes(tensors)}
 
 
-def safe_open_bytes(content: bytes, at: Path) -> safe_open:
-    copy_of = at.with_suffix(".copy")
-    copy_of.write_bytes(content)
-    return safe_open(copy_of, framework="pt")
-
-
-def test_a_corrupt_state_is_named(tokens: Tensor, tmp_path: Path) -> None:
+def test_a_damaged_calibration_file_is_refused_by_name(tokens: Tensor, tmp_path: Path) -> None:
     model, linears = prepared("llama")
-    state = tmp_path / "run.state"
-    calibrate(model, linears, tokens[:2], state=state)
-    found = []
-    for message in corruptions(state):
-        with pytest.raises(
-            InputError, match=rf"run\.state: not a calibration state \(.*{message}$"
-        ):
-            calibrate(model, linears, tokens[:2], state=state)
-        found.append(message)
-    assert len(found) == 6
-    with pytest.raises(InputError, match="is a folder, not a calibration state"):
-        calibrate(model, linears, tokens[:2], state=tmp_path)
+    file = tmp_path / "run.state"
+    calibrate(model, linears, tokens[:2], file=file)
+    for content in damages(file).values():
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=f"^{file}: "):
+            calibrate(model, linears, tokens[:2], file=file)
+        assert file.read_bytes() == content  # it may be anything: it is not overwritten
+    with pytest.raises(InputError, match=f"^{tmp_path}: is a folder, not a state file$"):
+        calibrate(model, linears, tokens[:2], file=tmp_path)
+
+
+def test_damaged_partial_results_are_reported_and_done_again(
+    tokens: Tensor, tmp_path: Path
+) -> None:
+    model, linears = prepared("llama")
+    lines: list[str] = []
+    resume = destination("resume", tmp_path, lines.append)
+    whole = calibrate(model, linears, tokens[:2], **resume)
+    file = stored_file(tmp_path)
+    intact = file.read_bytes()
+    for content in damages(file).values():
+        lines.clear()
+        file.write_bytes(content)
+        assert same(calibrate(model, linears, tokens[:2], **resume), whole)
+        (line,) = lines
+        assert line.startswith(f"{file}: ") and line.endswith(": calibration is done again")
+        assert file.read_bytes() == intact
+
+
+def test_partial_results_of_another_run_are_passed_over(tokens: Tensor, tmp_path: Path) -> None:
+    model, linears = prepared("llama")
+    calibrate(model, linears, tokens[:3], resume=PartialResults(tmp_path, "0" * 16))
+    other = calibrate(model, linears, tokens[3:6], resume=PartialResults(tmp_path, "1" * 16))
+    assert same(other, calibrate(model, linears, tokens[3:6]))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_full_disk_costs_the_state_and_not_the_run(tokens: Tensor, tmp_path: Path) -> None:
     """The state's folder cannot be made, because a file has its name."""
     model, linears = prepared("llama")
     (tmp_path / "taken").write_text("")
-    state = tmp_path / "taken" / "run.state"
+    file = tmp_path / "taken" / "run.state"
     with pytest.warns(UserWarning, match=r"run\.state: could not be written .* not be resumed"):
-        found = calibrate(model, linears, tokens[:2], state=state)
-    assert same(found, calibrate(model, linears, tokens[:2]))
+        calibration = calibrate(model, linears, tokens[:2], file=file)
+    assert same(calibration, calibrate(model, linears, tokens[:2]))

@@ -1,10 +1,11 @@
-"""A histogram's thresholds reach the fraction that was asked for, counted block by block.
+"""A histogram's thresholds reach the requested fraction, counted block by block.
 
 The judge is always ``quantize``, the definition: thresholds come out of histograms, then every
 block is decided exactly and counted.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ def a_site(seed: int, scale: float, gradient: float, k: int = 172) -> tuple[torc
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(600, k, generator=g) * torch.randn(k, generator=g).exp() * scale
     codes, gamma = sensitivity_codes(torch.randn(k, generator=g).mul(2).exp() * gradient)
-    return x, Site(multiplier(x.abs().max().item()), codes, gamma, 0)
+    r = multiplier(x.abs().max().item())
+    return x, Site(r, codes, gamma, 0, rule="difference", scales="max")
 
 
 def histogram_of(x: torch.Tensor, site: Site) -> ScoreHistogram:
@@ -48,7 +50,7 @@ def histogram_of(x: torch.Tensor, site: Site) -> ScoreHistogram:
 def decided(x: torch.Tensor, site: Site, threshold: float) -> torch.Tensor:
     """Which blocks are FP4 under a global threshold, by the definition."""
     t_site = site_threshold(threshold, site.r, site.gamma)
-    return ~quantize(x, Site(site.r, site.sensitivity, site.gamma, t_site, site.rule)).is_fp8
+    return ~quantize(x, replace(site, threshold=t_site)).is_fp8
 
 
 @pytest.mark.parametrize("scales", ["max", "search"])
@@ -56,7 +58,7 @@ def decided(x: torch.Tensor, site: Site, threshold: float) -> torch.Tensor:
 def test_what_is_counted_is_what_quantize_compares(rule: str, scales: str) -> None:
     x, base = a_site(8, 1.0, 1e-6)
     x[:5], x[5:10] = 0, x[5:10] * 1e-9  # zeros, and blocks that underflow
-    site = Site(base.r, base.sensitivity, base.gamma, 0, rule, scales)
+    site = replace(base, rule=rule, scales=scales)
     assert torch.equal(scores(x, site), quantize(x, site).score)
     x[7, 20] = torch.inf
     assert scores(x, site)[7].tolist().index(2**63 - 1) == 1
@@ -83,10 +85,10 @@ def test_one_site_reaches_the_fraction(fraction: float) -> None:
 )
 def test_one_threshold_serves_many_sites(gradients: tuple[float, ...], fraction: float) -> None:
     sizes = (1e-12, 1.0, 1e9)
-    sites = [a_site(i, *made) for i, made in enumerate(zip(sizes, gradients, strict=True))]
+    sites = [a_site(i, *pair) for i, pair in enumerate(zip(sizes, gradients, strict=True))]
     threshold = global_threshold([histogram_of(*s) for s in sites], fraction)
-    kept = torch.cat([decided(*s, threshold) for s in sites])
-    assert kept.double().mean().item() == pytest.approx(fraction, abs=TOLERANCE)
+    is_fp4 = torch.cat([decided(*s, threshold) for s in sites])
+    assert is_fp4.double().mean().item() == pytest.approx(fraction, abs=TOLERANCE)
 
 
 def test_a_global_threshold_gives_fp8_to_the_site_that_matters() -> None:
@@ -100,16 +102,16 @@ def test_a_global_threshold_gives_fp8_to_the_site_that_matters() -> None:
 def test_units_at_the_ends_of_fp32(scale: float) -> None:
     x, site = a_site(4, scale, 1e-6)
     threshold = global_threshold([histogram_of(x, site)], 0.7)
-    kept = decided(x, site, threshold).double().mean().item()
+    is_fp4 = decided(x, site, threshold).double().mean().item()
     if scale > 1:
-        assert kept == pytest.approx(0.7, abs=TOLERANCE)
+        assert is_fp4 == pytest.approx(0.7, abs=TOLERANCE)
     else:  # r is clamped at 2**100, so everything underflows to zeros, which are always FP4
-        assert kept >= 0.7 - TOLERANCE
+        assert is_fp4 >= 0.7 - TOLERANCE
 
 
 def test_random_scores_are_uniform_so_their_threshold_is_the_fraction() -> None:
     x, base = a_site(5, 1.0, 1.0)
-    site = Site(base.r, base.sensitivity, 1.0, 0, rule="random")
+    site = replace(base, gamma=1.0, rule="random")
     histogram = histogram_of(x, site)
     # 6,600 draws: the empirical 70% quantile is within 4 standard errors of 0.7 * 2**60.
     threshold = global_threshold([histogram], 0.7) / score_unit(site)
@@ -130,17 +132,18 @@ def test_zeros_are_fp4_even_where_fewer_were_asked_for() -> None:
     x[:300] = 0  # half of the blocks score 0: no threshold can split them
     histogram = histogram_of(x, site)
     assert histogram.count_up_to(0.0) == 300 * 11
-    kept = decided(x, site, global_threshold([histogram], 0.3))
-    assert kept[:300].all()
-    assert kept[300:].double().mean() < TOLERANCE
-    kept = decided(x, site, global_threshold([histogram], 0.7))
-    assert kept.double().mean().item() == pytest.approx(0.7, abs=TOLERANCE)
+    is_fp4 = decided(x, site, global_threshold([histogram], 0.3))
+    assert is_fp4[:300].all()
+    assert is_fp4[300:].double().mean() < TOLERANCE
+    is_fp4 = decided(x, site, global_threshold([histogram], 0.7))
+    assert is_fp4.double().mean().item() == pytest.approx(0.7, abs=TOLERANCE)
 
 
 def test_sites_without_gradient_count_as_fp4() -> None:
     (x, site), (idle, _) = a_site(0, 1.0, 1e-6), a_site(1, 1.0, 1.0)
     codes, gamma = sensitivity_codes(torch.zeros(172))
-    dead = Site(multiplier(idle.abs().max().item()), codes, gamma, 0)
+    r = multiplier(idle.abs().max().item())
+    dead = Site(r, codes, gamma, 0, rule="difference", scales="max")
     histograms = [histogram_of(x, site), histogram_of(idle, dead)]
     threshold = global_threshold(histograms, 0.7)
     assert decided(idle, dead, threshold).all()

@@ -1,4 +1,4 @@
-"""From scored activation blocks to a threshold a site."""
+"""Thresholds of activation sites from histograms of their scores."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,12 +11,12 @@ from fgmp.sensitivity.histogram import ScoreHistogram, achieved_fraction, global
 
 @dataclass(frozen=True)
 class ActivationAssignment:
-    """Records with their T_site, and the share of FP4 blocks on the calibration tokens.
+    """Site constants with thresholds, and fractions of FP4 blocks on the calibration tokens.
 
     Attributes:
-        records: by site.
-        fp4_fractions: by site.
-        fp4_fraction: over all sites.
+        records: constants by site, T_site included.
+        fp4_fractions: fraction of FP4 blocks by site.
+        fp4_fraction: fraction of FP4 blocks over all sites.
     """
 
     records: dict[str, Site]
@@ -30,18 +30,27 @@ def assign_activations(
     policy: Policy,
     fp4_fraction: float,
 ) -> ActivationAssignment:
-    """Give every site the threshold that reaches ``fp4_fraction``, over all sites or in each."""
+    """Give every site the threshold with a fraction ``fp4_fraction`` of its blocks in FP4.
+
+    Args:
+        records: constants by site; their thresholds are replaced.
+        histograms: scores on the calibration tokens, by site.
+        policy: whether the fraction holds over all sites together or at each site.
+        fp4_fraction: fraction of FP4 blocks to reach.
+    """
     shared = global_threshold(list(histograms.values()), fp4_fraction)
-    done, fractions = {}, {}
+    assigned, fractions = {}, {}
     for name, record in records.items():
         histogram = histograms[name]
-        own = global_threshold([histogram], fp4_fraction) if policy.per_layer else shared
-        done[name] = replace(record, threshold=site_threshold(own, record.r, record.gamma))
-        # The two ends decide for every score, also at a site without any.
-        exact = {THRESHOLD_ALL_FP8: 0.0, THRESHOLD_ALL_FP4: 1.0}.get(done[name].threshold)
-        reached = achieved_fraction(histogram, done[name].threshold)
+        threshold = global_threshold([histogram], fp4_fraction) if policy.per_layer else shared
+        assigned[name] = replace(
+            record, threshold=site_threshold(threshold, record.r, record.gamma)
+        )
+        # These two thresholds decide for every score, even at a site without scores.
+        exact = {THRESHOLD_ALL_FP8: 0.0, THRESHOLD_ALL_FP4: 1.0}.get(assigned[name].threshold)
+        reached = achieved_fraction(histogram, assigned[name].threshold)
         fractions[name] = reached if exact is None else exact
     blocks = {name: histogram.total for name, histogram in histograms.items()}
     count = sum(blocks.values())
-    overall = sum(fractions[n] * blocks[n] for n in done) / count if count else fp4_fraction
-    return ActivationAssignment(done, fractions, overall)
+    overall = sum(fractions[n] * blocks[n] for n in assigned) / count if count else fp4_fraction
+    return ActivationAssignment(assigned, fractions, overall)

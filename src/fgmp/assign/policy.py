@@ -1,18 +1,18 @@
-"""Which blocks get FP8.
+"""Policies: which blocks get FP8.
 
-A policy is two plain facts: what a square counts (``sensitivity``) and over what a threshold is
-taken (``per_layer``). Everything else, scores, quantiles and masks, is shared, so that policies
-can be compared on one calibration.
+A policy is the choice of sensitivities, the weights of squared errors in a score, and of the scope
+of a threshold. Everything else (scores, quantiles, masks) is common, so policies can be compared on
+one calibration. The recipe's ``rule`` says which squared errors a score sums.
 
-================  =========================================================  ============
-policy            score of a block                                           threshold
-================  =========================================================  ============
-fisher            squares weighted by F: the recipe's ``rule`` says which    one for all
-fisher-per-layer  the same                                                   each its own
-error             squares unweighted                                         one for all
-random            arbitrary                                                  one for all
-fp8, nvfp4        none: every block FP8, or FP4                              -
-================  =========================================================  ============
+================  ========================================  =======================
+policy            score of a block                          threshold
+================  ========================================  =======================
+fisher            squared errors weighted by F              one for all layers
+fisher-per-layer  squared errors weighted by F              one per layer
+error             squared errors, unweighted                one for all layers
+random            random                                    one for all layers
+fp8, nvfp4        none: every block is FP8, or FP4          none
+================  ========================================  =======================
 """
 
 import struct
@@ -21,17 +21,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fgmp.assign.impact import weight_benefit, weight_impact
+from fgmp.assign.impact import WEIGHT_SCORES
+from fgmp.assign.methods import WeightScore
+from fgmp.errors import InputError
 from fgmp.formats.activation import Site, fl32, multiplier, power_codes, sensitivity_codes
+from fgmp.formats.rules import RULES, QuantizerConfig
 from fgmp.formats.spec import E4M3, SCALE_MAX_CODE, SCORE_BITS
 from fgmp.formats.weight import WeightCodes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """See the module; ``fraction`` fixes the share of FP4 blocks whatever the recipe asks."""
+    """Choice of sensitivities and of the scope of a threshold.
 
-    sensitivity: str  # "fisher", "none" or "random"
+    Attributes:
+        sensitivity: ``fisher``, ``none`` or ``random``.
+        per_layer: whether each layer and each site has a threshold of its own.
+        fraction: fraction of FP4 blocks, instead of the recipe's.
+    """
+
+    sensitivity: str
     per_layer: bool = False
     fraction: float | None = None
 
@@ -46,6 +55,17 @@ POLICIES = {
 }
 
 
+def register(name: str, policy: Policy) -> None:
+    """Add a policy under a new name, which recipes can then choose.
+
+    Raises:
+        InputError: the name is taken.
+    """
+    if name in POLICIES:
+        raise InputError(f"policy {name!r} exists already; choose another name")
+    POLICIES[name] = policy
+
+
 def weight_scores(
     policy: Policy,
     rule: str,
@@ -53,32 +73,43 @@ def weight_scores(
     weight: Tensor,
     fisher: Tensor,
     generator: torch.Generator,
+    score: WeightScore | None = None,
 ) -> Tensor:
-    """Scores of a weight's blocks, float64 (N, G), by ``difference`` or ``benefit``.
+    """Scores of a weight's blocks, float64 (N, G).
 
-    ``truncated`` is for hardware, which scores no weights: they get ``benefit``.
+    Args:
+        policy: which sensitivities weight the squared errors.
+        rule: decision rule, a key of ``formats.rules.RULES``, which names a score of weight blocks.
+        codes: the weight in both formats.
+        weight: before rounding, (N, K).
+        fisher: F_w (N, K).
+        generator: random numbers for the policy ``random``.
+        score: replaces the score that the rule names.
     """
     if policy.sensitivity == "random":
-        drawn = torch.rand(codes.scale.shape, generator=generator, dtype=torch.float64)
-        return drawn.to(codes.scale.device)
-    counts = fisher if policy.sensitivity == "fisher" else torch.ones_like(fisher)
-    if rule == "difference":
-        return weight_impact(codes, counts)
-    return weight_benefit(codes, weight, counts)
+        scores = torch.rand(codes.scale.shape, generator=generator, dtype=torch.float64)
+        return scores.to(codes.scale.device)
+    score = score or WEIGHT_SCORES[RULES[rule].weight_score]
+    return score(codes, weight, sensitivities(policy, fisher))
+
+
+def sensitivities(policy: Policy, fisher: Tensor) -> Tensor:
+    """Sensitivities of a weight's elements: F_w, or ones under a policy that uses none."""
+    return fisher if policy.sensitivity == "fisher" else torch.ones_like(fisher)
 
 
 def weight_masks(
     policy: Policy, scores: dict[str, Tensor], fp4_fraction: float
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """FP8 masks and thresholds of all weights: a block is FP8 if its score exceeds the threshold.
+    """Which blocks of the weights are FP8: those whose score exceeds a threshold.
 
     Args:
-        policy: decides whether thresholds are global.
+        policy: whether one threshold holds for all linears or one for each.
         scores: float64 (N, G) by linear.
-        fp4_fraction: share of blocks to keep in FP4.
+        fp4_fraction: fraction of FP4 blocks to reach.
 
     Returns:
-        masks, bool (N, G), and the threshold of each linear.
+        FP8 masks, bool (N, G), and thresholds, both by linear.
     """
     if policy.per_layer:
         thresholds = {name: quantile([s], fp4_fraction) for name, s in scores.items()}
@@ -88,22 +119,22 @@ def weight_masks(
 
 
 def quantile(scores: list[Tensor], fp4_fraction: float) -> float:
-    """The smallest of float64 scores that at least this share of all of them does not exceed.
+    """Quantile of float64 scores: the smallest score with this fraction of them at or below it.
 
-    -inf for a share of 0 and inf for 1. Found by bisection over the numbers that float64 has, in
-    at most 64 looks at the scores, since sorting them would take three times their memory.
+    It is -inf for a fraction of 0 and inf for 1. Found by bisection over the float64 numbers, in at
+    most 64 passes over the scores; sorting would take three times their memory.
     """
     count = sum(s.numel() for s in scores)
-    kept = round(fp4_fraction * count)
-    if kept == 0:
+    fp4_count = round(fp4_fraction * count)
+    if fp4_count == 0:
         return -torch.inf
-    if kept == count:
+    if fp4_count == count:
         return torch.inf
     low = _place(min(s.min().item() for s in scores))
     high = _place(max(s.max().item() for s in scores))
     while low < high:
         middle = (low + high) // 2
-        if sum(int((s <= _number(middle)).sum()) for s in scores) >= kept:
+        if sum(int((s <= _number(middle)).sum()) for s in scores) >= fp4_count:
             high = middle
         else:
             low = middle + 1
@@ -111,46 +142,39 @@ def quantile(scores: list[Tensor], fp4_fraction: float) -> float:
 
 
 def _place(number: float) -> int:
-    """Of a float64 among all of them in order, counted from zero."""
+    """Order-preserving integer key of a float64; 0 for zero."""
     (bits,) = struct.unpack("<q", struct.pack("<d", abs(number)))
     return -int(bits) if number < 0 else int(bits)
 
 
 def _number(place: int) -> float:
-    """The inverse of :func:`_place`."""
+    """Float64 with a given key; the inverse of :func:`_place`."""
     (magnitude,) = struct.unpack("<d", struct.pack("<q", abs(place)))
     return -float(magnitude) if place < 0 else float(magnitude)
 
 
-def site_record(
-    policy: Policy,
-    rule: str,
-    scales: str,
-    g2: Tensor,
-    amax: float,
-    headroom: float,
-    powers: bool = False,
+def site_constants(
+    policy: Policy, quantizer: QuantizerConfig, g2: Tensor, amax: float, headroom: float
 ) -> Site:
-    """A site's constants before its threshold is known.
+    """Constants of a site, with a threshold of 0 until the scores are known.
 
     Args:
-        policy: what a square counts.
-        rule: which squares, a key of ``formats.activation.RULES``; a random policy has its own.
-        scales: a key of ``formats.activation.SCALES``.
+        policy: which sensitivities weight the squared errors; ``random`` replaces the rule.
+        quantizer: configuration of the online quantizer.
         g2: F_x, (K,).
         amax: largest calibrated magnitude.
         headroom: factor on ``amax``.
-        powers: make sensitivities powers of two.
     """
+    rule, scales = quantizer.rule, quantizer.scales
     r = multiplier(amax * headroom)
     if policy.sensitivity == "fisher":
         codes, gamma = sensitivity_codes(g2)
-        codes = power_codes(codes) if powers else codes
+        codes = power_codes(codes) if quantizer.sensitivities == "powers" else codes
         return Site(r, codes, gamma, 0, rule, scales)
     codes = torch.full(g2.shape, SCALE_MAX_CODE, dtype=torch.uint8, device=g2.device)
     if policy.sensitivity == "none":
         return Site(r, codes, fl32(1 / E4M3.max), 0, rule, scales)
-    # An arbitrary score has no unit: gamma makes one count of S worth 1, as far as fp32 reaches.
+    # A random score is no loss: gamma lets an S of 1 stand for 1, within the range of fp32.
     t = Site(r, codes, 1.0, 0).t
     gamma = fl32(min(2.0**SCORE_BITS / t**2, torch.finfo(torch.float32).max))
     return Site(r, codes, gamma, 0, "random", scales)

@@ -1,4 +1,4 @@
-"""From weights and their sensitivities to packed planes: scale, score, assign, compensate, pack."""
+"""Quantize weights: choose block scales, score blocks, compensate errors, pack planes."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -6,28 +6,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fgmp.assign.clip import search_scale_codes
-from fgmp.assign.compensate import compensated, factorize
-from fgmp.assign.policy import Policy, weight_scores
+from fgmp.assign.compensate import factorize
+from fgmp.assign.methods import DEFAULT_METHODS, Methods
+from fgmp.assign.policy import Policy, sensitivities, weight_scores
 from fgmp.formats.weight import nearest_scale_codes, quantize_weight, tensor_scale
 from fgmp.pack.planes import PackedWeight, pack
 from fgmp.sensitivity.moments import Moments
 
 
 def group_scale(weights: Iterable[Tensor]) -> float:
-    """The tensor scale that the weights of one site share."""
+    """Tensor scale that the weights of one site share."""
     return tensor_scale(max(w.abs().max().item() for w in weights))
 
 
 @dataclass(frozen=True)
 class ScoredWeights:
-    """Weights before assignment, by linear.
+    """Block scales and scores of weights, by linear.
 
     Attributes:
         scales: E4M3 codes of FP4 block scales, uint8 (N, G).
-        scores: of the blocks, float64 (N, G).
+        scores: scores of blocks, float64 (N, G).
         t: tensor scales.
-        clipped: whether scales were searched.
+        clipped: whether the scales come from a scale search.
     """
 
     scales: dict[str, Tensor]
@@ -44,37 +44,41 @@ def score_weights(
     *,
     rule: str,
     clipped: bool,
-    seed: int = 0,
+    generator: torch.Generator | None = None,
+    methods: Methods = DEFAULT_METHODS,
     advance: Callable[[], None] = lambda: None,
 ) -> ScoredWeights:
-    """Choose block scales and score the blocks with them.
+    """Choose FP4 block scales and score all blocks under them.
 
     Args:
         weights: (N, K) by linear.
-        fisher: F_w of the same shapes; all zero for an expert that no token reached, whose scales
-            are then searched with equal weights.
-        groups: linears that share an input and a tensor scale, those of one site.
-        policy: what a square counts.
-        rule: which squares, ``difference`` or ``benefit``.
-        clipped: search the scales of FP4 blocks; else they round to nearest.
-        seed: of the policy that chooses at random.
+        fisher: F_w by linear, of the same shapes. It is all zero for an expert that no token
+            reached; a scale search then uses equal sensitivities.
+        groups: names of the linears of each site, which share a tensor scale.
+        policy: which sensitivities weight the squared errors.
+        rule: decision rule, a key of ``formats.rules.RULES``.
+        clipped: whether to search the scales; otherwise they are those of round to nearest.
+        generator: random numbers for the policy ``random``; default: seeded with 0.
+        methods: replaceable steps.
         advance: called after each weight.
     """
-    generator = torch.Generator().manual_seed(seed)
-    found = ScoredWeights({}, {}, {}, clipped)
+    generator = generator or torch.Generator().manual_seed(0)
+    scored = ScoredWeights({}, {}, {}, clipped)
     for names in groups:
         t = group_scale(weights[name] for name in names)
         for name in names:
             weight, f = weights[name], fisher[name]
             if clipped:
-                scales = search_scale_codes(weight, _counts(policy, f), t)
+                scales = methods.search_scales(weight, _search_weights(policy, f), t)
             else:
                 scales = nearest_scale_codes(weight.float(), t)
             codes = quantize_weight(weight, t, scales)
-            found.scales[name], found.t[name] = scales, t
-            found.scores[name] = weight_scores(policy, rule, codes, weight, f, generator)
+            scored.scales[name], scored.t[name] = scales, t
+            scored.scores[name] = weight_scores(
+                policy, rule, codes, weight, f, generator, methods.weight_score
+            )
             advance()
-    return found
+    return scored
 
 
 def pack_weights(
@@ -85,27 +89,30 @@ def pack_weights(
     scored: ScoredWeights,
     masks: Mapping[str, Tensor],
     moments: Mapping[str, Moments] | None = None,
+    methods: Methods = DEFAULT_METHODS,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, PackedWeight]:
-    """Compensate, and pack.
+    """Round weights to their assigned formats and pack them, by linear.
 
     Args:
-        weights, fisher, groups: as :func:`score_weights` had them.
-        policy: what a square counts.
-        scored: what that function returned.
-        masks: which blocks are FP8, bool (N, G) by linear; see :func:`policy.weight_masks`.
-        moments: of each group's input, by the first of its linears, to compensate with. Without,
-            each weight is rounded by itself.
+        weights, fisher, groups, policy: as for :func:`score_weights`.
+        scored: result of :func:`score_weights`.
+        masks: which blocks are FP8, bool (N, G) by linear; see ``policy.weight_masks``.
+        moments: moments of each group's input, by its first linear, for error compensation; None:
+            round to nearest.
+        methods: replaceable steps.
         advance: called after each weight.
     """
     packed = {}
     for names in groups:
-        factors = factorize(moments[names[0]]) if moments else None
+        factors = factorize(moments[names[0]], methods.damping) if moments else None
         for name in names:
             t = scored.t[name]
             if factors:
-                counts = _counts(policy, fisher[name]) if scored.clipped else None
-                codes = compensated(weights[name], factors, masks[name], t, counts)
+                sensitivity = _search_weights(policy, fisher[name]) if scored.clipped else None
+                codes = methods.compensate(
+                    weights[name], factors, masks[name], t, sensitivity, methods.search_scales
+                )
             else:
                 codes = quantize_weight(weights[name], t, scored.scales[name])
             packed[name] = pack(codes, masks[name])
@@ -113,7 +120,6 @@ def pack_weights(
     return packed
 
 
-def _counts(policy: Policy, fisher: Tensor) -> Tensor:
-    """What an element's square counts in the search of scales."""
-    sensitive = policy.sensitivity == "fisher" and bool(fisher.any())
-    return fisher if sensitive else torch.ones_like(fisher)
+def _search_weights(policy: Policy, fisher: Tensor) -> Tensor:
+    """Sensitivities for the scale search; ones where no gradient ever arrived."""
+    return sensitivities(policy, fisher) if fisher.any() else torch.ones_like(fisher)

@@ -1,10 +1,10 @@
-"""Documentation text that every Python machine carries.
+"""Documentation text that ships with every Python interpreter.
 
 The demonstration model is trained and calibrated on docstrings and evaluated on
 ``pydoc_data.topics``, the language reference behind ``help("...")``. Both come with the
-interpreter, so ``fgmp quickstart`` needs no network and no data file. The two must stay
-apart: :func:`docstrings` drops every paragraph that shares a run of :data:`SHINGLE` words
-with the topics.
+interpreter, so ``fgmp quickstart`` needs no network and no data file. The two texts must not
+overlap: :func:`docstrings` drops every paragraph that shares :data:`SHINGLE` consecutive words with
+the topics.
 """
 
 import ast
@@ -16,14 +16,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 SHINGLE = 10
-"""Words in a run that counts as "the same text" when training text is held apart."""
+"""Consecutive words in common that count as overlap with the evaluation text."""
 
 _WORD = re.compile(r"\w+")
 _SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "pydoc_data"}
 
 
 def topics() -> str:
-    """The interpreter's language reference as one text, topics in alphabetical order."""
+    """Language reference of the interpreter as one text, topics in alphabetical order."""
     from pydoc_data.topics import topics as by_name
 
     return "\n\n".join(by_name[name].strip() for name in sorted(by_name)) + "\n"
@@ -40,29 +40,29 @@ def standard_library() -> list[Path]:
 
 
 def docstrings(files: Iterable[Path], *, min_chars: int = 160) -> Iterator[str]:
-    """Yield the docstrings of ``files``, without repeats and without the topics' text.
+    """Yield the docstrings of ``files``, without repeats and without text of the topics.
 
     Args:
-        files: Python source files; one that cannot be parsed is passed over, since other
-            people's packages hold templates and sources of other Python versions.
-        min_chars: shorter docstrings are dropped.
+        files: Python source files. A file that cannot be parsed is skipped, since packages contain
+            templates and sources for other Python versions.
+        min_chars: shorter documents are dropped.
 
     Yields:
-        One document a file: its docstrings in source order, separated by blank lines.
+        One document per file: its docstrings in source order, separated by blank lines.
     """
     held_out = set(_shingles(topics()))
     seen: set[bytes] = set()
     for path in files:
-        kept = []
+        paragraphs = []
         for text in _docstrings_of(path):
             for paragraph in re.split(r"\n\s*\n", text):
                 digest = hashlib.blake2b(paragraph.strip().encode(), digest_size=12).digest()
                 if digest in seen or not held_out.isdisjoint(_shingles(paragraph)):
                     continue
                 seen.add(digest)
-                kept.append(paragraph.rstrip())
-            kept.append("")
-        document = re.sub(r"\n{3,}", "\n\n", "\n\n".join(kept)).strip()
+                paragraphs.append(paragraph.rstrip())
+            paragraphs.append("")
+        document = re.sub(r"\n{3,}", "\n\n", "\n\n".join(paragraphs)).strip()
         if len(document) >= min_chars:
             yield document
 

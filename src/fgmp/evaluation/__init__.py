@@ -1,1 +1,1 @@
-"""How good a model is: perplexity, KL divergence from the original, and what a gap recovers."""
+"""Evaluation of models and checkpoints: perplexity, KL divergence, gap recovery, contents."""

@@ -1,10 +1,10 @@
-"""The comparison that decides adoption: original, all-FP8, all-NVFP4 and FGMP, side by side.
+"""Compare the original with all-FP8, all-NVFP4 and FGMP models on the same windows in one run.
 
-Every row sees the same windows in the same run. ``kl`` is the mean token KL divergence of the
-row's prediction from the original's: the steadier measure, since on overconfident small models
-quantization noise can *lower* perplexity. Intervals are paired: windows are resampled together
-for a row and the original, and the interval of the perplexity ratio is laid around the original's
-perplexity.
+``kl`` is the mean KL divergence per token of a model's predictions from the original's. It is the
+steadier measure: on small, overconfident models quantization noise can *lower* perplexity.
+
+Intervals are paired. Windows are resampled together for a model and the original, which gives an
+interval of their perplexity ratio; it is reported times the original's perplexity.
 """
 
 import math
@@ -14,14 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgmp.evaluation.perplexity import Losses, batches, divergence_of, logits_of, loss_of
+from fgmp.evaluation.perplexity import (
+    Losses,
+    batches,
+    divergence_of,
+    loss_of,
+    next_token_log_probabilities,
+)
 from fgmp.formats.spec import BLOCK, FP4_BITS, FP8_BITS, stream_bits
 from fgmp.model.linear import mixed_linears, sites
 from fgmp.model.store import stored_dtype
-from fgmp.progress import Stages, silent
+from fgmp.progress import Progress, silent
 
 CONTEXT = 4096
-"""Tokens whose activations count beside the weights in ``compression``, the paper's axis."""
+"""Tokens whose activations ``compression`` counts beside the weights, as the paper does."""
 
 _REFERENCE_BITS = 16
 _RESAMPLES = 2000
@@ -36,15 +42,16 @@ class Row:
         name: ``original``, ``fp8``, ``nvfp4`` or ``fgmp``.
         perplexity: exp of the mean next-token loss.
         ci95: 95% interval of the perplexity, paired with the original's.
-        kl: mean token KL from the original, nats.
-        bits_per_weight: every byte stored for the quantized weights; of the original, its dtype's.
-        bits_per_activation: of the stream that hardware moves, flags included.
-        compression: 16 over the mean bits of weights and of 4,096 tokens' activations.
-        fp4_activations: share of activation blocks that ran in FP4; None of the original.
-        vs_fp8_percent: perplexity over all-FP8's, less one.
-        gap_recovered_percent: how much of the perplexity gap between all-NVFP4 and all-FP8 is
-            closed; None where that gap is under 0.5% of FP8, and for the original.
-        kl_gap_recovered_percent: the same of the KL gap; None where there is none.
+        kl: mean KL divergence from the original per token, in nats.
+        bits_per_weight: all bytes stored for the quantized weights, per weight; for the original,
+            the bits of its dtype.
+        bits_per_activation: bits per value of the stream that hardware moves, flags included.
+        compression: 16 over the mean bits per value of the weights and 4,096 tokens' activations.
+        fp4_activations: fraction of activation blocks that ran in FP4; None for the original.
+        vs_fp8_percent: increase of perplexity over all-FP8's.
+        gap_recovered_percent: fraction of the perplexity gap between all-NVFP4 and all-FP8 that is
+            closed; None if that gap is below 0.5% of all-FP8's perplexity, and for the original.
+        kl_gap_recovered_percent: likewise for the KL gap; None if there is none.
     """
 
     name: str
@@ -60,7 +67,7 @@ class Row:
     kl_gap_recovered_percent: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """All fields as plain JSON types."""
         return {**asdict(self), "ci95": list(self.ci95)}
 
 
@@ -78,15 +85,18 @@ def compare(
     original: nn.Module,
     models: dict[str, nn.Module],
     windows: Tensor,
-    progress: Stages = silent,
+    progress: Progress = silent,
 ) -> list[Row]:
-    """Measure the original and quantized models on windows, int64 (B, L).
+    """Measure the original and quantized models on the same windows.
 
     Args:
         original: the unquantized causal LM.
-        models: by row name; must hold ``fp8`` and ``nvfp4``, the ends of the gap.
-        windows: evaluation windows.
-        progress: reports on long stages.
+        models: quantized models by name; ``fp8`` and ``nvfp4``, the ends of the gap, are required.
+        windows: evaluation windows, int64 (B, L).
+        progress: reports progress.
+
+    Returns:
+        One row per model, the original first.
     """
     losses: dict[str, list[Tensor]] = {"original": [], **{name: [] for name in models}}
     divergence = dict.fromkeys(models, 0.0)
@@ -95,50 +105,48 @@ def compare(
     original.eval()
     with progress("comparing", len(batches(windows))) as advance:
         for batch in batches(windows):
-            reference = logits_of(original, batch)
+            reference = next_token_log_probabilities(original, batch)
             losses["original"].append(loss_of(reference, batch))
             for name, model in models.items():
-                own = logits_of(model.eval(), batch)
-                losses[name].append(loss_of(own, batch))
-                divergence[name] += divergence_of(own, reference).sum().item()
+                predicted = next_token_log_probabilities(model.eval(), batch)
+                losses[name].append(loss_of(predicted, batch))
+                divergence[name] += divergence_of(predicted, reference).sum().item()
             advance()
-    found = {name: Losses(torch.cat(ls), windows.shape[1] - 1) for name, ls in losses.items()}
-    tokens = found["original"].tokens
-    per_token = windows.numel()
-    measured = {"original": _original_row(original, found["original"])}
+    by_model = {name: Losses(torch.cat(ls), windows.shape[1] - 1) for name, ls in losses.items()}
+    measured = {"original": _original_row(original, by_model["original"])}
     for name, model in models.items():
         fraction = activation_fraction(model)
         measured[name] = _Measured(
-            found[name],
-            divergence[name] / tokens,
+            by_model[name],
+            divergence[name] / by_model[name].predicted_tokens,
             weight_bits(model),
             activation_bits(name, fraction),
-            _compression(model, activation_bits(name, fraction), per_token),
+            _compression(model, activation_bits(name, fraction), windows.numel()),
             fraction,
         )
     return [_row(name, m, measured) for name, m in measured.items()]
 
 
 def start_counting(model: nn.Module) -> None:
-    """Let every activation site count its FP4 blocks and saturated elements from now on."""
+    """Make every activation site count FP4 blocks and saturated elements, starting from zero."""
     for site in sites(model).values():
         site.counting = True
         site.counts = [0, 0, 0]
 
 
 def activation_fraction(model: nn.Module) -> float:
-    """Share of activation blocks that ran in FP4 since :func:`start_counting`."""
+    """Fraction of activation blocks that ran in FP4 since :func:`start_counting`."""
     counts = [site.counts for site in sites(model).values()]
     return sum(c[0] for c in counts) / max(1, sum(c[1] for c in counts))
 
 
 def saturated_elements(model: nn.Module) -> int:
-    """Activation elements beyond the largest FP8 value since :func:`start_counting`."""
+    """Number of activation elements beyond the largest FP8 value since :func:`start_counting`."""
     return sum(site.counts[2] for site in sites(model).values())
 
 
 def drift(model: nn.Module, calibrated: dict[str, float]) -> dict[str, float]:
-    """FP4 share of each site since :func:`start_counting`, less its share at calibration."""
+    """Fraction of FP4 blocks since :func:`start_counting`, minus that at calibration, by site."""
     return {
         name: site.counts[0] / site.counts[1] - calibrated[name]
         for name, site in sites(model).items()
@@ -147,13 +155,13 @@ def drift(model: nn.Module, calibrated: dict[str, float]) -> dict[str, float]:
 
 
 def weight_bits(model: nn.Module) -> float:
-    """Bits a quantized weight, every stored byte of its planes counted."""
+    """Bits per quantized weight, counting every stored byte of the planes."""
     packed = [m.packed for m in mixed_linears(model).values()]
     return 8 * sum(p.nbytes for p in packed) / sum(p.n * p.k for p in packed)
 
 
 def activation_bits(name: str, fp4_fraction: float) -> float:
-    """Bits an activation value; a uniform stream needs no flags."""
+    """Bits per activation value; only the mixed stream needs flags."""
     return {"fp8": FP8_BITS, "nvfp4": FP4_BITS}.get(name, stream_bits(fp4_fraction))
 
 
@@ -193,7 +201,7 @@ def _row(name: str, m: _Measured, measured: dict[str, _Measured]) -> Row:
 
 
 def _interval(losses: Losses, original: Losses) -> tuple[float, float]:
-    """95% bootstrap interval of the perplexity, windows resampled in pairs."""
+    """95% bootstrap interval of the perplexity, by resampling windows in pairs."""
     difference = (losses.by_window - original.by_window) / losses.predictions
     count = len(difference)
     generator = torch.Generator().manual_seed(0)
@@ -204,7 +212,7 @@ def _interval(losses: Losses, original: Losses) -> tuple[float, float]:
 
 
 def table(rows: list[Row]) -> list[list[str]]:
-    """The rows as text, a header first."""
+    """Rows as text, by line and column, with a header first."""
     header = ["model", "perplexity", "95% interval", "KL", "bits/w", "bits/act"]
     header += ["compression", "FP4 act", "vs FP8", "gap rec", "KL rec"]
 

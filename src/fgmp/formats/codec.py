@@ -1,9 +1,9 @@
 """Encode and decode single E2M1 and E4M3 values, and cut rows into blocks.
 
-Rounding is to nearest, ties to the even code, saturating at the largest magnitude. Encoders
-take finite fp32; the sign bit of a code is the sign bit of the value *being represented*,
-except that a zero of either sign is code 0. A small negative value thus becomes negative zero,
-which is why encoders take the sign from a second argument where the first is a quotient.
+Rounding is to nearest, ties to the even code, saturating at the largest magnitude. Encoders take
+finite fp32. A code has the sign of the value that it represents: a small negative value becomes
+negative zero, while a zero of either sign becomes code 0. A quotient that underflowed no longer
+shows that sign, so encoders can take it from a second argument.
 """
 
 import torch
@@ -22,46 +22,47 @@ def _table(fmt: Minifloat) -> Tensor:
 _E2M1_VALUES = _table(E2M1)
 _E4M3_VALUES = _table(E4M3)
 
-# Halfway points between neighbours, in code order. A quotient on a halfway point goes to the
-# even code, so it passes the midpoint above an odd code and stays below that above an even one.
+# Midpoints between neighbours, in code order. A quotient on a midpoint goes to the even code: up
+# from an odd code, down to an even one.
 E2M1_MIDPOINTS = tuple(
     (low + high) / 2 for low, high in zip(E2M1.magnitudes, E2M1.magnitudes[1:], strict=False)
 )
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:
-    """E2M1 codes, uint8 0..15, to fp32 of the same shape."""
+    """Decode E2M1 codes, uint8 0..15, to fp32 of the same shape."""
     return _look_up(_E2M1_VALUES, codes)
 
 
 def decode_e4m3(codes: Tensor) -> Tensor:
-    """E4M3 codes, uint8, to fp32 of the same shape; 0x7F and 0xFF give NaN."""
+    """Decode E4M3 codes, uint8, to fp32 of the same shape; 0x7F and 0xFF give NaN."""
     return _look_up(_E4M3_VALUES, codes)
 
 
 def _look_up(table: Tensor, codes: Tensor) -> Tensor:
-    # index_select of a flat index takes a third of the time of table[codes].
+    # index_select with a flat index takes a third of the time of table[codes].
     return table.to(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def encode_e4m3(x: Tensor, sign_of: Tensor | None = None) -> Tensor:
-    """fp32 to E4M3 codes, uint8: to nearest even, saturating at 448, NaN to 0x7F.
+    """Encode fp32 as E4M3 codes, uint8: to nearest even, saturating at 448, NaN as 0x7F.
 
     Args:
-        x: fp32. The clamp makes saturation ours: PyTorch's cast saturates on some devices only.
+        x: fp32.
         sign_of: fp32 of the same shape; a code gets the sign bit where this is negative, even
             if ``x`` underflowed to zero. Default: ``x``.
     """
+    # The cast alone would saturate on some devices only, hence the clamp.
     codes = x.abs().clamp(max=E4M3.max).to(torch.float8_e4m3fn).view(torch.uint8)
     codes = codes | ((x if sign_of is None else sign_of) < 0).to(torch.uint8) << (E4M3.bits - 1)
     return torch.where(x.isnan(), torch.full_like(codes, E4M3.nan_code), codes)
 
 
 def encode_e2m1(quotient: Tensor, sign_of: Tensor) -> Tensor:
-    """fp32 quotients to E2M1 codes, uint8 0..15, by seven compares.
+    """Encode fp32 quotients as E2M1 codes, uint8 0..15, by seven comparisons.
 
     Args:
-        quotient: fp32, the value over its scale; its own sign is ignored.
+        quotient: fp32, the value over its scale; its sign is ignored.
         sign_of: broadcastable fp32; a code gets the sign bit where this is negative.
     """
     magnitude = quotient.abs()
@@ -73,10 +74,10 @@ def encode_e2m1(quotient: Tensor, sign_of: Tensor) -> Tensor:
 
 
 def round_e2m1(quotient: Tensor) -> Tensor:
-    """fp32 quotients to the nearest E2M1 value, ties to even, saturating; fp32, same shape.
+    """Round fp32 quotients to the nearest E2M1 value, ties to even, saturating; fp32, same shape.
 
-    The fast twin of ``decode_e2m1(encode_e2m1(q, q))``: the step of the grid is read off the
-    exponent, and dividing by a power of two is exact.
+    Equals ``decode_e2m1(encode_e2m1(q, q))`` and is faster: the exponent of a quotient gives the
+    step of the grid there, and division by a power of two is exact.
     """
     clamped = quotient.clamp(-E2M1.max, E2M1.max)
     exponent = clamped.view(torch.int32).bitwise_and(0x7F80_0000).clamp_(min=0x3F80_0000)
@@ -85,7 +86,7 @@ def round_e2m1(quotient: Tensor) -> Tensor:
 
 
 def to_blocks(x: Tensor) -> Tensor:
-    """(..., K) to (..., G, 16) with G = ceil(K / 16), zeros in the missing places."""
+    """Cut (..., K) into blocks (..., G, 16), G = ceil(K / 16), padded with zeros."""
     ragged = -x.shape[-1] % BLOCK
     if ragged:
         x = torch.nn.functional.pad(x, (0, ragged))
@@ -94,5 +95,5 @@ def to_blocks(x: Tensor) -> Tensor:
 
 
 def from_blocks(blocks: Tensor, k: int) -> Tensor:
-    """The first ``k`` values of (..., G, 16) as (..., k)."""
+    """Join blocks (..., G, 16) and drop the padding: (..., k)."""
     return blocks.flatten(-2)[..., :k]

@@ -2,10 +2,10 @@
 
     y = fl32(fl32(A * 2**-20) * fl32(t_w * t_x)) + bias, rounded once to the output dtype
 
-A = sum a_int * w_int is an exact integer: decoded values are integers in units of 2**-10 * t.
-:func:`exact_linear` computes it exactly and is what hardware equals bit for bit. :func:`linear`
-replaces A by an fp32 GEMM over the same operands. Every product is exact there too, so the two
-differ by the accumulation alone, by :func:`error_bound` at most.
+A = sum a_int * w_int is an exact integer, since decoded values are integer multiples of 2**-10 * t.
+:func:`exact_linear` computes A exactly; hardware reproduces it bit for bit. :func:`linear` replaces
+A by an fp32 GEMM over the same operands. Every product is exact there too, so the two differ only
+by the accumulation, by at most :func:`error_bound`.
 """
 
 import torch
@@ -21,11 +21,11 @@ _EXACT_TERMS = int(2**53 // (UNIT_MAX * 2**UNIT_BITS) ** 2)
 def exact_linear(
     activation: Tensor, weight: Tensor, t_x: float, t_w: float, bias: Tensor | None = None
 ) -> Tensor:
-    """The linear with an exact accumulator.
+    """Output of the linear layer with an exact accumulator.
 
     Args:
-        activation: units of t_x, (..., K), from ``formats.activation``.
-        weight: units of t_w, (N, K), from ``formats.weight`` or ``pack``.
+        activation: in units of t_x, (..., K), from ``formats.activation``.
+        weight: in units of t_w, (N, K), from ``formats.weight`` or ``pack``.
         t_x: activation tensor scale, an fp32 value.
         t_w: weight tensor scale, an fp32 value.
         bias: (N,), added in fp32.
@@ -48,20 +48,23 @@ def exact_linear(
 def linear(
     activation: Tensor, weight: Tensor, t_x: float, t_w: float, bias: Tensor | None = None
 ) -> Tensor:
-    """The linear with an fp32 accumulator; arguments and result as :func:`exact_linear`."""
+    """Output of the linear layer with an fp32 accumulator; otherwise as :func:`exact_linear`."""
     return _epilogue(activation.float() @ weight.float().T, t_x, t_w, bias)
 
 
 def error_bound(
     activation: Tensor, weight: Tensor, t_x: float, t_w: float, bias: Tensor | None = None
 ) -> Tensor:
-    """How far a linear with fp32 accumulation may be from :func:`exact_linear`, in fp64 (..., N).
+    """Largest difference between fp32 accumulation and :func:`exact_linear`, float64 (..., N).
 
-    Products of units are exact, so whoever adds K of them in fp32, in whatever order, with one
-    more rounding where a block's scale is multiplied in, is off by at most (K + 8) u sum |a w| /
-    (1 - (K + 8) u), u = 2**-24 (Higham, Accuracy and Stability of Numerical Algorithms, section
-    3.1); 8 covers the additions that put partial sums together. The scale, the bias and the last
-    rounding add an ulp each, on both sides.
+    Products are exact, so only additions round, and at most one multiplication by a block's scale.
+    Adding K products in fp32, in any order, has an error of at most
+
+        (K + 8) u sum |a w| / (1 - (K + 8) u),    u = 2**-24
+
+    (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). The 8 covers the
+    additions that join partial sums. The tensor scales, the bias and the last rounding add one ulp
+    each, on both sides.
 
     Args:
         activation, weight, t_x, t_w, bias: as for :func:`exact_linear`.
@@ -79,13 +82,13 @@ def _epilogue(y: Tensor, t_x: float, t_w: float, bias: Tensor | None) -> Tensor:
 
 
 def _int64_to_fp32(x: Tensor) -> Tensor:
-    """Round once to nearest even. A cast through float64 would round twice above 2**53."""
-    # Sticky rounding: bring the magnitude under 2**53 with the lost bits or-ed into the last one,
-    # far below fp32's rounding position, and let one float64 -> fp32 rounding do the rest.
+    """Round int64 to fp32 once, to nearest even; a cast through float64 rounds twice from 2**53."""
+    # Sticky rounding: shift the magnitude below 2**53 and or the lost bits into the last one, far
+    # below fp32's rounding position. Then the one rounding from float64 to fp32 is correct.
     magnitude = x.abs()
     shift = 11
     sticky = (magnitude & (2**shift - 1) != 0).long()
     large = magnitude >= 2**53
-    kept = torch.where(large, (magnitude >> shift) | sticky, magnitude)
-    rounded = kept.double().float() * torch.where(large, 2.0**shift, 1.0)
+    shifted = torch.where(large, (magnitude >> shift) | sticky, magnitude)
+    rounded = shifted.double().float() * torch.where(large, 2.0**shift, 1.0)
     return rounded.copysign(x.float())

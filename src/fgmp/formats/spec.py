@@ -1,7 +1,9 @@
-"""What the numbers are: records that software and hardware read. No torch in here.
+"""Constants of the formats, for software and hardware; does not import torch.
 
-E2M1 and E4M3 are described by their bits; grids, maxima and the integer unit of the decision
-are computed from those. Nothing else in the project writes 6, 448 or 2688 down.
+E2M1 and E4M3 are described by their bits. Their grids and maxima (6, 448 and 2688 = 6 * 448) and
+the integers of the decision are computed from those. The Python packages read the constants here.
+The C++ kernels repeat a few (``kernels/cpu/abi.h``, ``block.h``, ``quantize.h``): they compile
+without Python, and tests compare them with the definition.
 """
 
 from dataclasses import dataclass
@@ -12,10 +14,10 @@ from typing import Final
 
 @dataclass(frozen=True, kw_only=True)
 class Minifloat:
-    """A sign-magnitude float of at most eight bits: sign, exponent, mantissa, high to low.
+    """Sign-magnitude float of at most eight bits: sign, exponent, mantissa, high to low.
 
-    The exponent is biased and 0 means subnormal. There is no infinity; where ``has_nan``, the
-    code with all exponent and mantissa bits set is not a number and everything else is finite.
+    The exponent is biased, and 0 means subnormal. There is no infinity. With ``has_nan``, the code
+    whose exponent and mantissa bits are all set is NaN; every other code is finite.
     """
 
     name: str
@@ -26,22 +28,22 @@ class Minifloat:
 
     @property
     def bits(self) -> int:
-        """Width of a code, the sign included."""
+        """Bits of a code, the sign bit included."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
     def sign_bit(self) -> int:
-        """The code of negative zero."""
+        """Code of negative zero: the sign bit alone."""
         return 1 << (self.exponent_bits + self.mantissa_bits)
 
     @cached_property
     def magnitudes(self) -> tuple[float, ...]:
-        """Value of every finite code without its sign bit, in code order, hence ascending."""
+        """Values of the finite non-negative codes, in code order, which is ascending."""
         finite = self.sign_bit - (1 if self.has_nan else 0)
         return tuple(float(self.magnitude(code)) for code in range(finite))
 
     def magnitude(self, code: int) -> Fraction:
-        """Exact value of the finite code ``code``, given without its sign bit."""
+        """Exact value of a finite code whose sign bit is not set."""
         exponent, mantissa = divmod(code, 1 << self.mantissa_bits)
         if exponent:
             mantissa += 1 << self.mantissa_bits
@@ -64,7 +66,11 @@ class Minifloat:
 
     @property
     def nan_code(self) -> int:
-        """The positive code that is not a number."""
+        """Code of the NaN with a positive sign.
+
+        Raises:
+            ValueError: the format has none.
+        """
         if not self.has_nan:
             raise ValueError(f"{self.name} has no NaN")
         return self.sign_bit - 1
@@ -77,39 +83,43 @@ BLOCK: Final = 16
 """Values in a block, consecutive along the dot-product dimension K."""
 
 FP8_FACTOR: Final = int(E2M1.max)
-"""An FP8 element is worth FP8_FACTOR * e4m3 * t. With this factor the largest value of a
-tensor is exactly E4M3's maximum while an FP4 element is e2m1 * s * t for the same t."""
+"""An FP8 element decodes to FP8_FACTOR * e4m3 * t, an FP4 element to e2m1 * s * t with the same t.
+With this factor the largest value of a tensor is exactly E4M3's maximum in FP8."""
 
 UNIT_MAX: Final = E2M1.max * E4M3.max
-"""Largest decoded magnitude in units of the tensor scale t: 2688."""
+"""Largest decoded magnitude over the tensor scale t: 2688."""
 
 UNIT_BITS: Final = 10
-"""Decoded values are integers in units of 2**-UNIT_BITS * t: E2M1's smallest magnitude is
-2**-1, that of a block scale 2**-9."""
+"""Decoded values are integer multiples of 2**-UNIT_BITS * t: E2M1's smallest magnitude is 2**-1,
+that of a block scale 2**-9."""
 
 SENSITIVITY_BITS: Final = 9
-"""A sensitivity code is an integer in units of 2**-SENSITIVITY_BITS: E4M3's smallest value."""
+"""Sensitivities are integer multiples of 2**-SENSITIVITY_BITS, E4M3's smallest value."""
 
 SCORE_BITS: Final = 2 * UNIT_BITS + SENSITIVITY_BITS
-"""An integer score S is worth S * 2**-SCORE_BITS * t**2 * gamma in units of the loss."""
+"""An integer score S stands for S * 2**-SCORE_BITS * t**2 * gamma of the loss."""
 
 SCALE_MIN_CODE: Final = 0x01
 SCALE_MAX_CODE: Final = E4M3.max_code
-"""FP4 block scales and sensitivities are positive finite E4M3 codes, 0x01 to 0x7E."""
+"""Range of FP4 block scales and of sensitivities: positive finite E4M3 codes, 0x01 to 0x7E."""
 
 FP8_BLOCK: Final = E4M3.sign_bit
-"""The scale byte that marks an FP8 block: 0x80, a value no block scale can have."""
+"""Scale byte that marks an FP8 block: 0x80, which is no valid block scale."""
 
 THRESHOLD_ALL_FP8: Final = -1
 THRESHOLD_ALL_FP4: Final = 2**63 - 1
-"""A block is FP8 if and only if S > threshold; the two ends decide for every S."""
+"""Thresholds that make every block FP8, or FP4: a block is FP8 if and only if S > threshold."""
 
 FP4_BITS: Final = E2M1.bits + E4M3.bits / BLOCK
 FP8_BITS: Final = float(E4M3.bits)
 FLAG_BITS: Final = 1 / BLOCK
-"""Bits a value in the streamed image: FP4 with its block scale, FP8, and the flag."""
+"""Bits per value in the streamed image: FP4 with its block scale, FP8, and the flag."""
 
 
 def stream_bits(fp4_fraction: float) -> float:
-    """Bits a value of a mixed stream with this share of FP4 blocks (arXiv 2504.14152)."""
+    """Bits per value of a mixed stream, flags included (arXiv 2504.14152).
+
+    Args:
+        fp4_fraction: fraction of FP4 blocks, 0 to 1.
+    """
     return fp4_fraction * FP4_BITS + (1 - fp4_fraction) * FP8_BITS + FLAG_BITS

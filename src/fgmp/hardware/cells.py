@@ -1,16 +1,16 @@
-"""What a standard cell is, and a small library that needs no foundry.
+"""Standard cells, and a small library that needs no foundry.
 
 A :class:`Library` holds combinational cells, one flip-flop and one clock gate, each with area,
 pin capacitances, and tables of delay, slew and internal energy over input slew and output load.
-``liberty`` reads one from a file; :func:`embedded` makes one from the method of logical effort
+``liberty`` reads one from a file. :func:`embedded` creates one by the method of logical effort
 (Sutherland, Sproull, Harris, 1999): a gate with input capacitance g per unit of drive and parasitic
 p, at drive x and load C, has the delay
 
     d = tau (p + C / x)
 
-whatever its function, and its area and leakage go with the transistor widths it is built of. Its
-units are those of one inverter: tau, its input capacitance, its area, a supply of 1. They are no
-picoseconds and no femtojoules, so results from it are ratios.
+whatever its function, and its area and leakage are proportional to its transistor widths. Units
+are those of one inverter: tau, its input capacitance, its area, a supply of 1. They are not
+picoseconds and femtojoules, so results from this library are ratios.
 """
 
 from dataclasses import dataclass, field
@@ -18,20 +18,20 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
     """Values over input slew (S,) and output load (L,), interpolated linearly in both.
 
-    Beyond the ends the last two points are continued, as static timing analysis does. An axis of
-    length 1 means that the value does not depend on it.
+    Beyond the ends, values are extrapolated from the last two points, as in static timing
+    analysis. An axis of length 1 means that the value does not depend on it.
     """
 
-    slews: Array
-    loads: Array
-    values: Array
+    slews: Floats
+    loads: Floats
+    values: Floats
 
     def at(self, slew: float, load: float) -> float:
         """The value at one point."""
@@ -41,7 +41,8 @@ class Table:
         return float(row[j] if v == 0 else row[j] * (1 - v) + row[j + 1] * v)
 
 
-def _position(axis: Array, x: float) -> tuple[int, float]:
+def _position(axis: Floats, x: float) -> tuple[int, float]:
+    """Index of the interval of ``x`` and the relative place in it."""
     if len(axis) == 1:
         return 0, 0.0
     i = min(max(int(np.searchsorted(axis, x)) - 1, 0), len(axis) - 2)
@@ -50,7 +51,7 @@ def _position(axis: Array, x: float) -> tuple[int, float]:
 
 @dataclass(frozen=True, eq=False)
 class Arc:
-    """What a change of one input pin does to one output: delays and slews, rising and falling."""
+    """Delays and slews of one output after a change of one input pin, rising and falling."""
 
     pin: str
     sense: str
@@ -64,9 +65,9 @@ class Arc:
 class Energy:
     """Internal energy of one transition, rising and falling, in fJ; without that of the load.
 
-    For an output the table goes with the input ``pin`` that caused it. For an input there is no
-    cause; a ``conditional`` table names states (liberty's ``when``) in which the output stays, any
-    other holds for every transition of the pin.
+    A table of an output belongs to the input ``pin`` that causes the transition. A table of an
+    input has no cause: if ``conditional``, it holds for states (liberty's ``when``) in which the
+    output stays; otherwise it holds for every transition of the pin.
     """
 
     rise: Table
@@ -75,21 +76,24 @@ class Energy:
     conditional: bool = False
 
     def at(self, slew: float, load: float) -> float:
-        """Mean of a rise and a fall: a net does both equally often."""
+        """Mean of rise and fall, which are equally frequent."""
         return (self.rise.at(slew, load) + self.fall.at(slew, load)) / 2
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One combinational cell of one output, a flip-flop or a clock gate.
+    """A combinational cell with one output, a flip-flop or a clock gate.
 
     Attributes:
-        function: of the output, in liberty's operators over input pins; empty for the others.
+        area: in the library's unit.
+        leakage: mean over states, in nW.
         capacitance: of each input pin, in fF.
-        leakage: mean over its states, in nW.
+        output: the output pin.
+        function: of the output, in liberty's operators over input pins; empty for flip-flops.
         arcs, output_energy, input_energy: see :class:`Arc` and :class:`Energy`.
+        max_load: largest load of the output, in fF.
         clock, data: pins of a flip-flop; for a clock gate ``data`` is its enable.
-        inverted: whether a flip-flop's output is the complement of what it stores.
+        inverted: whether a flip-flop's output is the complement of the stored bit.
     """
 
     name: str
@@ -109,7 +113,7 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Library:
-    """Cells by name. Units: um2, ps, fF, fJ, nW, V; of an inverter if not ``absolute``."""
+    """Cells by name. Units: um2, ps, fF, fJ, nW, V; those of an inverter if not ``absolute``."""
 
     name: str
     voltage: float
@@ -123,13 +127,13 @@ class Library:
 
     @property
     def area_unit(self) -> str:
-        """What areas are in."""
+        """Unit of areas."""
         return "um2" if self.absolute else "inverters"
 
 
-# Function, logical effort of each input (its capacitance at drive 1), parasitic delay, and the
-# width of transistors that no input sees, such as a second stage, in inverters. From the transistor
-# networks with a p-to-n ratio of 2; 3 units of width are one inverter.
+# Function, logical effort of each input (its capacitance at drive 1), parasitic delay, and width of
+# the transistors that are not at an input, such as a second stage, in inverters. Derived from the
+# transistor networks with a p-to-n ratio of 2; 3 units of width are one inverter.
 _GATES: dict[str, tuple[str, tuple[float, ...], float, float]] = {
     "INV": ("!A", (1,), 1, 0),
     "BUF": ("A", (1,), 2, 1),
@@ -150,16 +154,16 @@ _GATES: dict[str, tuple[str, tuple[float, ...], float, float]] = {
 }
 _DRIVES = (1, 2, 4)
 
-# Per inverter, in its switching energies a tau. The 50 pW, 0.15 fJ and 2 ps of a 7 nm gate would be
-# 7e-7; leakage is below 1% of any figure here.
 _LEAKAGE = 2e-6
+"""Leakage per inverter, in its switching energies per tau. Chosen; 50 pW, 0.15 fJ and 2 ps of a
+7 nm gate would be 7e-7. It is below 1% of every energy in docs/results/energy_embedded_70.json."""
 
 _SETTLE = 2.0
-"""Slew over delay: a slope that takes twice the delay from 50% to 50%."""
+"""Slew over delay. Chosen: a slope that takes twice the delay from 50% to 50%."""
 
 
 def embedded() -> Library:
-    """The library of logical effort: 15 gates in three drives, a flip-flop and a clock gate."""
+    """The library by logical effort: 15 gates in three drives, a flip-flop and a clock gate."""
     cells = {
         f"{name}_x{drive}": _gate(f"{name}_x{drive}", drive, *gate)
         for name, gate in _GATES.items()
@@ -188,7 +192,7 @@ def _gate(
     pins = "ABS" if "S" in function else "ABCD"
     capacitance = {pin: drive * g for pin, g in zip(pins, efforts, strict=False)}
     delay, slew = _effort(drive, parasitic, 1.0), _effort(drive, parasitic, _SETTLE)
-    # Charging the parasitic and half of the hidden gates, at 1/2 C V^2 a transition.
+    # Charging the parasitic and half of the hidden gates, at 1/2 C V^2 per transition.
     energy = constant(drive * (parasitic + hidden / 2) / 2)
     width = drive * (sum(efforts) + hidden)
     return Cell(
@@ -210,7 +214,7 @@ def _effort(drive: float, parasitic: float, factor: float) -> Table:
 
 
 def constant(value: float) -> Table:
-    """A table that depends on nothing."""
+    """A table of one value."""
     return Table(np.zeros(1), np.zeros(1), np.full((1, 1), value))
 
 
@@ -233,7 +237,7 @@ def _stored(name: str, area: float, clock_energy: float, data: str, output_energ
     )
 
 
-# Master and slave of a pass gate, an inverter and a weak keeper each, two clock inverters, an
-# output inverter. A clock edge moves the second clock inverter and eight clocked half gates.
+# Master and slave, each of a pass gate, an inverter and a weak keeper; two clock inverters; an
+# output inverter. A clock edge switches the second clock inverter and eight clocked half gates.
 _FLIP_FLOP = _stored("DFF", 14.0, 2.5, "D", 3.0)
 _CLOCK_GATE = _stored("ICG", 12.0, 2.0, "E", 1.5)

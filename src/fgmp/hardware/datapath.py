@@ -1,7 +1,7 @@
-"""A lane's parameters: one record that computes in Python and creates the hardware.
+"""Parameters of a lane: one record that computes in Python and creates the hardware.
 
-A lane multiplies a block of 16 weights by a block of 16 activations a cycle and adds the result to
-one of ``reuse`` running totals. Decoded values are integers (docs/numerics.md, section 6),
+Per cycle, a lane multiplies a block of 16 weights by a block of 16 activations and adds the result
+to one of ``reuse`` running totals. Decoded values are integers (docs/numerics.md, section 6),
 
     FP4 element    (e2m1 / 2**-1) * (s / 2**-9)        in units of 2**-10 t
     FP8 element    12 * (e4m3 / 2**-9)                 12 = 6 * 2**-9 / 2**-10
@@ -11,11 +11,11 @@ and ``w_int`` the element codes as integers and
 
     gain = (s_a or 12) * (s_w or 12)
 
-:meth:`Datapath.contributions` computes that with the tables of the format records;
-:meth:`Datapath.create` makes the lane that computes it with shifters and adders. Widths of both
+:meth:`Datapath.contributions` computes this with the tables of the format records;
+:meth:`Datapath.create` creates the lane that computes it with shifters and adders. Widths of both
 follow from the largest magnitudes of the records.
 
-Two lanes exist as baselines. A lane for FP8 alone has no factor 6, no flag and no scale: its total
+There are two baseline lanes. A lane for FP8 alone has no factor 6, no flag and no scale: its total
 counts units of 36 * 2**-18. A lane for FP4 alone has no flag.
 """
 
@@ -36,16 +36,17 @@ if TYPE_CHECKING:
     from fgmp.hardware.rtl.lane import Lane
 
 FORMATS: Final = {"mixed": (E2M1, E4M3), "fp4": (E2M1,), "fp8": (E4M3,)}
-"""Block formats that a lane takes, by the name of the lane's kind."""
+"""Block formats of a lane by its kind."""
 
 CUTS: Final = ("significands", "products", "sums", "scaled")
-"""Where a pipeline register may stand: after the products of significands, after the products are
-shifted into place, after their sum, after the gain."""
+"""Steps after which a pipeline register may stand: products of significands, shift of the products
+into place, their sum, the gain."""
 
 ADDITIONS: Final = ("complement", "apart")
-"""How signed products are added. In two's complement a negative product sets all bits above it, and
-most of the adders toggle whenever a sign changes. Adding positive and negative ones apart takes
-twice the adders and 40% less energy (docs/energy.md)."""
+"""Additions of signed products. In two's complement a negative product sets all bits above it, and
+most of the adders toggle whenever a sign changes. Adding positive and negative products apart takes
+twice the adders and less energy: the recommended lane takes 51.3 instead of 63.1 fJ per operation
+(runs/design_points.py; docs/energy.md, section 3)."""
 
 ACCUMULATORS: Final = ("exact", "fp32")
 
@@ -53,8 +54,8 @@ ACCUMULATORS: Final = ("exact", "fp32")
 def integer(fmt: Minifloat, code: int) -> int:
     """A code without its sign, in units of the format's smallest value.
 
-    The code that is not a number counts as if it were finite, which is what a decoder without
-    that case does; outputs of its row are NaN whatever the lane computes.
+    The NaN code counts as if it were finite, as in a decoder without that case; outputs of its row
+    are NaN whatever the lane computes.
     """
     return int(fmt.magnitude(code) / Fraction(fmt.smallest))
 
@@ -65,24 +66,24 @@ def integer_max(fmt: Minifloat) -> int:
 
 
 FP8_GAIN: Final = int(FP8_FACTOR * Fraction(E4M3.smallest) * 2**UNIT_BITS)
-"""What an FP8 integer is worth in units of 2**-10: 12."""
+"""Value of an FP8 integer's last bit in units of 2**-10: 12."""
 
 assert Fraction(E2M1.smallest) * Fraction(E4M3.smallest) * 2**UNIT_BITS == 1
 
 
 def signed_bits(magnitude: int) -> int:
-    """Width in two's complement of every integer up to ``magnitude`` either way."""
+    """Width in two's complement of every integer from -``magnitude`` to ``magnitude``."""
     return magnitude.bit_length() + 1
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One dot-product unit: which format it takes on either side.
+    """One dot-product unit and its format on either side.
 
     Attributes:
         activation: format of the activation's elements.
         weight: format of the weight's elements.
-        fp8_gain: factor of an FP8 side; 12, or 1 where all blocks are FP8.
+        fp8_gain: factor of an FP8 side; 12, or 1 in a lane for FP8 alone.
     """
 
     activation: Minifloat
@@ -91,7 +92,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """``fp4xfp8``: the activation's format first."""
+        """Name such as ``fp4xfp8``, the activation's format first."""
         return f"fp{self.activation.bits}xfp{self.weight.bits}"
 
     @property
@@ -111,12 +112,12 @@ class Unit:
 
     @property
     def scales(self) -> int:
-        """How many block scales the gain holds: one for each FP4 side."""
+        """Number of block scales in the gain: one per FP4 side."""
         return sum(side is E2M1 for side in (self.activation, self.weight))
 
     @property
     def contribution_max(self) -> int:
-        """Bound of what one pair of blocks adds to the total."""
+        """Bound of the contribution of one pair of blocks."""
         return self.sum_max * self.constant_gain * math.prod([integer_max(E4M3)] * self.scales)
 
 
@@ -126,17 +127,16 @@ class Datapath:
 
     Attributes:
         kind: ``mixed``, or a baseline: ``fp8`` or ``fp4`` alone.
-        k_max: the longest dot product that can never overflow the accumulator.
-        reuse: activation blocks that meet a weight block before the next one comes, a power of
-            two; the lane keeps as many running totals.
-        cuts: where pipeline registers stand, some of :data:`CUTS`. Operands and totals always
-            have registers.
-        fp8_cuts: the same for the unit for FP8 by FP8 of a mixed lane, as many as ``cuts``: its
-            gain is a constant, so that a register behind it does less than an earlier one. None:
-            where ``cuts`` says.
+        k_max: the longest dot product that cannot overflow the accumulator.
+        reuse: activation blocks that meet a weight block before the next one, a power of two; the
+            lane has as many running totals.
+        cuts: pipeline registers, some of :data:`CUTS`. Operands and totals always have registers.
+        fp8_cuts: pipeline registers of the FP8 by FP8 unit of a mixed lane, as many as ``cuts``.
+            Its gain is a constant, so an earlier register is of more use than one behind the gain.
+            None: ``cuts``.
         addition: one of :data:`ADDITIONS`.
-        shared: one unit computes FP4 by FP8 and FP8 by FP4, its operands exchanged, not two.
-        gated: a unit that is not selected keeps its operands; else it sees every pair.
+        shared: one unit computes both FP4 by FP8 and FP8 by FP4, with its operands exchanged.
+        gated: a unit that is not selected holds its operands; otherwise it sees every pair.
         accumulator: ``exact`` integers, or ``fp32``, which rounds every contribution and sum.
     """
 
@@ -151,9 +151,9 @@ class Datapath:
     accumulator: str = "exact"
 
     def __post_init__(self) -> None:
-        def require(holds: bool, rule: str, value: object) -> None:
+        def require(holds: bool, constraint: str, value: object) -> None:
             if not holds:
-                raise InputError(f"datapath: {rule}, got {value!r}")
+                raise InputError(f"datapath: {constraint}, got {value!r}")
 
         require(self.kind in FORMATS, f"kind must be one of {sorted(FORMATS)}", self.kind)
         require(self.k_max >= BLOCK, f"k_max must be {BLOCK} or more", self.k_max)
@@ -177,28 +177,28 @@ class Datapath:
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """The dot-product units: one for each pair of formats, or each set of two if shared."""
+        """The dot-product units: one per pair of formats; if shared, one for both mixed pairs."""
         gain = FP8_GAIN if E2M1 in self.formats else 1
         units = tuple(Unit(a, w, gain) for a in self.formats for w in self.formats)
         dropped = (E2M1, E4M3) if self.shared else None
         return tuple(unit for unit in units if (unit.activation, unit.weight) != dropped)
 
     def cuts_of(self, unit: Unit) -> tuple[str, ...]:
-        """Where a unit has pipeline registers."""
-        own = self.cuts if self.fp8_cuts is None else self.fp8_cuts
-        return self.cuts if unit.scales else own
+        """Pipeline registers of a unit."""
+        fp8_cuts = self.cuts if self.fp8_cuts is None else self.fp8_cuts
+        return self.cuts if unit.scales else fp8_cuts
 
     def computes(self, unit: Unit) -> tuple[str, ...]:
-        """Names of the pairs of formats that a unit takes, the activation's first."""
+        """Names of the pairs of formats that a unit computes, the activation's first."""
         return (unit.name, unit.exchanged) if self.exchanges(unit) else (unit.name,)
 
     def exchanges(self, unit: Unit) -> bool:
-        """Whether a unit takes its formats either way round."""
+        """Whether a unit also takes its formats with the sides exchanged."""
         return self.shared and unit.activation is not unit.weight
 
     @property
     def total_unit(self) -> Fraction:
-        """What a count of the total is worth, over t_w t_x: 2**-20, for FP8 alone 36 * 2**-18."""
+        """Unit of the total, over t_w t_x: 2**-20, or 36 * 2**-18 for FP8 alone."""
         if E2M1 in self.formats:
             return Fraction(1, 2 ** (2 * UNIT_BITS))
         return (FP8_FACTOR * Fraction(E4M3.smallest)) ** 2
@@ -217,43 +217,43 @@ class Datapath:
 
     @property
     def contribution_bits(self) -> int:
-        """Width of what one pair of blocks adds."""
+        """Width of the contribution of one pair of blocks."""
         return signed_bits(max(unit.contribution_max for unit in self.units))
 
     @property
     def latency(self) -> int:
-        """Cycles from a pair of blocks at the ports to the total that holds it."""
+        """Cycles from a pair of blocks at the ports to the total that includes it."""
         return 2 + len(self.cuts)
 
     def contributions(self, activation: BlockCodes, weight: BlockCodes) -> Tensor:
-        """What pairs of blocks add to their totals.
+        """Contributions of pairs of blocks to their totals.
 
         Args:
             activation: blocks (...), broadcast against those of ``weight``.
             weight: blocks (...).
 
         Returns:
-            int64 (...), exact, in counts of :attr:`total_unit`.
+            int64 (...), exact, in units of :attr:`total_unit`.
         """
         a, a_gain = self._integers(activation)
         w, w_gain = self._integers(weight)
         return (a * w).sum(-1) * a_gain * w_gain
 
     def totals(self, contributions: Tensor) -> Tensor:
-        """What an accumulator holds after ``contributions``, int64 (..., G), in order.
+        """Accumulate ``contributions``, int64 (..., G), in order.
 
         Returns:
-            int64 (...), exact; or fp32 (...), where each contribution and each sum was rounded
-            once, which is off by at most ``((1 + 2**-24)**G - 1) * sum |contribution|``.
+            int64 (...), exact; or fp32 (...), with each contribution and each sum rounded once.
+            The error is at most ``((1 + 2**-24)**G - 1) * sum |contribution|``.
         """
         if self.accumulator == "exact":
             return contributions.sum(-1)
-        # A contribution has less than 53 bits, so that the detour by float64 rounds once.
+        # A contribution has fewer than 53 bits, so the conversion through float64 rounds once.
         terms = contributions.double().float().unbind(-1)
         return sum(terms[1:], terms[0])
 
     def _integers(self, blocks: BlockCodes) -> tuple[Tensor, Tensor]:
-        """Elements as integers, int64 (..., 16), and their gains, int64 (...)."""
+        """Elements as integers, int64 (..., 16), and gains of the blocks, int64 (...)."""
         fp4, fp8 = (
             _table(side)[blocks.codes.long() & side.sign_bit * 2 - 1] for side in (E2M1, E4M3)
         )
@@ -270,6 +270,6 @@ class Datapath:
 
 
 def _table(fmt: Minifloat) -> Tensor:
-    """Every code's signed integer, int64, in code order."""
+    """Signed integer of every code, int64, in code order."""
     positive = torch.tensor([integer(fmt, code) for code in range(fmt.sign_bit)])
     return torch.cat([positive, -positive])

@@ -1,13 +1,14 @@
-"""Gate-level simulation, many cycles at once in the bits of machine words.
+"""Gate-level simulation of many cycles at once, in the bits of machine words.
 
 A design first runs cycle by cycle without delays, on 64 W independent streams in parallel
-(:func:`settle`). From then on every register is known in every cycle, and a cycle depends only on
-its own start and end. So all cycles of all streams can be simulated *together* with delays
-(:func:`glitches`): each net gets its waveform on a grid of time steps, as an array of words, and a
+(:func:`settle`). Then every register is known in every cycle, and a cycle depends only on its
+start and end states. So all cycles of all streams can be simulated *together* with delays
+(:func:`glitches`). Each net has its waveform on a grid of time steps, as an array of words, and a
 gate's waveform follows from those of its inputs by a few array operations.
 
-Delays are inertial, as in Verilog: an output rises a rise delay after its function rose and stayed
-up for as long; shorter pulses are swallowed. With g the function's waveform and r, f the delays,
+Delays are inertial, as in Verilog: an output rises one rise delay after its function, if that
+stayed up for as long; shorter pulses are swallowed. With g the function's waveform and r, f the
+delays,
 
     out[t] = up[t] | out[t-1] & ~down[t]
     up[t]   = g[t-r] & ... & g[t-1]        down[t] = ~g[t-f] & ... & ~g[t-1]
@@ -34,28 +35,28 @@ _ALL = np.uint64(2**64 - 1)
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What a run without delays settles to.
+    """Settled states of a run without delays.
 
     Attributes:
-        values: of every input, register and net at the end of each cycle: (cycles, nets, W).
+        values: of every net at the end of each cycle, (cycles, nets, W).
     """
 
     values: Words
 
     @property
     def transitions(self) -> int:
-        """Pairs of consecutive cycles, over all streams."""
+        """Number of pairs of consecutive cycles, over all streams."""
         return int((self.values.shape[0] - 1) * self.values.shape[2] * 64)
 
 
 @dataclass(frozen=True, eq=False)
 class Activity:
-    """How often nets toggle: per net, per cycle of one stream.
+    """Toggle rates of nets, per cycle of one stream.
 
     Attributes:
         toggles: float64 (nets,).
         ones: share of cycles in which the net ends at 1, float64 (nets,).
-        transitions: cycles that were averaged over.
+        transitions: number of cycles in the averages.
     """
 
     toggles: NDArray[np.float64]
@@ -64,7 +65,7 @@ class Activity:
 
 
 def functions(library: Library) -> dict[str, Callable[..., Words]]:
-    """Each cell's function of words, arguments in the order of its pins."""
+    """Each cell's function on words, with arguments in the order of its pins."""
     compiled = {}
     for name, cell in library.cells.items():
         pins = ", ".join(cell.capacitance)
@@ -76,13 +77,12 @@ def settle(netlist: Netlist, library: Library, inputs: Mapping[str, Words]) -> T
     """Run a design without delays, registers starting at zero.
 
     Args:
-        netlist: what to run.
+        netlist: the design.
         library: its cells.
-        inputs: words (cycles, bits, W) of every input port but the clock; a reset may be missing
-            and is then low.
+        inputs: words (cycles, bits, W) of every input port but the clock; a missing reset is low.
 
     Raises:
-        InputError: a port is missing or has another shape than the rest.
+        InputError: a port is missing, or shapes do not agree.
     """
     cycles, words = _shape(netlist, inputs)
     steps = _steps(netlist, library)
@@ -107,6 +107,7 @@ def settle(netlist: Netlist, library: Library, inputs: Mapping[str, Words]) -> T
 
 
 def _shape(netlist: Netlist, inputs: Mapping[str, Words]) -> tuple[int, int]:
+    """Cycles and words per cycle, equal for all inputs."""
     needed = set(netlist.inputs) - {"clk", "rst"}
     if missing := needed - set(inputs):
         raise InputError(f"{netlist.name}: no stimulus for ports {sorted(missing)}")
@@ -124,7 +125,8 @@ def _shape(netlist: Netlist, inputs: Mapping[str, Words]) -> tuple[int, int]:
 def _steps(
     netlist: Netlist, library: Library
 ) -> list[tuple[Callable[..., Words], NDArray[np.intp], NDArray[np.intp]]]:
-    """Gates of one level and cell, evaluated together: function, pins (pins, n), outputs (n,)."""
+    """Function, pins (pins, n) and outputs (n,) of n gates of one level and cell, to be evaluated
+    together."""
     compiled = functions(library)
     steps = []
     for level in netlist.levels:
@@ -151,7 +153,7 @@ def zero_delay(trace: Trace) -> Activity:
 
 @dataclass(eq=False)
 class _Wave:
-    """A net's values (steps, V) from time ``start`` on; before, its old value, after, its new."""
+    """A net's values (steps, V) from time ``start`` on; old before that, new after the last."""
 
     start: int
     values: Words
@@ -172,7 +174,7 @@ def glitches(
         trace: from :func:`settle`.
         timing: from ``timing.analyse``.
         step: grid of time, in the unit of ``timing``.
-        advance: called once for each logic level.
+        advance: called once per logic level.
     """
     flat = trace.values.transpose(1, 0, 2)
     old = np.ascontiguousarray(flat[:, :-1]).reshape(netlist.nets, -1)
@@ -202,7 +204,7 @@ def glitches(
 
 
 def _sources(netlist: Netlist, timing: Timing, step: float, new: Words) -> dict[int, _Wave]:
-    """Ports and registers take their new value at one moment each."""
+    """Waveforms of ports and registers, which change at one moment each."""
     moments = {f.output: d for f, d in zip(netlist.flops, timing.flop_delay, strict=True)}
     for nets in netlist.inputs.values():
         moments |= {net: timing.arrival[net] for net in nets}
@@ -216,7 +218,7 @@ def _sources(netlist: Netlist, timing: Timing, step: float, new: Words) -> dict[
 def _aligned(
     inputs: list[tuple[_Wave | None, Words, Words]],
 ) -> tuple[list[Words] | None, int]:
-    """Input waveforms over the union of their times; None where nothing ever changes."""
+    """Input waveforms over the union of their times, and its start; None if no input changes."""
     moving = [wave for wave, _, _ in inputs if wave is not None]
     if not moving:
         return None, 0
@@ -238,10 +240,10 @@ def _aligned(
 
 
 def _inertial(wave: Words, old: Words, rise: int, fall: int) -> Words:
-    """The output from ``min(rise, fall)`` steps after the wave's start until it has settled."""
+    """Output waveform from ``min(rise, fall)`` steps after the start of ``wave`` to its end."""
     least, most = min(rise, fall), max(rise, fall)
     steps = len(wave) + most - least
-    # Row i of g is time start - most + 1 + i; the function held its old value before its start.
+    # Row i of g is time start - most + 1 + i; before its start, the function has its old value.
     g = np.empty((most - 1 + steps + least, wave.shape[1]), dtype=np.uint64)
     g[: most - 1] = old
     g[most - 1 : most - 1 + len(wave)] = wave
@@ -258,15 +260,16 @@ def _inertial(wave: Words, old: Words, rise: int, fall: int) -> Words:
 
 
 def _windows(g: Words, length: int) -> Words:
-    """Row i is the AND of rows i to i + length - 1."""
-    out, have = g, 1
-    while have < length:
-        by = min(have, length - have)
+    """AND of rows i to i + length - 1, for every i."""
+    out, covered = g, 1
+    while covered < length:
+        by = min(covered, length - covered)
         out = out[:-by] & out[by:]
-        have += by
+        covered += by
     return out
 
 
 def _toggles(out: Words, old: Words) -> int:
+    """Number of toggles of a waveform that starts from ``old``."""
     changes = int(np.bitwise_count(out[1:] ^ out[:-1]).sum(dtype=np.int64))
     return changes + int(np.bitwise_count(out[0] ^ old).sum(dtype=np.int64))

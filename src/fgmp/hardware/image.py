@@ -1,7 +1,7 @@
-"""What the accelerator reads: the memory image of a linear, and of the activations that enter it.
+"""The accelerator's input: the memory image of a linear and of its activations.
 
-The linears of a site read one tensor and share one weight scale, so their weights are one weight
-with their rows one after the other, and the activation is quantized once for all of them.
+The linears of a site read one tensor and share one weight scale. Their rows are therefore
+concatenated to one weight, and the activation is quantized once for all of them.
 
 The image is a header and sections that begin at multiples of 16 bytes; integers are little-endian.
 :data:`SECTIONS` lists them.
@@ -27,7 +27,7 @@ from fgmp.pack.stream import to_image
 
 ALIGNMENT = 16
 NO_BIAS = -0.0
-"""What a linear without bias adds: the one value that changes no sum."""
+"""Bias of a linear without one: the only value that changes no sum."""
 
 _R_LIMIT = 2.0**100
 _HEADER = (
@@ -50,15 +50,15 @@ blocks in a row, M tokens; each begins at a multiple of 16."""
 
 @dataclass(frozen=True)
 class LinearImage:
-    """A linear, or all linears of a site, as the accelerator reads them.
+    """A linear, or all linears of a site, in the accelerator's form.
 
     Attributes:
         n: output features.
         k: input features.
         site: constants of the input.
         scale: fl32(t_w * t_x).
-        flags: bytes of the streamed image, up to its blocks.
-        blocks: the rest of it.
+        flags: flag bytes of the streamed image.
+        blocks: block bytes of the streamed image.
         biases: fp32 (N,).
     """
 
@@ -74,16 +74,21 @@ class LinearImage:
     def of(
         cls, name: str, site: Site, linears: Sequence[tuple[PackedWeight, Tensor | None]]
     ) -> "LinearImage":
-        """The image of the linears that read ``site``, with their biases; ``name`` is for errors.
+        """The image of the linears that read ``site``, with their biases.
+
+        Args:
+            name: of the linear or site, for errors.
+            site: constants of the input.
+            linears: weights with their biases.
 
         Raises:
-            InputError: what the hardware does not compute: a multiplier beyond 2**100, a scale or
-                a bias that is not finite.
+            InputError: the hardware cannot compute it: a multiplier beyond 2**100, a scale or a
+                bias that is not finite.
         """
 
-        def require(holds: bool, rule: str, value: object) -> None:
+        def require(holds: bool, constraint: str, value: object) -> None:
             if not holds:
-                raise InputError(f"{name}: the accelerator needs {rule}, got {value}")
+                raise InputError(f"{name}: the accelerator needs {constraint}, got {value}")
 
         inside = 1 / _R_LIMIT <= site.r <= _R_LIMIT
         require(inside, "a multiplier from 2**-100 to 2**100", site.r)
@@ -95,14 +100,14 @@ class LinearImage:
         ]
         for bias in biases:
             require(bool(bias.isfinite().all()), "finite biases", "a value that is not")
-        whole = [_bits_and_bytes(weight) for weight, _ in linears]
+        images = [_flags_and_blocks(weight) for weight, _ in linears]
         return cls(
             n=sum(weight.n for weight, _ in linears),
             k=linears[0][0].k,
             site=site,
             scale=scale,
-            flags=np.packbits(np.concatenate([f for f, _ in whole]), bitorder="little").tobytes(),
-            blocks=b"".join(blocks for _, blocks in whole),
+            flags=np.packbits(np.concatenate([f for f, _ in images]), bitorder="little").tobytes(),
+            blocks=b"".join(blocks for _, blocks in images),
             biases=torch.cat(biases),
         )
 
@@ -119,7 +124,7 @@ class LinearImage:
         return dict(zip(_HEADER, (*fields, scale, scale_exponent), strict=True))
 
     def sensitivities(self) -> npt.NDArray[np.uint8]:
-        """Codes, uint8 (G, 16), zero in the padding."""
+        """Codes of the per-channel sensitivities, uint8 (G, 16), zero in the padding."""
         codes = to_blocks(self.site.sensitivity)
         return codes.cpu().numpy()
 
@@ -129,7 +134,7 @@ class LinearImage:
         return b"".join(part + bytes(-len(part) % ALIGNMENT) for part in parts)
 
     def sections(self, x: Tensor) -> dict[str, bytes]:
-        """What :meth:`memory` joins, by the names of :data:`SECTIONS`."""
+        """Parts of :meth:`memory` before alignment, by the names of :data:`SECTIONS`."""
         header = self.constants(len(x)).values()
         parts = (
             b"".join(value.to_bytes(8, "little", signed=True) for value in header),
@@ -150,7 +155,10 @@ def activation_words(x: Tensor) -> npt.NDArray[np.uint16]:
 
 
 def normalised(value: float, bits: int) -> tuple[int, int]:
-    """A positive float as ``significand * 2**(exponent - bits + 1)``, its first bit set."""
+    """Significand and exponent of a float, ``significand * 2**(exponent - bits + 1)``.
+
+    The significand's first of ``bits`` bits is set; both are 0 for 0.
+    """
     if value == 0:
         return 0, 0
     exponent = math.frexp(value)[1] - 1
@@ -159,8 +167,8 @@ def normalised(value: float, bits: int) -> tuple[int, int]:
     return int(significand), exponent
 
 
-def _bits_and_bytes(weight: PackedWeight) -> tuple[npt.NDArray[np.uint8], bytes]:
-    """Flags, one a block, and blocks of a weight's streamed image."""
+def _flags_and_blocks(weight: PackedWeight) -> tuple[npt.NDArray[np.uint8], bytes]:
+    """One flag per block, and the block bytes, of a weight's streamed image."""
     image = to_image(weight)
     flags = weight.is_fp8().flatten().cpu().numpy().astype(np.uint8)
     return flags, image[-(-len(flags) // 8) :]

@@ -1,15 +1,17 @@
-"""The energy of serving a model: how often each unit works, times what it takes.
+"""Energy of serving a model: number of operations of each unit times energy per operation.
 
-    lanes       each pair of blocks, by the formats of its two sides, in the unit that they select
-    totals      each pair of blocks, with the lane's control
-    quantizer   each block of a site's activation once, however many linears read it
-    buffers     weight blocks once for ``reuse`` tokens of each row of lanes, activation blocks once
-                for ``lanes`` outputs, bf16 outputs written once and read once by the quantizer
-    dram        each weight once a pass
+=========  ====================================================================================
+lanes      every pair of blocks, in the unit that its two formats select
+totals     every pair of blocks, with the lane's control
+quantizer  every block of a site's activation once, however many linears read it
+buffers    weight blocks once per ``reuse`` tokens of each row of lanes; activation blocks once
+           per ``lanes`` outputs; bf16 outputs, written once and read once by the quantizer
+dram       every weight once per pass
+=========  ====================================================================================
 
 Activations stay on the chip. Attention, norms, embeddings, the output head and the KV cache are
-outside: they are the same in all formats here. Energies of buffers and DRAM come from a table with
-sources, ``energies.toml``.
+not counted: they are the same in all formats here. Energies of buffers and DRAM come from a table
+with sources, ``energies.toml``.
 """
 
 import tomllib
@@ -22,23 +24,24 @@ from fgmp.formats.spec import BLOCK, FLAG_BITS, FP4_BITS, FP8_BITS
 from fgmp.hardware.silicon import OPERATIONS
 
 LANES = 16
-"""Lanes that share an activation block."""
+"""Lanes that share an activation block. Chosen; docs/energy.md, section 4."""
 
 PREFILL = 2048
-"""Tokens that go through together before the first is made."""
+"""Tokens of a prefill. Chosen; docs/energy.md, section 5."""
 
 QUANTIZER_LATENCY = 9
-"""Cycles from a block to its codes, ``rtl.ppu.latency`` of the default; that needs Amaranth."""
+"""``rtl.ppu.latency`` of the default configuration, in cycles. That module needs Amaranth; a test
+compares both."""
 
 OUTPUT_BITS = 16
-"""A linear hands over bf16."""
+"""Bits per output of a linear: bf16."""
 
 COMPONENTS = ("lanes", "totals", "quantizer", "buffers", "dram")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table of unit energies."""
+    """A unit energy with its source."""
 
     value: float
     unit: str
@@ -52,17 +55,17 @@ class Entry:
 
 @cache
 def energies() -> dict[str, Entry]:
-    """The table by name."""
+    """The table ``energies.toml``, by name."""
     text = (Path(__file__).parent / "energies.toml").read_text()
     return {name: Entry(**row) for name, row in tomllib.loads(text).items()}
 
 
 Mix = Mapping[tuple[bool, bool], float]
-"""Share of the pairs of blocks by (activation is FP8, weight is FP8)."""
+"""Shares of pairs of blocks by (activation is FP8, weight is FP8)."""
 
 
 def independent(activation_fp4: float, weight_fp4: float) -> dict[tuple[bool, bool], float]:
-    """The mix of two shares of FP4 blocks that know nothing of each other."""
+    """The mix of two independent shares of FP4 blocks."""
     a, w = (
         {False: activation_fp4, True: 1 - activation_fp4},
         {False: weight_fp4, True: 1 - weight_fp4},
@@ -71,15 +74,20 @@ def independent(activation_fp4: float, weight_fp4: float) -> dict[tuple[bool, bo
 
 
 def unit_shares(mix: Mix) -> dict[str, float]:
-    """The mix by the name of the unit that computes it, the activation's format first."""
+    """The mix by the name of the unit, the activation's format first."""
     return {f"fp{8 if a else 4}xfp{8 if w else 4}": share for (a, w), share in mix.items()}
 
 
 @dataclass(frozen=True)
 class Work:
-    """One linear: N x K, the site it reads, its mix of pairs.
+    """One linear.
 
-    ``routed`` is the share of a model's tokens that come by: less than 1 of a mixture's expert.
+    Attributes:
+        name: of the linear.
+        site: the site it reads.
+        n, k: output and input features.
+        mix: of its pairs of blocks.
+        routed: share of the tokens that it computes; less than 1 for an expert of a mixture.
     """
 
     name: str
@@ -95,20 +103,22 @@ class Work:
         return -(-self.k // BLOCK)
 
     def fp8_share(self, side: int) -> float:
-        """Share of FP8 blocks, ``side`` 0 of the activation, 1 of the weight."""
+        """Share of FP8 blocks; ``side`` is 0 for the activation, 1 for the weight."""
         return sum(share for flags, share in self.mix.items() if flags[side])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a lane design costs and how lanes are fed.
+    """Energies of a lane design, and how its lanes are fed.
 
     Attributes:
-        fj_per_op: by unit, of its own operations; ``totals`` and ``control`` of all.
-        quantizer_fj: of a block; of an FP8 or FP4 machine its own, simpler quantizer's is not
-            known, so it is charged none.
-        bits: of a value in memory, FP4 and FP8, scales and flags included.
-        lanes, rows, reuse: outputs at a time, tokens at a time, tokens a weight block stays for.
+        name: of the machine.
+        fj_per_op: by unit, per operation of that unit; ``totals`` and ``control`` per operation of
+            any.
+        quantizer_fj: per block; 0 for an FP8 or FP4 machine, whose simpler quantizer was not
+            measured.
+        bits: per value in memory, FP4 and FP8, scales and flags included.
+        lanes, rows, reuse: outputs at a time, tokens at a time, tokens per load of a weight block.
         latency: of the quantizer, in cycles.
     """
 
@@ -123,7 +133,7 @@ class Machine:
 
 
 def bits_of(kind: str) -> tuple[float, float]:
-    """Bits of a value in FP4 and in FP8 in the memories of a machine of this kind."""
+    """Bits per value in FP4 and in FP8 in the memories of a machine of this kind."""
     flag = FLAG_BITS if kind == "mixed" else 0.0
     return FP4_BITS + flag, FP8_BITS + flag
 
@@ -132,11 +142,11 @@ def serve(work: Iterable[Work], machine: Machine, tokens: int, passes: int = 1) 
     """Energy in joules by component (:data:`COMPONENTS`).
 
     Args:
-        work: the linears of one pass through the model. An expert's weights are read in a pass
-            that it takes part in, at least one token's share of the passes.
-        machine: what computes them.
-        tokens: that go through together: the prompt in prefill, the batch in decode.
-        passes: how often.
+        work: the linears of one pass through the model. An expert with less than one token per
+            pass is read in that share of the passes.
+        machine: the machine.
+        tokens: processed together: the prompt in prefill, the batch in decode.
+        passes: number of passes.
     """
     table = energies()
     fj = dict.fromkeys(COMPONENTS, 0.0)
@@ -160,25 +170,28 @@ def serve(work: Iterable[Work], machine: Machine, tokens: int, passes: int = 1) 
 
 
 def _mean_bits(linear: Work, machine: Machine, side: int) -> float:
+    """Mean bits per value in memory."""
     wide = linear.fp8_share(side)
     return (1 - wide) * machine.bits[0] + wide * machine.bits[1]
 
 
 def _buffer_bits(linear: Work, machine: Machine, tokens: float) -> float:
+    """Bits that are read from and written to buffers."""
     pairs = tokens * linear.n * linear.groups
-    held = min(machine.reuse * machine.rows, max(1.0, tokens))
-    weights = pairs / held * BLOCK * _mean_bits(linear, machine, 1)
+    reuse = min(machine.reuse * machine.rows, max(1.0, tokens))
+    weights = pairs / reuse * BLOCK * _mean_bits(linear, machine, 1)
     activations = pairs / min(machine.lanes, linear.n) * BLOCK * _mean_bits(linear, machine, 0)
     return weights + activations + 2 * OUTPUT_BITS * tokens * linear.n
 
 
 def cycles(work: Iterable[Work], machine: Machine, tokens: int, passes: int = 1) -> tuple[int, int]:
-    """Cycles of the lanes, and cycles that they wait for the quantizer.
+    """Cycles of work of the lanes, and cycles in which they wait for the quantizer.
 
-    The quantizer makes a block a cycle. It fills one activation tile while the lanes compute the
-    one before, so that they wait for a site's first tile, through whose last row they follow it
-    block by block, and for later ones where the site's linears have fewer than ``rows * lanes``
-    outputs.
+    The quantizer outputs one block per cycle. It fills one activation tile while the lanes compute
+    the previous one. The lanes therefore wait for
+
+    - a site's first tile, except that they follow the quantizer through its last row;
+    - later tiles, where the site's linears have fewer than ``rows * lanes`` outputs.
     """
     busy = waiting = 0.0
     consumers: dict[str, list[Work]] = {}
@@ -188,7 +201,8 @@ def cycles(work: Iterable[Work], machine: Machine, tokens: int, passes: int = 1)
         groups, seen = linears[0].groups, tokens * linears[0].routed
         whole = max(1, round(seen))
         tile = min(machine.rows * machine.reuse, whole)
-        tiles = -(-whole // tile) * min(1.0, seen)  # of an idle expert, those of some passes
+        # An expert with less than one token per pass works in that share of the passes.
+        tiles = -(-whole // tile) * min(1.0, seen)
         lanes = sum(-(-w.n // machine.lanes) for w in linears) * groups * -(-tile // machine.rows)
         quantizer = tile * groups
         busy += tiles * lanes
@@ -212,7 +226,7 @@ LLAMA_2_7B_LAYERS = 32
 
 
 def llama_2_7b(mix: Mix) -> list[Work]:
-    """The linears of Llama-2-7B, all with one mix: its shapes are known here and its blocks not."""
+    """The linears of Llama-2-7B with one assumed mix; only its shapes are used."""
     return [
         Work(f"layers.{i}.{name}", f"layers.{i}.{site}", n, k, mix)
         for i in range(LLAMA_2_7B_LAYERS)
@@ -221,18 +235,20 @@ def llama_2_7b(mix: Mix) -> list[Work]:
 
 
 def diluted(saving_percent: float, overhead: float) -> float:
-    """The saving that is left beside energy that no format changes.
+    """The saving with overhead: energy that is the same in all formats.
 
-    ``overhead`` is that energy over the FP8 lane's: controllers, clock tree, wires, memories.
+    Args:
+        saving_percent: without overhead.
+        overhead: energy of controllers, clock tree, wires and memories over that of the FP8 lane.
     """
     return saving_percent / (1 + overhead)
 
 
 def buffer_overhead(machine: Machine, fp8_fj_per_op: float) -> float:
-    """A sourced value of that overhead: buffers as if every block were FP8, over the FP8 lane.
+    """An overhead from a source: energy of buffers, with every block in FP8, over the FP8 lane's.
 
-    Weight blocks are read once for ``reuse`` tokens of every row, activation blocks once for
-    ``lanes`` outputs; no format changes how often.
+    Weight blocks are read once per ``reuse`` tokens of every row, activation blocks once per
+    ``lanes`` outputs, in all formats.
     """
     bits = BLOCK * FP8_BITS * (1 / (machine.reuse * machine.rows) + 1 / machine.lanes)
     return bits * energies()["sram"].value / (fp8_fj_per_op * OPERATIONS)

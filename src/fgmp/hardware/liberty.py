@@ -2,12 +2,12 @@
 
 Read are area, functions, pin capacitances, leakage, NLDM tables of delay and slew, and internal
 power. Of power tables only those of the supply count: a table for the ground pin
-(``related_pg_pin`` VSS) says where the same charge leaves. Skipped are cells that gate-level
-arithmetic does not use: several outputs, latches, scan, falling edges, whatever says ``dont_use``.
-Set and reset of a flip-flop are taken as tied off.
+(``related_pg_pin`` VSS) says where the same charge leaves. Cells that gate-level arithmetic does
+not use are skipped: several outputs, latches, scan, falling edges, ``dont_use``. Set and reset of a
+flip-flop are treated as tied off.
 
-:func:`write` makes the small file that abc maps with. Energies are fJ, times ps, capacitances fF,
-leakage nW, whatever units the file is in.
+:func:`write` writes the small file that abc maps with. Energies are in fJ, times in ps,
+capacitances in fF and leakage in nW, whatever the units of the file.
 """
 
 import gzip
@@ -15,7 +15,6 @@ import itertools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -39,7 +38,7 @@ _PREFIXES = {"f": 1e-15, "p": 1e-12, "n": 1e-9, "u": 1e-6, "m": 1e-3, "": 1.0, "
 
 @dataclass
 class Group:
-    """``kind (names) { ... }``: simple attributes, complex attributes and inner groups."""
+    """A group ``kind (names) { ... }``: simple attributes, complex attributes, inner groups."""
 
     kind: str
     names: tuple[str, ...]
@@ -61,7 +60,7 @@ def read(path: Path) -> Library:
 
     Raises:
         InputError: not a readable liberty file; no internal power tables; no flip-flop, inverter
-            or AND gate to build from.
+            or AND gate.
     """
     try:
         raw = path.read_bytes()
@@ -72,7 +71,7 @@ def read(path: Path) -> Library:
 
 
 def parse(text: str, source: str = "liberty") -> Library:
-    """As :func:`read`, from text; ``source`` is for messages."""
+    """The library in liberty text; ``source`` is its name in messages."""
     root = _groups(text, source)
     units = _Units(root, source)
     cells = [cell for group in root.all("cell") if (cell := _cell(group, units))]
@@ -99,20 +98,22 @@ def parse(text: str, source: str = "liberty") -> Library:
 
 
 def _is(cell: Cell, function: str, inputs: int) -> bool:
+    """Whether a cell computes this function of A and B, whatever its pins are called."""
     if len(cell.capacitance) != inputs:
         return False
-    renamed = dict(zip(cell.capacitance, "AB", strict=False))
-    own = " ".join(renamed.get(token, token) for token in tokens(cell.function))
-    return truth(own, "AB"[:inputs]) == truth(function, "AB"[:inputs])
+    names = dict(zip(cell.capacitance, "AB", strict=False))
+    renamed = " ".join(names.get(token, token) for token in tokens(cell.function))
+    return truth(renamed, "AB"[:inputs]) == truth(function, "AB"[:inputs])
 
 
 def _smallest(source: str, what: str, cells: list[Cell]) -> Cell:
     if not cells:
-        raise InputError(f"{source}: holds no {what}, without which nothing can be built")
+        raise InputError(f"{source}: holds no {what}, which every design needs")
     return min(cells, key=lambda c: c.area)
 
 
 def _groups(text: str, source: str) -> Group:
+    """The group ``library`` of a liberty text."""
     text = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.DOTALL).replace("\\\n", " ")
     stack = [Group("", ())]
     position = 0
@@ -123,9 +124,9 @@ def _groups(text: str, source: str) -> Group:
         if match["close"]:
             if len(stack) == 1:
                 raise InputError(f"{source}: a brace too many at character {position}")
-            done = stack.pop()
-            if not _unwanted(done):
-                stack[-1].groups.append(done)
+            closed = stack.pop()
+            if not _is_ground_power(closed):
+                stack[-1].groups.append(closed)
         elif match["open"]:
             names = tuple(n.strip().strip('"') for n in match["args"].split(",") if n.strip())
             stack.append(Group(match["name"], names))
@@ -140,7 +141,7 @@ def _groups(text: str, source: str) -> Group:
     return libraries[0]
 
 
-def _unwanted(group: Group) -> bool:
+def _is_ground_power(group: Group) -> bool:
     return group.kind == "internal_power" and bool(
         _GROUND.match(group.values.get("related_pg_pin", ""))
     )
@@ -164,10 +165,11 @@ class _Units:
         }
 
     def table(self, group: Group, factor: float) -> Table:
+        """The table of a group, its values times ``factor``."""
         template = self.templates.get(group.names[0] if group.names else "")
-        given = template.lists if template else {}
+        shared = template.lists if template else {}
         order = [(template.values.get(f"variable_{i}", "") if template else "") for i in (1, 2)]
-        axes = [_numbers(group.lists.get(f"index_{i}") or given.get(f"index_{i}")) for i in (1, 2)]
+        axes = [_numbers(group.lists.get(f"index_{i}") or shared.get(f"index_{i}")) for i in (1, 2)]
         values = _numbers(group.lists.get("values")) * factor
         sizes = [max(len(axis), 1) for axis in axes]
         if values.size != sizes[0] * sizes[1]:
@@ -178,9 +180,10 @@ class _Units:
             slews, loads, grid = loads, slews, grid.T
         return Table(slews * self.time, loads * self.load, grid)
 
-    def of(self, group: Group, kind: str, factor: float) -> Table | None:
-        found = group.all(kind)
-        return self.table(found[0], factor) if found else None
+    def first(self, group: Group, kind: str, factor: float) -> Table | None:
+        """The table of the first inner group of one kind."""
+        tables = group.all(kind)
+        return self.table(tables[0], factor) if tables else None
 
 
 def _unit(text: str) -> float:
@@ -195,21 +198,32 @@ def _numbers(text: str | None) -> "np.ndarray[tuple[int], np.dtype[np.float64]]"
     return np.array(cleaned.split(), dtype=np.float64)
 
 
+@dataclass(frozen=True)
+class _Function:
+    """Fields of :class:`Cell` that say what a cell computes or stores."""
+
+    function: str = ""
+    clock: str = ""
+    data: str = ""
+    inverted: bool = False
+
+
 def _cell(group: Group, units: _Units) -> Cell | None:
+    """The cell of a group; None if it is to be skipped."""
     pins = {g.names[0]: g for g in group.all("pin")}
     outputs = [n for n, g in pins.items() if g.values.get("direction") == "output"]
     inputs = {n: g for n, g in pins.items() if g.values.get("direction") == "input"}
     if len(outputs) != 1 or group.values.get("dont_use") == "true" or not inputs:
         return None
     output = pins[outputs[0]]
-    state: dict[str, Any] | None
+    function: _Function | None
     if group.values.get("clock_gating_integrated_cell", "").startswith("latch_posedge"):
-        state = _clock_gate(inputs)
+        function = _clock_gate(inputs)
     elif group.all("ff"):
-        state = _flip_flop(group.all("ff")[0], inputs, output)
+        function = _flip_flop(group.all("ff")[0], inputs, output)
     else:
-        state = _combinational(group, inputs, output)
-    if state is None:
+        function = _combinational(group, inputs, output)
+    if function is None:
         return None
     return Cell(
         name=group.names[0],
@@ -221,34 +235,37 @@ def _cell(group: Group, units: _Units) -> Cell | None:
         output_energy=_energies(output, units),
         input_energy={n: _energies(g, units) for n, g in inputs.items() if _energies(g, units)},
         max_load=output.number("max_capacitance", np.inf) * units.load,
-        **state,
+        function=function.function,
+        clock=function.clock,
+        data=function.data,
+        inverted=function.inverted,
     )
 
 
-def _combinational(group: Group, inputs: dict[str, Group], output: Group) -> dict[str, Any] | None:
+def _combinational(group: Group, inputs: dict[str, Group], output: Group) -> _Function | None:
     function = output.values.get("function", "")
     if not function or group.all("latch") or group.all("statetable"):
         return None
     known = set(tokens(function)) <= set(inputs) | set(_OPERATORS)
-    return {"function": function} if known else None
+    return _Function(function=function) if known else None
 
 
-def _flip_flop(ff: Group, inputs: dict[str, Group], output: Group) -> dict[str, Any] | None:
+def _flip_flop(ff: Group, inputs: dict[str, Group], output: Group) -> _Function | None:
     clock, data = ff.values.get("clocked_on", "").strip("() "), ff.values.get("next_state", "")
     data = data.strip("() ")
     inverted_data = data.startswith("!")
     if clock not in inputs or data.lstrip("!") not in inputs:
         return None  # falling edge, scan or enable
     inverted = (output.values.get("function") == ff.names[1]) != inverted_data
-    return {"clock": clock, "data": data.lstrip("!"), "inverted": inverted}
+    return _Function(clock=clock, data=data.lstrip("!"), inverted=inverted)
 
 
-def _clock_gate(inputs: dict[str, Group]) -> dict[str, Any] | None:
+def _clock_gate(inputs: dict[str, Group]) -> _Function | None:
     clocks = [n for n, g in inputs.items() if g.values.get("clock") == "true" or "CLK" in n.upper()]
     enables = [n for n in inputs if n not in clocks and n.upper().startswith("E")]
     if not clocks or not enables:
         return None
-    return {"clock": clocks[0], "data": enables[0], "function": "gate"}
+    return _Function(clock=clocks[0], data=enables[0], function="gate")
 
 
 def _leakage(group: Group) -> float:
@@ -273,7 +290,7 @@ def _arcs(output: Group, units: _Units) -> tuple[Arc, ...]:
         if kind not in ("combinational", "rising_edge"):
             continue
         kinds = ("cell_rise", "cell_fall", "rise_transition", "fall_transition")
-        tables = [units.of(timing, kind, units.time) for kind in kinds]
+        tables = [units.first(timing, kind, units.time) for kind in kinds]
         pin = timing.values.get("related_pin", "")
         if all(tables) and not any(arc.pin == pin for arc in arcs):
             sense = timing.values.get("timing_sense", "non_unate")
@@ -284,9 +301,9 @@ def _arcs(output: Group, units: _Units) -> tuple[Arc, ...]:
 def _energies(pin: Group, units: _Units) -> tuple[Energy, ...]:
     energies = []
     for power in pin.all("internal_power"):
-        rise = units.of(power, "rise_power", units.energy)
-        fall = units.of(power, "fall_power", units.energy)
-        both = units.of(power, "power", units.energy)
+        rise = units.first(power, "rise_power", units.energy)
+        fall = units.first(power, "fall_power", units.energy)
+        both = units.first(power, "power", units.energy)
         if rise or fall or both:
             zero = both or constant(0.0)
             cause, conditional = power.values.get("related_pin", ""), "when" in power.values
@@ -300,7 +317,7 @@ def tokens(function: str) -> list[str]:
 
 
 def truth(function: str, pins: str | list[str]) -> tuple[bool, ...]:
-    """Values of a function over all combinations of its pins, the first changing slowest."""
+    """Values of a function for all combinations of its pins, the first changing slowest."""
     expression = python_expression(function)
     code = compile(expression, function, "eval")
     return tuple(
@@ -310,7 +327,7 @@ def truth(function: str, pins: str | list[str]) -> tuple[bool, ...]:
 
 
 def python_expression(function: str) -> str:
-    """A liberty function in Python's integer operators. Pins side by side are AND-ed."""
+    """A liberty function in Python's integer operators; adjacent pins are AND-ed."""
     out: list[str] = []
     for token in tokens(function):
         if token == "'":
@@ -323,7 +340,7 @@ def python_expression(function: str) -> str:
 
 
 def write(library: Library) -> str:
-    """The combinational cells as liberty text: what abc maps with."""
+    """Liberty text of the combinational cells, which abc maps with."""
     lines = [
         f"library ({re.sub(r'[^A-Za-z0-9_]', '_', library.name)}) {{",
         '  delay_model : table_lookup; time_unit : "1ps"; capacitive_load_unit (1, ff);',
@@ -331,7 +348,7 @@ def write(library: Library) -> str:
         f"  nom_voltage : {library.voltage}; default_max_transition : 10000;",
     ]
     bodies = [line for cell in library.cells.values() for line in _written(cell)]
-    # abc looks templates up even where a table brings its own axes.
+    # abc looks up templates even for tables with axes of their own.
     for name in sorted(set(re.findall(r"\((t\d+x\d+)\)", "\n".join(bodies)))):
         sizes = [int(n) for n in name[1:].split("x")]
         axes = [", ".join(map(str, range(size))) for size in sizes]
@@ -365,7 +382,7 @@ def _written(cell: Cell) -> list[str]:
 
 
 def _written_table(kind: str, table: Table) -> list[str]:
-    # abc wants two axes; a table that does not depend on one is written twice along it.
+    # abc needs two axes; a table that does not depend on one is written twice along it.
     slews, loads, values = table.slews, table.loads, table.values
     if len(slews) == 1:
         slews, values = np.array([0.0, 1000.0]), np.repeat(values, 2, axis=0)

@@ -1,8 +1,8 @@
 """A mapped design as nets, gates and registers, read from Yosys' JSON.
 
 Gates refer to cells of a :class:`~fgmp.hardware.cells.Library` by name. Registers stay abstract: a
-data net, an output net and, where Yosys found one, an enable net. Which flip-flop and which clock
-gates they become is the library's matter, and ``power`` accounts for it.
+data net, an output net and, where Yosys detects one, an enable net. The library determines their
+flip-flops and clock gates, and ``power`` accounts for them.
 """
 
 import json
@@ -17,7 +17,7 @@ ZERO, ONE = 0, 1
 """The constant nets."""
 
 GATED_FLOPS = 32
-"""Flip-flops that one clock gate serves at most."""
+"""Flip-flops per clock gate, at most. Chosen; docs/energy.md, section 1."""
 
 _REGISTERS = {"$_DFF_P_": False, "$_DFFE_PP_": True}
 _CONSTANTS = {"0": ZERO, "1": ONE, "x": ZERO, "z": ZERO}
@@ -25,7 +25,7 @@ _CONSTANTS = {"0": ZERO, "1": ONE, "x": ZERO, "z": ZERO}
 
 @dataclass(frozen=True)
 class Gate:
-    """A combinational cell: nets of its pins in the library's order, and the net it drives."""
+    """A combinational cell: nets of its pins in the library's order, and the net of its output."""
 
     cell: str
     unit: str
@@ -35,7 +35,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Flop:
-    """One bit of state; ``enable`` is a net, ``ONE`` for a register that loads every cycle."""
+    """One bit of state; ``enable`` is a net, or ``ONE`` if the register loads in every cycle."""
 
     unit: str
     data: int
@@ -45,7 +45,7 @@ class Flop:
 
 @dataclass(frozen=True, eq=False)
 class Netlist:
-    """A flat design. ``gates`` are in topological order; ports map to nets, low bit first."""
+    """A flat design: gates in topological order, and ports as nets, low bit first."""
 
     name: str
     nets: int
@@ -65,15 +65,15 @@ class Netlist:
 
     @cached_property
     def levels(self) -> list[list[int]]:
-        """Indices of gates by logic level: those of a level read only earlier ones."""
+        """Indices of gates by logic level; gates of a level read only earlier levels."""
         level = [0] * self.nets
         levels: list[list[int]] = []
         for index, gate in enumerate(self.gates):
-            own = max((level[net] for net in gate.inputs), default=0)
-            level[gate.output] = own + 1
-            if own == len(levels):
+            depth = max((level[net] for net in gate.inputs), default=0)
+            level[gate.output] = depth + 1
+            if depth == len(levels):
                 levels.append([])
-            levels[own].append(index)
+            levels[depth].append(index)
         return levels
 
     @property
@@ -83,7 +83,7 @@ class Netlist:
 
     @cached_property
     def clock_gates(self) -> dict[tuple[str, int], int]:
-        """How many clock gates each (unit, enable net) needs."""
+        """Number of clock gates by (unit, enable net)."""
         groups = Counter((f.unit, f.enable) for f in self.flops if f.enable != ONE)
         return {group: -(-count // GATED_FLOPS) for group, count in groups.items()}
 
@@ -100,20 +100,23 @@ class Netlist:
 
     @property
     def cells(self) -> int:
-        """Cells of all kinds."""
+        """Number of cells of all kinds."""
         return len(self.gates) + len(self.flops) + sum(self.clock_gates.values())
 
 
 def flop_area(library: Library) -> float:
-    """One bit of state: the flip-flop, and an inverter where it stores the complement."""
+    """Area of one bit of state: the flip-flop, and an inverter if its output is the complement."""
     return library.flip_flop.area + (library.inverter.area if library.flip_flop.inverted else 0.0)
 
 
 def from_yosys(text: str, top: str, library: Library) -> Netlist:
-    """Read a flattened, mapped module.
+    """The netlist of a flattened, mapped module.
 
-    The unit of a cell is the hierarchical path that flattening put before its name, the top's own
-    cells being of unit ``""``.
+    The unit of a cell is the first part of the hierarchical path in its name; cells of the top
+    module have the unit ``""``.
+
+    Raises:
+        InputError: an unknown cell, a net without driver, or a combinational loop.
     """
     module = json.loads(text)["modules"][top]
     numbers: dict[object, int] = dict(_CONSTANTS.items())
@@ -149,6 +152,7 @@ def from_yosys(text: str, top: str, library: Library) -> Netlist:
 
 
 def _unit(name: str, attributes: dict[str, str]) -> str:
+    """Unit of a cell, from the attributes that flattening left or from its name."""
     path = attributes.get("hdlname", "").split(" ")[:-1] or attributes.get("scopename", "").split()
     if path:
         return path[0]
@@ -156,7 +160,7 @@ def _unit(name: str, attributes: dict[str, str]) -> str:
 
 
 def _sorted(gates: list[Gate], sources: set[int], top: str) -> tuple[Gate, ...]:
-    """Topological order; refuses loops and nets that nothing drives."""
+    """Gates in topological order; refuses loops and nets without driver."""
     driver = {gate.output: index for index, gate in enumerate(gates)}
     waiting = [0] * len(gates)
     readers: dict[int, list[int]] = {}

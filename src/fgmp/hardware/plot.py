@@ -1,6 +1,6 @@
-"""Two figures of `fgmp hw energy` as SVG: lanes by cause, and the saving beside common energy.
+"""Two figures of ``fgmp hw energy`` as SVG: energy of lanes by cause, and saving with overhead.
 
-They draw what ``accelerator.energy`` returns and compute nothing but coordinates.
+Input is the JSON that the command prints; only coordinates are computed here.
 """
 
 from html import escape
@@ -16,7 +16,7 @@ _WIDTH, _LABEL, _BAR = 720, 90, 26
 
 
 def figures(facts: dict[str, Any]) -> str:
-    """One SVG document."""
+    """One SVG document with both figures."""
     bars, height = _lanes(facts)
     curve = _overhead(facts, height + 30)
     return (
@@ -27,11 +27,12 @@ def figures(facts: dict[str, Any]) -> str:
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+    """An SVG text element."""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _lanes(facts: dict[str, Any]) -> tuple[str, int]:
-    """Stacked bars, one a lane; each cause with its colour."""
+    """Stacked bars, one per lane, with one colour per cause; and their height."""
     most = max(lane["inertial"] for lane in facts["lanes"].values())
     scale = (_WIDTH - _LABEL - 90) / most
     drawn = [_text(0, 14, f"Lanes, {facts['unit']}, glitches included")]
@@ -57,7 +58,7 @@ def _lanes(facts: dict[str, Any]) -> tuple[str, int]:
 
 
 def _overhead(facts: dict[str, Any], top: int) -> str:
-    """Saving (percent) against energy that no format changes, over the FP8 lane's."""
+    """Saving in percent over overhead, in energies of the FP8 lane."""
     curve = [(float(x), y) for x, y in facts["overhead"]["saving_percent"].items()]
     width, height = _WIDTH - _LABEL - 90, 180
     low = min(0.0, *(y for _, y in curve))

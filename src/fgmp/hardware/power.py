@@ -1,21 +1,23 @@
-"""Energy a cycle of a netlist, from toggles and a library's tables, by unit and by cause.
+"""Energy per cycle of a netlist, from toggles and a library's tables, by unit and by cause.
 
-    switching   1/2 C V^2 of each net, for each toggle
-    internal    of the cell that drives it, at the slews of its inputs and its load, the inputs
-                weighted by how often they toggle; and what input pins take on their own
-    clock       the clock pins of registers and of clock gates, the gated nets behind them
-    leakage     of every cell, gated or not, over one period
+=========  ==================================================================================
+switching  1/2 C V^2 of each net, per toggle
+internal   of the driving cell, at its load and the slews of its inputs, which are weighted by
+           their toggles; and of input pins themselves
+clock      clock pins of registers and of clock gates, and the gated nets
+leakage    of every cell, gated or not, over one period
+=========  ==================================================================================
 
-Registers under one enable share clock gates, each for 32 of them. The clock is an ideal net: its
-buffers and wires are not there, as no wire is.
+Registers with the same enable share clock gates, one per 32 registers. The clock is an ideal net,
+without buffers; there are no wires.
 """
 
 from collections import defaultdict
 from dataclasses import dataclass
 
-from fgmp.hardware.cells import Array, Cell, Energy, Library
+from fgmp.hardware.cells import Cell, Energy, Floats, Library
 from fgmp.hardware.gates import Activity
-from fgmp.hardware.netlist import ONE, Netlist
+from fgmp.hardware.netlist import GATED_FLOPS, ONE, Netlist
 from fgmp.hardware.timing import Timing, default_slew
 
 CAUSES = ("logic", "registers", "clock", "leakage")
@@ -29,22 +31,22 @@ class CycleEnergy:
 
     @property
     def total(self) -> float:
-        """Of all units and causes."""
+        """Sum over all units and causes."""
         return sum(sum(causes.values()) for causes in self.units.values())
 
     def by_cause(self) -> dict[str, float]:
-        """Summed over units."""
+        """Energy by cause, summed over units."""
         return {c: sum(unit.get(c, 0.0) for unit in self.units.values()) for c in CAUSES}
 
     def by_unit(self) -> dict[str, float]:
-        """Summed over causes."""
+        """Energy by unit, summed over causes."""
         return {name: sum(causes.values()) for name, causes in self.units.items()}
 
 
 def cycle_energy(
     netlist: Netlist, library: Library, timing: Timing, activity: Activity, period_ns: float
 ) -> CycleEnergy:
-    """What an average cycle of the activity takes.
+    """Energy of an average cycle.
 
     Args:
         netlist, library, timing: the design.
@@ -70,7 +72,7 @@ def cycle_energy(
         leakage = library.flip_flop.leakage
         leakage += library.inverter.leakage if library.flip_flop.inverted else 0.0
         units[flop.unit]["leakage"] += leakage * period_ns * 1e-3
-    for nets in netlist.inputs.values():  # a port's net is charged by whoever drives it, for us
+    for nets in netlist.inputs.values():  # the nets of input ports have no driver in the netlist
         for net in nets:
             units[""]["logic"] += toggles[net] * load[net] * half_square
     _clock(netlist, library, activity, period_ns, units)
@@ -80,7 +82,7 @@ def cycle_energy(
 def _internal(
     cell: Cell, inputs: list[tuple[float, float]], output_toggles: float, load: float
 ) -> float:
-    """Internal energy of a combinational cell; ``inputs`` are toggles and slews by pin."""
+    """Internal energy of a combinational cell; ``inputs`` are toggles and slews of its pins."""
     pins = dict(zip(cell.capacitance, inputs, strict=True))
     total = sum(t for t, _ in inputs)
     caused = [(pins[e.pin], e) for e in cell.output_energy]
@@ -97,7 +99,10 @@ def _internal(
 
 
 def _pin_energy(tables: tuple[Energy, ...], slew: float, quiet: float) -> float:
-    """Of one toggle of an input; conditional tables count for the share that changes nothing."""
+    """Energy of one toggle of an input pin.
+
+    Conditional tables count for ``quiet``, the share of toggles that leave the output unchanged.
+    """
     always = sum(e.at(slew, 0.0) for e in tables if not e.conditional)
     states = [e.at(slew, 0.0) for e in tables if e.conditional]
     return always + quiet * (sum(states) / len(states) if states else 0.0)
@@ -108,9 +113,9 @@ def _register(
     output: int,
     library: Library,
     timing: Timing,
-    toggles: Array,
+    toggles: Floats,
 ) -> float:
-    """Energy of a register's data pin and output, its inverter included; not of its clock."""
+    """Energy of a register's data pin and output, inverter included, without its clock."""
     flop, half_square = library.flip_flop, library.voltage**2 / 2
     out, load = toggles[output], timing.load[output]
     energy = toggles[data] * _pin_energy(
@@ -135,7 +140,7 @@ def _clock(
     period_ns: float,
     units: dict[str, dict[str, float]],
 ) -> None:
-    """Two edges a cycle for registers that always load; for the others when they are enabled."""
+    """Add the clock's energy: two edges per cycle, for gated registers only while enabled."""
     flop, slew = library.flip_flop, default_slew(library)
     half_square = library.voltage**2 / 2
     pin = flop.capacitance[flop.clock] * half_square
@@ -151,7 +156,7 @@ def _clock(
 
 
 def _gate_energy(library: Library, duty: float, enable_toggles: float, slew: float) -> float:
-    """A clock gate's energy a cycle: its own clock pin always, its output when enabled."""
+    """Energy per cycle of a clock gate: its clock pin always, its output only while enabled."""
     half_square = library.voltage**2 / 2
     first, *rest = library.clock_gate
     clock_pin = first.capacitance[first.clock] * half_square
@@ -159,10 +164,10 @@ def _gate_energy(library: Library, duty: float, enable_toggles: float, slew: flo
     energy = 2 * clock_pin
     energy += enable_toggles * _pin_energy(first.input_energy.get(first.data, ()), slew, 1.0)
     driver = rest[0] if rest else first
-    fanout = 32 * library.flip_flop.capacitance[library.flip_flop.clock]
+    fanout = GATED_FLOPS * library.flip_flop.capacitance[library.flip_flop.clock]
     for cell in rest:  # an AND behind a flip-flop: the clock reaches one of its pins too
         clock = next(iter(cell.capacitance))
-        own = cell.capacitance[clock] * half_square
-        energy += 2 * (own + _pin_energy(cell.input_energy.get(clock, ()), slew, 1 - duty))
+        switching = cell.capacitance[clock] * half_square
+        energy += 2 * (switching + _pin_energy(cell.input_energy.get(clock, ()), slew, 1 - duty))
     output = [e.at(slew, fanout) for e in driver.output_energy]
     return energy + 2 * duty * sum(output) / max(len(output), 1)

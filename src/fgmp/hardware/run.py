@@ -1,7 +1,7 @@
 """A linear through the accelerator, in either simulator.
 
-The streams of the accelerator are fed from the image's sections and its results put in their
-places: what a memory controller would do.
+Streams are fed from the sections of the memory image, and results are collected by row and column,
+as a memory controller would do.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ Words = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out.
+    """Results of one linear.
 
     Attributes:
         fp32: bit patterns, uint32 (tokens, N).
@@ -42,19 +42,19 @@ class Outcome:
 
 
 STREAMS = ("sensitivities", "biases", "activations", "flags", "words")
-"""What enters the accelerator, by the name of its port."""
+"""Ports of the streams that enter the accelerator."""
 
 
 @dataclass(frozen=True)
 class Feed:
-    """The streams that enter, each as items: integers."""
+    """Constants of a linear, and the items of every stream as integers."""
 
     constants: dict[str, int]
     streams: dict[str, list[int]]
 
 
 def feed(array: Array, image: LinearImage, x: Tensor) -> Feed:
-    """What the accelerator is given for the activations ``x`` (tokens, K)."""
+    """Inputs of the accelerator for the activations ``x`` (tokens, K)."""
     passes = -(-len(x) // array.tile_rows)
     flags, blocks = image.flags, image.blocks + bytes(-len(image.blocks) % 16)
     words = [int.from_bytes(blocks[i : i + 16], "little") for i in range(0, len(blocks), 16)]
@@ -78,7 +78,7 @@ def feed(array: Array, image: LinearImage, x: Tensor) -> Feed:
 
 
 def _marked(items: list[int], bits: int) -> list[int]:
-    """Items of ``bits`` bits with one more, set in the last."""
+    """Items of ``bits`` bits with one more bit, which marks the last item."""
     return [*items[:-1], items[-1] | 1 << bits]
 
 
@@ -87,7 +87,13 @@ def in_amaranth(
     jobs: Sequence[tuple[LinearImage, Tensor]],
     done: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
-    """Run linears one after the other in Amaranth's simulator; ``done`` is called after each."""
+    """Run linears one after the other in Amaranth's simulator.
+
+    Args:
+        array: parameters of the accelerator.
+        jobs: linears, each with its activations (tokens, K).
+        done: called after each linear.
+    """
     from fgmp.hardware.rtl.accelerator import Accelerator
 
     top = Accelerator(array)
@@ -114,17 +120,17 @@ def in_amaranth(
         await ctx.tick()
         ctx.set(top.start, 0)
         item = ctx.tick().sample(_whole(top.results.payload))
-        found = [(await item.until(top.results.valid))[0] for _ in range(results)]
+        items = [(await item.until(top.results.valid))[0] for _ in range(results)]
         await ctx.tick()
         assert not ctx.get(top.busy), "the last result ends the linear"
-        return found
+        return items
 
     async def bench(ctx: Any) -> None:
         ctx.set(top.results.ready, 1)
         for (image, x), fed in zip(jobs, feeds, strict=True):
-            found = await linear(ctx, fed, results_of(array, image, len(x)))
+            items = await linear(ctx, fed, results_of(array, image, len(x)))
             counters = {name: ctx.get(top.counters[name]) for name in _counters()}
-            placed = _placed(array, image, len(x), found)
+            placed = _placed(array, image, len(x), items)
             outcomes.append(Outcome(*placed, counters, bool(ctx.get(top.nonfinite))))
             done()
 
@@ -135,7 +141,15 @@ def in_amaranth(
 def in_verilator(
     model: "Model", array: Array, image: LinearImage, x: Tensor, pause: float = 0.0, seed: int = 1
 ) -> Outcome:
-    """Run by a library that Verilator made of the same array; any stream may ``pause``."""
+    """Run one linear in a Verilator model of the same array.
+
+    Args:
+        model: the compiled array.
+        array: its parameters.
+        image, x: the linear and its activations (tokens, K).
+        pause: probability per cycle that a side of a stream pauses.
+        seed: of the pauses.
+    """
     fed = feed(array, image, x)
     row = model.inputs.rows(1)
     for name, value in _configuration(fed.constants).items():
@@ -152,28 +166,28 @@ def in_verilator(
         for name, stream in fed.streams.items()
     }
     sinks = {"results": results_of(array, image, len(x))}
-    found, last = model.streams(row, items, sinks, pause, seed)
-    fp32, bf16 = _placed(
-        array, image, len(x), [int.from_bytes(r.tobytes(), "little") for r in found["results"]]
-    )
+    received, last = model.streams(row, items, sinks, pause, seed)
+    results = [int.from_bytes(item.tobytes(), "little") for item in received["results"]]
+    fp32, bf16 = _placed(array, image, len(x), results)
     counters = int.from_bytes(model.outputs.of(last, "counters").tobytes(), "little")
     named = {name: counters >> 32 * i & 0xFFFF_FFFF for i, name in enumerate(_counters())}
     return Outcome(fp32, bf16, named, bool(model.outputs.of(last, "nonfinite")[0, 0]))
 
 
 def results_of(array: Array, image: LinearImage, tokens: int) -> int:
-    """How many items the result stream has."""
+    """Number of items of the result stream."""
     return image.n * -(-tokens // array.rows)
 
 
 def _counters() -> list[str]:
+    """Names of the accelerator's counters."""
     from fgmp.hardware.rtl.accelerator import COUNTERS
 
     return [name for name, _ in COUNTERS]
 
 
 def _configuration(constants: dict[str, int]) -> dict[str, int]:
-    """The header's fields as the ports take them."""
+    """The header's fields, packed for the ports."""
     from fgmp.hardware.rtl.epilogue import SCALE
     from fgmp.hardware.rtl.ppu import SITE
     from fgmp.hardware.rtl.tiles import SHAPE
@@ -189,9 +203,9 @@ def _configuration(constants: dict[str, int]) -> dict[str, int]:
 
 
 def _placed(
-    array: Array, image: LinearImage, tokens: int, found: list[int]
+    array: Array, image: LinearImage, tokens: int, items: list[int]
 ) -> tuple[Words, npt.NDArray[np.uint16]]:
-    """Results in rows and columns; those of rows beyond the last token are dropped."""
+    """Results as fp32 and bf16 matrices, without rows beyond the last token."""
     from fgmp.hardware.rtl.accelerator import results_layout
     from fgmp.hardware.rtl.tiles import SIZE_BITS
 
@@ -199,7 +213,7 @@ def _placed(
     at = results_layout(array)["values"].offset
     fp32 = np.zeros((tokens, image.n), dtype=np.uint32)
     bf16 = np.zeros((tokens, image.n), dtype=np.uint16)
-    for item in found:
+    for item in items:
         first, column = item & mask, item >> SIZE_BITS & mask
         for row in range(first, min(first + array.rows, tokens)):
             value = item >> at + 48 * (row - first)
@@ -209,5 +223,5 @@ def _placed(
 
 
 def _whole(value: Any) -> Any:
-    """A port as one number, whatever fields it has."""
+    """A port as one number, with or without fields."""
     return value.as_value() if hasattr(value, "as_value") else value

@@ -1,8 +1,9 @@
-"""Amaranth's simulator, which needs nothing but pip, and the recording of ports cycle by cycle.
+"""Amaranth's simulator, made faster; it needs no tool beyond what pip installs.
 
 The simulator runs all combinational statements of a module again whenever one of its inputs
-changes, and once more for every level of logic. :func:`simulate` gives each driven signal a module
-of its own first, so that only what changes is computed: 13 times faster on the quantizer.
+changes, and once more for every level of logic. :func:`simulate` first moves each driven signal to
+a module of its own, so that only changed signals are computed again. On the quantizer this was 13
+times faster in a single comparison, which no script repeats.
 """
 
 from collections.abc import Awaitable, Callable
@@ -21,10 +22,10 @@ Bench = Callable[[Any], Awaitable[None]]
 def simulate(component: wiring.Component, bench: Bench, *background: Bench) -> None:
     """Run a test bench, a coroutine that takes a simulator context, to its end.
 
-    Benches in the ``background`` run beside it and end with it.
+    Benches in the ``background`` run in parallel and end with it.
     """
     fragment = Fragment.get(component, None)
-    _one_process_a_signal(fragment)
+    _separate_signals(fragment)
     simulator = Simulator(fragment)
     simulator.add_clock(CYCLE)
     simulator.add_testbench(bench)
@@ -33,11 +34,12 @@ def simulate(component: wiring.Component, bench: Bench, *background: Bench) -> N
     simulator.run()
 
 
-def _one_process_a_signal(fragment: Fragment) -> None:
+def _separate_signals(fragment: Fragment) -> None:
+    """Move the combinational statements of each driven signal to a fragment of its own."""
     for child, _, _ in list(fragment.subfragments):
-        _one_process_a_signal(child)
-    # By identity: signals compare as hardware does. What drives a signal in parts, or several
-    # signals at once, stays together.
+        _separate_signals(child)
+    # Signals are keyed by identity, because == builds hardware. Statements that drive parts of one
+    # signal, and a statement that drives several signals, stay together.
     owner: dict[int, list[Any]] = {}
     for statement in fragment.statements.pop("comb", ()):
         driven = [id(signal) for signal in statement._lhs_signals()]

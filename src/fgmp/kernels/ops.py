@@ -2,19 +2,23 @@
 
     quantize_activation       x, site -> codes, scale bytes
     fake_quantize_activation  x, site -> units, flags
-    score_activation          x, site -> S of every block, which calibration counts
+    score_activation          x, site -> S of every block, for calibration
     unpack_weight             planes -> units
     packed_linear             units, planes, r, t -> y = fl32(A * fl32(t_w * t_x)) + bias
 
-A *site* is the four arguments ``r, sensitivity, threshold, rule, scales`` of
-:class:`fgmp.formats.activation.Site` as tensors, so that nothing waits for a device to read them.
-*Units* are decoded values over their tensor scale, exact in bf16. Planes are those of
+A *site* stands for the arguments ``r, sensitivity, threshold, rule, scales``: all constants of
+:class:`fgmp.formats.activation.Site` that the decision needs. The first three are tensors, so that
+no call waits for a GPU to read them. *Units* are decoded values over their tensor scale, exact in
+bf16. *Flags* say which blocks are FP8. Planes are those of
 :class:`fgmp.pack.planes.PackedWeight`.
 
-The default of each operator is the definition in plain PyTorch, for any device. The C++ kernels
-take its place for the CPU where they were compiled, Triton's for CUDA where Triton is installed.
+The default of each operator is the definition in plain PyTorch, on any device. The C++ kernels
+replace it on the CPU where they are compiled, the Triton kernels on CUDA where Triton is installed.
 All give the same codes, scales, flags and units; sums of products agree within
 :func:`fgmp.formats.linear.error_bound`.
+
+A shape function ``_..._like`` gives the outputs of an operator as empty tensors: torch.compile
+traces with it.
 """
 
 import importlib.util
@@ -89,7 +93,7 @@ def _site(r: Tensor, sensitivity: Tensor, threshold: Tensor, rule: str, scales: 
 
 
 def quantize_activation_definition(x: Tensor, *site: Any) -> tuple[Tensor, Tensor]:
-    """:func:`fgmp.formats.activation.quantize` with both formats in one tensor of codes."""
+    """:func:`fgmp.formats.activation.quantize`, with the codes of each block's chosen format."""
     check.activation("quantize_activation", x, *site)
     result = activation.quantize(x, _site(*site))
     codes = torch.where(result.is_fp8.unsqueeze(-1), result.fp8, result.fp4)
@@ -98,7 +102,7 @@ def quantize_activation_definition(x: Tensor, *site: Any) -> tuple[Tensor, Tenso
 
 
 def fake_quantize_activation_definition(x: Tensor, *site: Any) -> tuple[Tensor, Tensor]:
-    """:func:`fgmp.formats.activation.fake_quantize` with units in bf16."""
+    """:func:`fgmp.formats.activation.fake_quantize`, with units in bf16."""
     check.activation("fake_quantize_activation", x, *site)
     units, flags = activation.fake_quantize(x, _site(*site))
     return units.to(torch.bfloat16), flags
@@ -136,7 +140,7 @@ def packed_linear_definition(units: Tensor, *arguments: Any) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _scale_of(r: float) -> float:
-    """t_x of a site with this multiplier: one rational division, remembered."""
+    """Tensor scale t_x of a site with multiplier ``r``; cached, since it takes rationals."""
     return Site(r, torch.empty(0), 0.0, 0).t
 
 
@@ -147,11 +151,11 @@ _DEFINITIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "unpack_weight": (unpack_weight_definition, _weight_like),
     "packed_linear": (packed_linear_definition, _output_like),
 }
-"""The default of each operator, and the function that knows only shapes."""
+"""Definition and shape function of each operator."""
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """``x`` as a contiguous matrix of a type that the kernels read."""
+    """``x`` as a contiguous matrix (M, K) of a dtype that the kernels read, bf16 or fp32."""
     tokens = x.reshape(-1, x.shape[-1])
     if tokens.dtype not in (torch.bfloat16, torch.float32):
         tokens = tokens.to(torch.bfloat16)
@@ -159,29 +163,29 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _shaped_like(x: Tensor, parts: Iterable[Tensor]) -> list[Tensor]:
-    """What a kernel made of ``_tokens(x)``, with the leading shape of ``x``."""
+    """Give a kernel's outputs (M, ...) for ``_tokens(x)`` the leading shape of ``x``."""
     return [part.view(*x.shape[:-1], *part.shape[1:]) for part in parts]
 
 
 def _cpu(kernels: cpu.Kernels) -> dict[str, Callable[..., Any]]:
-    """The operators in C++; what the kernels do not know goes to the definition."""
+    """Operators in C++; rules that the kernels do not implement go to the definition."""
 
     def quantize_activation(x: Tensor, *site: Any) -> tuple[Tensor, Tensor]:
-        if site[3] not in cpu.RULES:
+        if not cpu.implements(site[3]):
             return quantize_activation_definition(x, *site)
         check.activation("quantize_activation", x, *site)
         codes, scale = _shaped_like(x, kernels.quantize(_tokens(x), _site(*site)))
         return codes, scale
 
     def fake_quantize_activation(x: Tensor, *site: Any) -> tuple[Tensor, Tensor]:
-        if site[3] not in cpu.RULES:
+        if not cpu.implements(site[3]):
             return fake_quantize_activation_definition(x, *site)
         check.activation("fake_quantize_activation", x, *site)
         units, flags = _shaped_like(x, kernels.fake_quantize(_tokens(x), _site(*site)))
         return units, flags
 
     def score_activation(x: Tensor, *site: Any) -> Tensor:
-        if site[3] not in cpu.RULES:
+        if not cpu.implements(site[3]):
             return score_activation_definition(x, *site)
         check.activation("score_activation", x, *site)
         return _shaped_like(x, [kernels.scores(_tokens(x), _site(*site))])[0]
@@ -189,23 +193,23 @@ def _cpu(kernels: cpu.Kernels) -> dict[str, Callable[..., Any]]:
     def unpack_weight(*arguments: Any) -> Tensor:
         *planes, k, dtype = arguments
         check.weight("unpack_weight", tuple(planes), k)
-        wide = torch.float32 if dtype != torch.bfloat16 else dtype
-        units, broken = kernels.unpack(tuple(planes), k, wide)
-        if broken >= 0:
-            raise check.corrupt("unpack_weight", broken)
+        kernel_dtype = torch.float32 if dtype != torch.bfloat16 else dtype
+        units, corrupt_row = kernels.unpack(tuple(planes), k, kernel_dtype)
+        if corrupt_row >= 0:
+            raise check.corrupt("unpack_weight", corrupt_row)
         return units.to(dtype)
 
     def packed_linear(units: Tensor, *arguments: Any) -> Tensor:
         *planes, r, t, bias, dtype = arguments
         check.linear("packed_linear", units, tuple(planes), r, t, bias, dtype)
         tokens = units.reshape(-1, units.shape[-1]).contiguous()
-        wide = torch.float32 if dtype != torch.bfloat16 else dtype
+        kernel_dtype = torch.float32 if dtype != torch.bfloat16 else dtype
         bias = None if bias is None else bias.to(torch.float32).contiguous()
-        # The product of two fp32 numbers is exact in a float and rounded once when handed over.
+        # The product of two fp32 numbers is exact in a Python float; ctypes rounds it once to fp32.
         scale = _scale_of(r.item()) * t.item()
-        y, broken = kernels.linear(tokens, tuple(planes), scale, bias, wide)
-        if broken >= 0:
-            raise check.corrupt("packed_linear", broken)
+        y, corrupt_row = kernels.linear(tokens, tuple(planes), scale, bias, kernel_dtype)
+        if corrupt_row >= 0:
+            raise check.corrupt("packed_linear", corrupt_row)
         return y.view(*units.shape[:-1], y.shape[-1]).to(dtype)
 
     return {
@@ -219,6 +223,7 @@ def _cpu(kernels: cpu.Kernels) -> dict[str, Callable[..., Any]]:
 
 @cache
 def _say_slow() -> None:
+    """Warn once that packed models run slowly without the C++ kernels."""
     logging.getLogger("fgmp").warning(
         "the C++ kernels are not compiled here: packed models run correctly but slowly; "
         "install a C++ compiler and reinstall fgmp"
@@ -226,20 +231,22 @@ def _say_slow() -> None:
 
 
 def _cuda() -> dict[str, Callable[..., Any]]:
-    """The operators in Triton. Nothing waits for the device, so planes that contradict each other
-    are not found here: :func:`fgmp.pack.planes.validate` has looked at them when they were loaded.
+    """Operators in Triton.
+
+    No call waits for the GPU, so planes that contradict each other are not detected here.
+    :func:`fgmp.pack.planes.validate` checked them when they were loaded.
     """
     from fgmp.kernels.triton import linear as triton_linear
     from fgmp.kernels.triton import quantize, unpack
 
     def quantize_activation(x: Tensor, *site: Any) -> tuple[Tensor, Tensor]:
-        if site[3] not in quantize.RULES:
+        if not quantize.implements(site[3]):
             return quantize_activation_definition(x, *site)
         check.activation("quantize_activation", x, *site)
         return quantize.quantize_activation(x, *site)
 
     def fake_quantize_activation(x: Tensor, *site: Any) -> tuple[Tensor, Tensor]:
-        if site[3] not in quantize.RULES:
+        if not quantize.implements(site[3]):
             return fake_quantize_activation_definition(x, *site)
         check.activation("fake_quantize_activation", x, *site)
         return quantize.fake_quantize_activation(x, *site)
@@ -253,7 +260,7 @@ def _cuda() -> dict[str, Callable[..., Any]]:
         low, scale, overflow, row_ptr, fp8, r, t, bias, dtype = arguments
         planes = (low, scale, overflow, row_ptr, fp8)
         check.linear("packed_linear", units, planes, r, t, bias, dtype)
-        t_x = 1 / (FP8_FACTOR * r)  # 6 r is exact, and the quotient of one rounding
+        t_x = 1 / (FP8_FACTOR * r)  # 6 r is exact, so only the division rounds
         return triton_linear.packed_linear(
             units, low, scale, overflow, row_ptr, fp8, t_x, t, bias, dtype
         )
@@ -267,7 +274,7 @@ def _cuda() -> dict[str, Callable[..., Any]]:
 
 
 def _implement() -> None:
-    """Register the definitions, and the kernels that this machine can run."""
+    """Register the definitions and the kernels that this machine can run."""
     for name, (definition, fake) in _DEFINITIONS.items():
         _lib.impl(name, definition, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fgmp::{name}", fake, lib=_lib)

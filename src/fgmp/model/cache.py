@@ -1,25 +1,25 @@
-"""A KV cache in the blocks of the format: NVFP4, FP8, or a mix of them chosen online.
+"""KV cache in NVFP4, FP8, or a mix of both chosen online block by block.
 
-A layer keeps its keys and its values as two packed matrices, ``fgmp.pack.planes``: a row is what
-one token of one sequence appends, its heads side by side, so that a block of 16 lies along the
-head dimension, inside one head. Tokens come in order, hence a new token appends rows, a
-rollback drops the last ones, and beams select among them; no stored code is ever rounded again.
+A layer stores its keys and its values as two packed matrices (``fgmp.pack.planes``). One token of
+one sequence is one row, its heads side by side, so a block of 16 lies along the head dimension of
+one head. Tokens arrive in order: a new token appends rows, a rollback drops the last rows, and beam
+search selects rows. No stored code is ever rounded again.
 
-For keys the head dimension is that of the dot product, q . k, as K is for a linear. For values it
-is not: p V sums over tokens, and blocks along tokens would share a scale. Yet a token arrives
-alone, so such a block would be rounded anew 15 times or wait in high precision until it is full.
-Along the head dimension it is complete at once, written once, and dropped whole; the price is that
-a kernel scales the probabilities, one product a block and token, before it sums.
+For keys the head dimension is that of the dot product q . k, as K is for a linear. For values it is
+not: p V sums over tokens, so a shared scale would call for blocks along tokens. But tokens arrive
+one by one, and such a block would be rounded again 15 times, or stay in high precision until it is
+full. A block along the head dimension is complete at once, written once and dropped whole. The cost
+is that a kernel multiplies the probabilities by scales, one product per block and token.
 
-Scales are static. :func:`packed_cache` runs a few sequences, records the largest magnitude of
-every layer's keys and values, and leaves room for twice that. A token's rows depend on that token
-alone then, which what follows cannot change. In the mixed cache a block is FP8 if that takes more
-than a threshold off its squared error, weighted by mean squared gradients of its channels; keys
-and values of all layers share the threshold. On a packed model the gradients go straight through
-the quantizers of activations.
+Scales are static. :func:`packed_cache` runs a few sequences, records the largest magnitude of every
+layer's keys and values, and leaves headroom of a factor two. The rows of a token therefore depend
+on that token alone. In the mixed cache a block is FP8 if its *benefit* exceeds a threshold: the
+squared error that FP8 avoids, weighted by the channels' mean squared gradients. Keys and values of
+all layers share the threshold. In a packed model gradients go straight through the activation
+quantizers.
 
-Every read decodes the whole cache: this saves memory and shows what the format costs in quality.
-It is no fast attention kernel.
+Every read decodes the whole cache. This saves memory and shows what the format costs in quality; it
+is no fast attention kernel.
 """
 
 from collections.abc import Sequence
@@ -43,22 +43,22 @@ from fgmp.kernels import ops
 from fgmp.kernels.check import PLANES
 from fgmp.model.gradients import differentiable
 from fgmp.model.linear import ActivationSite, mixed_linears
+from fgmp.model.observe import frozen
 from fgmp.pack.planes import BlockCodes, PackedWeight, append_rows, pack_blocks, rows, select_rows
-from fgmp.sensitivity.fisher import frozen
 
 KINDS = {"fp8": "fp8", "nvfp4": "fp4", "mixed": "mixed"}
-"""Kinds of cache, and the mode of the planes that each holds."""
+"""Mode of the planes (``pack.planes.MODES``) by kind of cache."""
 
 HEADROOM = 2.0
-"""Room above the largest calibrated magnitude. A power of two costs FP8 nothing but the smallest
-of its 18 binades, and FP4 blocks nothing but the smallest of their scales."""
+"""Factor on the largest calibrated magnitude. A power of two costs FP8 only the smallest of its 18
+binades, and FP4 blocks only the smallest of their scales."""
 
 
 class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one attention layer, packed.
+    """Packed keys and values of one attention layer.
 
     Args:
-        sites: how keys and values are quantized; constants over heads * head size channels.
+        sites: constants for quantizing keys and values; channels are heads * head size.
         kind: a key of :data:`KINDS`.
     """
 
@@ -73,7 +73,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.batch = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Note shapes and places; ``update`` does it."""
+        """Record shapes, dtype and device; called by ``update``."""
         self.batch = key_states.shape[0]
         self._heads = [(x.shape[1], x.shape[3]) for x in (key_states, value_states)]
         for site in self._sites:
@@ -84,7 +84,17 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append tokens, (B, H, T, D) each, and return all as they are stored, same dtype."""
+        """Append keys and values of new tokens and return those of all tokens, decoded.
+
+        Args:
+            key_states, value_states: (B, H, T, D).
+
+        Returns:
+            Keys and values of all tokens, (B, H, T', D), in the dtype of the states.
+
+        Raises:
+            InputError: other sequences, heads or head size than before.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         for x, (heads, size) in zip((key_states, value_states), self._heads, strict=True):
@@ -103,7 +113,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         return keys, values
 
     def read(self) -> list[Tensor]:
-        """Keys and values, (B, H, T, D) of the model's dtype: units times t, rounded once."""
+        """Decode keys and values to (B, H, T, D) in the model's dtype: units times t, rounded."""
         states = []
         for packed, (heads, size) in zip(self.packed, self._heads, strict=True):
             planes = (getattr(packed, plane) for plane in PLANES)
@@ -117,33 +127,37 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         return sum(packed.nbytes for packed in self.packed)
 
     def get_seq_length(self) -> int:
-        """Tokens that each sequence has in the cache."""
+        """Number of tokens per sequence in the cache."""
         return self.packed[0].n // self.batch if self.packed else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that a query sees after it is appended, and where they start."""
+        """Number of keys that a query sees once it is appended, and the position of the first."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """Largest number of tokens: -1, no limit."""
         return -1
 
     def reset(self) -> None:
-        """Forget all tokens; scales stay."""
+        """Drop all tokens; scales stay."""
         self.packed, self.is_initialized = [], False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last ``-tokens_to_remove`` tokens."""
+        """Drop the last ``-tokens_to_remove`` tokens.
+
+        Raises:
+            InputError: ``tokens_to_remove`` is positive.
+        """
         if tokens_to_remove > 0:
             raise InputError(f"crop takes minus the tokens to remove, got {tokens_to_remove}")
-        kept = max(0, self.get_seq_length() + tokens_to_remove) * self.batch
-        if kept:
-            self.packed = [rows(packed, 0, kept) for packed in self.packed]
+        row_count = max(0, self.get_seq_length() + tokens_to_remove) * self.batch
+        if row_count:
+            self.packed = [rows(packed, 0, row_count) for packed in self.packed]
         else:
             self.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Give each sequence what sequence ``beam_idx[i]`` has."""
+        """Replace sequence i by sequence ``beam_idx[i]``, for every i."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -160,15 +174,21 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.batch = len(indices)
 
     def offload(self) -> None:
-        """Refused."""
+        """Not supported.
+
+        Raises:
+            InputError: always.
+        """
         raise InputError("a packed KV cache stays on its device: it cannot be offloaded")
 
 
 class PackedCache(Cache):  # type: ignore[misc]
-    """For ``model.generate(past_key_values=...)`` or a forward pass; :func:`packed_cache` makes it.
+    """Packed cache for ``model.generate(past_key_values=...)`` or a forward pass.
+
+    :func:`packed_cache` calibrates and creates one.
 
     Args:
-        sites: the constants of each layer's keys and values.
+        sites: constants of each layer's keys and values.
         kind: a key of :data:`KINDS`.
     """
 
@@ -177,40 +197,44 @@ class PackedCache(Cache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all layers hold."""
+        """Bytes of all planes of all layers."""
         return sum(layer.nbytes for layer in self.layers)
 
     @property
     def values_per_token(self) -> int:
-        """Numbers that a token appends, keys and values of all layers."""
+        """Values per token: keys and values of all layers."""
         return sum(layer.channels for layer in self.layers)
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes over tokens of all sequences; 0 of an empty cache."""
+        """Bytes per token, averaged over all sequences; 0 for an empty cache."""
         tokens = self.get_seq_length() * self.layers[0].batch
         return self.nbytes / tokens if tokens else 0.0
 
 
 def require_kind(kind: str) -> None:
-    """Refuse what is no key of :data:`KINDS`."""
+    """Check that ``kind`` is a key of :data:`KINDS`.
+
+    Raises:
+        InputError: it is not.
+    """
     if kind not in KINDS:
         raise InputError(f"kv cache must be one of {', '.join(KINDS)}, got {kind!r}")
 
 
 def packed_cache(model: nn.Module, samples: Tensor, kind: str, fp4: float = 0.7) -> PackedCache:
-    """An empty packed cache for a causal LM, quantized or not.
+    """Create an empty packed cache for a causal LM, quantized or not.
 
     Args:
-        model: keys and values of all its layers attend to the whole context.
-        samples: token windows, int64 (B, L): a few thousand tokens do.
-        kind: ``fp8``, ``nvfp4`` or ``mixed``, which alone needs gradients.
-        fp4: share of blocks that ``mixed`` keeps in FP4 on ``samples``.
+        model: every layer attends to the whole context.
+        samples: calibration windows, int64 (B, L); a few thousand tokens suffice.
+        kind: ``fp8``, ``nvfp4`` or ``mixed``; only ``mixed`` needs gradients.
+        fp4: fraction of FP4 blocks on ``samples``, for ``mixed``.
 
     Raises:
-        InputError: an unknown kind or share; no samples, or keys and values of them that are not
-            finite; a model with sliding windows or other state than keys and values; heads that
-            blocks of 16 do not fill.
+        InputError: an unknown kind, a fraction out of range, no samples, or keys and values that
+            are not finite; a model with sliding windows or other state than keys and values; a head
+            size that is no multiple of 16.
     """
     require_kind(kind)
     if kind == "mixed" and not 0 < fp4 < 1:
@@ -221,14 +245,16 @@ def packed_cache(model: nn.Module, samples: Tensor, kind: str, fp4: float = 0.7)
             f"{[*samples.shape]}"
         )
     _check(model)
-    seen = [_Seen() for _ in DynamicCache(config=model.config).layers]
+    layers = [_LayerStates() for _ in DynamicCache(config=model.config).layers]
     with differentiable(mixed_linears(model).values()), frozen(model):
         for sample in samples:
-            _observe(model, sample, seen, gradients=kind == "mixed")
-    records = [layer.records() for layer in seen]
+            _observe(model, sample, layers, gradients=kind == "mixed")
+    records = [layer.records() for layer in layers]
     if kind == "mixed":
-        found = torch.cat([layer.scores(pair) for layer, pair in zip(seen, records, strict=True)])
-        limit = found.kthvalue(max(1, round(fp4 * len(found)))).values.item()
+        scores = torch.cat(
+            [layer.scores(pair) for layer, pair in zip(layers, records, strict=True)]
+        )
+        limit = scores.kthvalue(max(1, round(fp4 * len(scores)))).values.item()
     else:
         limit = {"fp8": -torch.inf, "nvfp4": torch.inf}[kind]
     sites = [
@@ -239,7 +265,7 @@ def packed_cache(model: nn.Module, samples: Tensor, kind: str, fp4: float = 0.7)
 
 
 def _check(model: nn.Module) -> None:
-    """Refuse a model some layer of which keeps anything but all its keys and values."""
+    """Check that every layer of a model caches all its keys and values and nothing else."""
     for index, layer in enumerate(DynamicCache(config=model.config).layers):
         if type(layer) is not DynamicLayer:
             raise InputError(
@@ -248,8 +274,8 @@ def _check(model: nn.Module) -> None:
             )
 
 
-class _Seen:
-    """Keys and values of one layer over the samples: rows, and sums of squared gradients."""
+class _LayerStates:
+    """Keys and values of one layer over the samples, and their sums of squared gradients."""
 
     def __init__(self) -> None:
         self.rows: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -257,18 +283,18 @@ class _Seen:
         self.predictions = 0
 
     def records(self) -> list[Site]:
-        """Constants of keys and values, before the threshold."""
-        found = []
+        """Constants of keys and values, with a threshold of 0."""
+        sites = []
         for rows_, squares in zip(self.rows, self.squares, strict=True):
             channels = rows_[0].new_ones(rows_[0].shape[1], dtype=torch.float32)
             g2 = squares / self.predictions if isinstance(squares, Tensor) else channels
             codes, gamma = sensitivity_codes(g2)
             amax = max(part.abs().max().item() for part in rows_)
-            found.append(Site(multiplier(amax * HEADROOM), codes, gamma, 0, "benefit", "search"))
-        return found
+            sites.append(Site(multiplier(amax * HEADROOM), codes, gamma, 0, "benefit", "search"))
+        return sites
 
     def scores(self, records: list[Site]) -> Tensor:
-        """What FP8 takes off the loss, of all blocks, float64 (...)."""
+        """Loss that FP8 avoids in each block, float64 (blocks,)."""
         return torch.cat(
             [
                 ActivationSite(site).to(part.device).scores(part).double().flatten()
@@ -279,54 +305,58 @@ class _Seen:
         )
 
 
-def _observe(model: nn.Module, sample: Tensor, seen: list[_Seen], gradients: bool) -> None:
-    """Run one sequence, int64 (L,), and note what every layer puts into the cache."""
+def _observe(
+    model: nn.Module, sample: Tensor, observed: list[_LayerStates], gradients: bool
+) -> None:
+    """Run one sequence, int64 (L,), and record what every layer puts into the cache."""
     device = next(model.parameters()).device
-    cache = Cache(layers=[_Reached() if gradients else DynamicLayer() for _ in seen])
+    cache = Cache(
+        layers=[_DifferentiableLayer() if gradients else DynamicLayer() for _ in observed]
+    )
     window = sample.to(device).unsqueeze(0)
     with torch.set_grad_enabled(gradients):
         logits = model(input_ids=window, past_key_values=cache, use_cache=True).logits
     for index, layer in enumerate(cache.layers):
         if not layer.is_initialized:
             raise InputError(f"layer {index} puts no keys and values of its own into a cache")
-        for what in ("keys", "values"):
-            size = getattr(layer, what).shape[-1]
+        for state in ("keys", "values"):
+            size = getattr(layer, state).shape[-1]
             if size % BLOCK:
                 raise InputError(
                     f"a packed kv cache needs a head size that is a multiple of {BLOCK}, "
-                    f"got {size} ({what} of layer {index})"
+                    f"got {size} ({state} of layer {index})"
                 )
     states = [x for layer in cache.layers for x in (layer.keys, layer.values)]
     for i, x in enumerate(states):
         if not x.isfinite().all():
             raise InputError(f"{('keys', 'values')[i % 2]} of layer {i // 2} are not finite")
-        seen[i // 2].rows[i % 2].append(_rows(x.detach()))
+        observed[i // 2].rows[i % 2].append(_rows(x.detach()))
     if gradients:
-        chosen = logits[0, :-1].float().log_softmax(-1).gather(-1, window[0, 1:, None])
-        for i, gradient in enumerate(torch.autograd.grad(chosen.sum(), states)):
-            seen[i // 2].squares[i % 2] += _rows(gradient).float().square().sum(0)
-            seen[i // 2].predictions = len(seen[i // 2].rows[0]) * len(chosen)
+        log_likelihoods = logits[0, :-1].float().log_softmax(-1).gather(-1, window[0, 1:, None])
+        for i, gradient in enumerate(torch.autograd.grad(log_likelihoods.sum(), states)):
+            observed[i // 2].squares[i % 2] += _rows(gradient).float().square().sum(0)
+            observed[i // 2].predictions = len(observed[i // 2].rows[0]) * len(log_likelihoods)
 
 
-class _Reached(DynamicLayer):  # type: ignore[misc]
-    """Keys and values that a gradient reaches, be the model's parameters frozen or not."""
+class _DifferentiableLayer(DynamicLayer):  # type: ignore[misc]
+    """Cache layer whose keys and values get gradients even if all parameters are frozen."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         states = (key_states, value_states)
-        reached = (x if x.requires_grad else x.detach().requires_grad_() for x in states)
-        keys, values = super().update(*reached)
+        leaves = (x if x.requires_grad else x.detach().requires_grad_() for x in states)
+        keys, values = super().update(*leaves)
         return keys, values
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(B, H, T, D) to (T * B, H * D)."""
+    """Reorder (B, H, T, D) to rows (T * B, H * D)."""
     return x.permute(2, 0, 1, 3).flatten(2).flatten(0, 1)
 
 
 def _pack(site: ActivationSite, x: Tensor, mode: str) -> PackedWeight:
-    """Rows of new tokens, (B, H, T, D), in the planes of a mode."""
+    """Quantize the rows of new tokens, (B, H, T, D), and pack them in a given mode."""
     codes, scale = ops.quantize_activation(
         _rows(x).contiguous(), site.r, site.sensitivity, site.threshold, site.rule, site.scales
     )

@@ -1,5 +1,6 @@
-"""Put packed weights and sites into a model, in place of its linears."""
+"""Replace a model's linears by packed linears and activation sites."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,41 +22,41 @@ def packed_linears(
     records: Mapping[str, Site],
     linears_of: Mapping[str, list[str]],
 ) -> dict[str, MixedLinear]:
-    """Packed linears by name, ready to replace those of a linearized model.
+    """Build packed linears, by name, to replace those of a linearized model.
 
     Args:
-        model: its linears may be empty (meta) or hold weights; they stay where they are.
-        weights: by linear.
-        records: by site.
-        linears_of: names of the linears that read a site; the first one owns it.
+        model: not changed; its linears may hold weights or be on the meta device.
+        weights: packed weights by linear.
+        records: constants by site.
+        linears_of: names of the linears that read each site; the first one owns the site.
     """
-    made = {}
+    linears = {}
     for site_name, names in linears_of.items():
         site = ActivationSite(records[site_name])
         for position, name in enumerate(names):
             old = model.get_submodule(name)
             assert isinstance(old, nn.Linear | MixedLinear)
             new = MixedLinear(weights[name], old.bias, site, owns_site=position == 0)
-            made[name] = new.train(old.training)
-    return made
+            linears[name] = new.train(old.training)
+    return linears
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """What an unquantized, linearized model becomes: packed linears, and values of parameters.
+    """Changes that quantization makes to a linearized model: packed linears, parameter values.
 
     Attributes:
-        linears: by name.
-        values: of parameters that are not quantized, by the names these have once the linears are
-            there; the rest keep theirs. A parameter takes the tensor itself and stays the object it
-            is, so what shares the parameter or holds on to its module sees the value, too.
+        linears: packed linears by name.
+        values: new values of parameters that are not quantized, by their names in the model with
+            packed linears; other parameters stay. Only the data of a parameter is replaced, so
+            whoever shares the parameter sees the new value too.
     """
 
     linears: Mapping[str, nn.Module]
     values: Mapping[str, Tensor] = field(default_factory=dict)
 
     def put(self, model: nn.Module) -> None:
-        """Change the model, in place."""
+        """Change the model in place."""
         for name, linear in self.linears.items():
             replace_module(model, name, linear)
         for name, value in self.values.items():
@@ -63,7 +64,7 @@ class Replacement:
 
     @contextmanager
     def within(self, model: nn.Module) -> Iterator[None]:
-        """Change the model for a while."""
+        """Change the model within this context; it is restored on exit."""
         linears = {name: model.get_submodule(name) for name in self.linears}
         values: dict[str, Tensor] = {}
         try:
@@ -82,16 +83,21 @@ def install(
     records: Mapping[str, Site],
     linears_of: Mapping[str, list[str]],
 ) -> None:
-    """Replace linears of a linearized model by packed ones, in place; see above."""
+    """Replace linears of a linearized model in place; arguments as :func:`packed_linears`."""
     Replacement(packed_linears(model, weights, records, linears_of)).put(model)
 
 
 def install_from(model: nn.Module, config: CheckpointConfig, reader: Reader) -> None:
-    """Give an empty model the packed linears and sites of a checkpoint.
+    """Put the packed linears and sites of a checkpoint into a model, in place.
+
+    Args:
+        model: unquantized; its weights may be on the meta device.
+        config: the checkpoint's configuration.
+        reader: the checkpoint's tensors.
 
     Raises:
-        CheckpointError: the checkpoint names a linear that the model lacks or has in another
-            shape, or breaks a rule of the format.
+        CheckpointError: the checkpoint has a linear that the model lacks or has in another shape,
+            or breaks a rule of the format.
     """
     linearize(model)
     reader.require_listed(config.linears)
@@ -113,6 +119,17 @@ def _check_shape(model: nn.Module, name: str, packed: PackedWeight) -> None:
         raise CheckpointError(f"{name}: the model has no such layer") from error
     if not isinstance(linear, nn.Linear):
         raise CheckpointError(f"{name}: must be a linear layer, got {type(linear).__name__}")
-    wanted, found = (linear.out_features, linear.in_features), (packed.n, packed.k)
-    if wanted != found:
-        raise CheckpointError(f"{name}.weight_shape: must be {wanted} for this model, got {found}")
+    expected, actual = (linear.out_features, linear.in_features), (packed.n, packed.k)
+    if expected != actual:
+        raise CheckpointError(
+            f"{name}.weight_shape: must be {expected} for this model, got {actual}"
+        )
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """Copy the modules of a model, sharing its parameters and buffers.
+
+    Layers of the copy can be replaced without changing the model; the other layers take no memory.
+    """
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)

@@ -1,7 +1,7 @@
-"""Gradients through a packed network, for who calibrates or tunes what is around it.
+"""Gradients through packed linears, used by calibration and tuning.
 
-A packed linear's gradient is that of its dequantized weight, and goes straight through the
-quantizer of its input. Codes have none: packed weights are constants.
+The gradient of a packed linear is that of its dequantized weight. The activation quantizer counts
+as the identity (straight-through). Packed weights are constants and get no gradient.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,18 +23,18 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        wanted, bias_wanted, _ = ctx.needs_input_grad
+        input_needed, bias_needed, _ = ctx.needs_input_grad
         x = bias = None
-        if wanted:
+        if input_needed:
             x = (gradient.float() @ ctx.linear.weight).to(gradient.dtype)
-        if bias_wanted:
+        if bias_needed:
             bias = gradient.float().flatten(0, -2).sum(0).to(ctx.linear.bias.dtype)
         return x, bias, None
 
 
 @contextmanager
 def differentiable(linears: Iterable[MixedLinear]) -> Iterator[None]:
-    """Let gradients pass packed linears, to their inputs and biases, for a while."""
+    """Within this context, packed linears pass gradients to their inputs and biases."""
     linears = list(linears)
     for linear in linears:
         linear.forward = partial(_apply, linear)  # type: ignore[method-assign]

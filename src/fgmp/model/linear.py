@@ -1,8 +1,8 @@
-"""Running a packed layer: a linear that holds planes, and the activation site it reads.
+"""Packed layers: the linear with a packed weight, and the site that quantizes its input.
 
-A site quantizes its tensor once, however many linears read it: the result is kept for as long
-as the tensor lives unchanged. Its constants are buffers of the first linear that reads it; the
-others refer to that one.
+A site quantizes its tensor once, for all linears that read it. The result is cached as long as the
+tensor exists unchanged. The site is a submodule of its *owner*, the first linear that reads it; the
+other linears only refer to it.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,24 @@ from fgmp.kernels import ops
 from fgmp.kernels.check import PLANES
 from fgmp.pack.planes import PackedWeight, unpack_units
 
+OnlineQuantizer = Callable[[Tensor, Site], tuple[Tensor, Tensor]]
+"""Activation quantizer: (x (..., K), constants) to units, bf16 (..., K), and which blocks are FP8,
+bool (..., G)."""
+
 
 class ActivationSite(nn.Module):
-    """The record of one activation tensor and what it has quantized last.
+    """Module that quantizes one activation tensor online.
 
-    Buffers: ``r`` and ``gamma`` float32 (), ``sensitivity`` uint8 (K,), ``threshold`` int64 ().
-    ``counts`` (FP4 blocks, blocks, saturated elements) grows while ``counting`` is on.
+    Args:
+        site: constants of the tensor.
+
+    Attributes:
+        r, gamma: buffers, float32 ().
+        sensitivity: buffer, E4M3 codes, uint8 (K,).
+        threshold: buffer, int64 ().
+        counting: whether ``counts`` is updated.
+        counts: FP4 blocks, all blocks, saturated elements.
+        quantizer: replaces the format's quantizer, for experiments; not saved. None: the format's.
     """
 
     r: Tensor
@@ -40,6 +52,7 @@ class ActivationSite(nn.Module):
         self.register_buffer("threshold", torch.tensor(site.threshold, dtype=torch.int64))
         self.counting = False
         self.counts = [0, 0, 0]
+        self.quantizer: OnlineQuantizer | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -48,7 +61,7 @@ class ActivationSite(nn.Module):
 
     @property
     def record(self) -> Site:
-        """The constants as the arithmetic takes them."""
+        """Constants of the site as a :class:`fgmp.formats.activation.Site`."""
         if self._record is None or self._record.sensitivity is not self.sensitivity:
             self._record = Site(
                 r=self.r.item(),
@@ -61,9 +74,9 @@ class ActivationSite(nn.Module):
         return self._record
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize ``x`` (..., K) to units of t, bf16 of the same shape."""
-        # A tensor of inference mode does not tell whether it was changed in place; a compiled
-        # graph shares equal calls by itself.
+        """Quantize ``x`` (..., K) and decode it to units, bf16 of the same shape."""
+        # A tensor of inference mode has no version counter, so a change in place would go
+        # unnoticed. A compiled graph shares equal calls by itself.
         if torch.compiler.is_compiling() or x.is_inference():
             return self._quantize(x)
         units: Tensor | None
@@ -74,23 +87,26 @@ class ActivationSite(nn.Module):
         return units
 
     def scores(self, x: Tensor) -> Tensor:
-        """S of every block of ``x`` (..., K): int64 (..., G)."""
-        found: Tensor = ops.score_activation(x, *self._arguments())
-        return found
+        """Integer score S of every block of ``x`` (..., K), int64 (..., G)."""
+        result: Tensor = ops.score_activation(x, *self._arguments())
+        return result
 
     def _arguments(self) -> tuple[Tensor, Tensor, Tensor, str, str]:
         return self.r, self.sensitivity, self.threshold, self.rule, self.scales
 
     def _quantize(self, x: Tensor) -> Tensor:
         units: Tensor
-        units, is_fp8 = ops.fake_quantize_activation(x, *self._arguments())
+        if self.quantizer is None:
+            units, is_fp8 = ops.fake_quantize_activation(x, *self._arguments())
+        else:
+            units, is_fp8 = self.quantizer(x, self.record)
         if self.counting:
             self.counts[0] += is_fp8.numel() - int(is_fp8.sum())
             self.counts[1] += is_fp8.numel()
             self.counts[2] += int(activation.saturated(x, self.record))
         return units
 
-    # The cache and the record are derived: neither is copied, moved or loaded with the module.
+    # The cache and the record are derived from buffers: they are not copied, moved or loaded.
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -113,13 +129,13 @@ class ActivationSite(nn.Module):
 
 
 class MixedLinear(nn.Module):
-    """A linear layer with a packed weight and an online-quantized input.
+    """Linear layer with a packed weight and an input that is quantized online.
 
     Args:
-        packed: the planes; they become the buffers ``weight_low``, ``weight_scale``, ...
+        packed: planes of the weight; they become the buffers ``weight_low``, ``weight_scale``, ...
         bias: (N,) or None.
-        site: quantizes the input; a linear that owns its site keeps it as a submodule.
-        owns_site: whether this is the first linear that reads the site.
+        site: quantizes the input.
+        owns_site: whether the site becomes a submodule, as in the first linear that reads it.
     """
 
     def __init__(
@@ -137,15 +153,15 @@ class MixedLinear(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
-        """The planes of the weight."""
+        """Planes of the weight."""
         names = ("shape", "t", *PLANES)
         return PackedWeight(**{name: getattr(self, f"weight_{name}") for name in names})
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, fp32 (N, K): made anew each time, writing to it changes nothing.
+        """Dequantized weight, fp32 (N, K), computed at each access; writing to it has no effect.
 
-        Model code that asks a linear for its weight, to initialize it or for its dtype, finds it.
+        It exists because model code reads a linear's weight, for its dtype or to initialize it.
         """
         packed = self.packed
         return unpack_units(packed) * packed.t
@@ -155,7 +171,7 @@ class MixedLinear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., K) to (..., N) of the same dtype."""
+        """Quantize ``x`` (..., K) and multiply: (..., N) in the dtype of ``x``."""
         y: Tensor = ops.packed_linear(
             self.input_site(x),
             *(getattr(self, f"weight_{plane}") for plane in PLANES),
@@ -174,7 +190,10 @@ class MixedLinear(nn.Module):
 
 
 def _device_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Let ``model.half()`` and the like move codes and scales but never round them."""
+    """Wrap the function of ``Module._apply``: tensors change device but never dtype.
+
+    ``model.half()`` and the like thus cannot round codes and scales.
+    """
 
     def apply(tensor: Tensor) -> Tensor:
         new = fn(tensor)
@@ -184,7 +203,7 @@ def _device_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def sites(model: nn.Module) -> dict[str, ActivationSite]:
-    """The activation sites of a quantized model, by the name of the linear that owns each."""
+    """Activation sites of a quantized model, by the name of their owner."""
     return {
         name.removesuffix(".input_site"): module
         for name, module in model.named_modules()
@@ -193,5 +212,5 @@ def sites(model: nn.Module) -> dict[str, ActivationSite]:
 
 
 def mixed_linears(model: nn.Module) -> dict[str, MixedLinear]:
-    """The packed linears of a quantized model, by name."""
+    """Packed linears of a quantized model, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, MixedLinear)}

@@ -1,12 +1,12 @@
-"""Which weights: every matrix multiplication as an ``nn.Linear``, and the choice among them.
+"""Select the weights to quantize.
 
-Models keep their matrices in three guises: ``nn.Linear``, GPT-2's transposed ``Conv1D``, and
-experts fused into one 3-D parameter. :func:`linearize` turns the second and third into the
-first, so that everything after it knows one kind of layer. It works on a model with weights and
-on an empty one that is about to be loaded, and gives both the same names.
+Models of Transformers store matrices in three forms: ``nn.Linear``, GPT-2's transposed ``Conv1D``,
+and experts fused into one 3-D parameter. :func:`linearize` converts the second and third to the
+first, so that all other code deals with one kind of layer. Names are the same for a model with
+weights and for one on the meta device that is about to be loaded.
 
-Output heads and routers stay in high precision unless an include pattern names them; embeddings
-always do, and with them heads that share their weight.
+Output heads and routers stay in high precision unless an include pattern names them. Embeddings
+always do, and so do heads that share the embedding's weight.
 """
 
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ from transformers.pytorch_utils import Conv1D
 from fgmp.errors import InputError
 
 ROUTERS = ("*.router", "*.router.*", "*.gate", "*.shared_expert_gate")
-"""Name patterns of routers, which choose experts and hold next to no parameters."""
+"""Name patterns of routers, which choose experts and have few parameters."""
 
 
 class Expert(nn.Module):
-    """One expert's matrices; computes nothing by itself."""
+    """Container for the matrices of one expert; :class:`Experts` computes with them."""
 
     def __init__(self, first: nn.Linear, down: nn.Linear) -> None:
         super().__init__()
@@ -33,10 +33,13 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """Fused experts taken apart into linears, one :class:`Expert` each.
+    """Fused experts as separate linears, one :class:`Expert` per expert.
 
-    The parameters are views of the fused tensors, so nothing is copied. Routing is the caller's:
-    the arguments are those of the module it replaces.
+    The parameters are views of the fused tensors; nothing is copied. As in the module that this
+    replaces, the caller routes the tokens.
+
+    Args:
+        fused: a fused-experts module of Transformers; its parameters are removed.
     """
 
     def __init__(self, fused: Any) -> None:
@@ -53,23 +56,23 @@ class Experts(nn.ModuleList):
         )
         for name in (first_name, "down_proj", first_name + "_bias", "down_proj_bias"):
             fused._parameters.pop(name, None)
-        # What is left of the fused module knows the activation; it is no child of this one.
+        # The fused module still provides the activation function; it is no child of this module.
         object.__setattr__(self, "_activation", fused)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sum each token's chosen experts.
+        """Weighted sum of the outputs of each token's experts.
 
         Args:
             hidden_states: (T, H).
-            top_k_index: int64 (T, k), the experts a token goes to.
-            top_k_weights: (T, k), what each of them counts.
+            top_k_index: indices of each token's experts, int64 (T, k).
+            top_k_weights: their weights, (T, k).
 
         Returns:
-            (T, H), the dtype of ``hidden_states``.
+            (T, H), in the dtype of ``hidden_states``.
         """
         out = torch.zeros_like(hidden_states)
         for index in top_k_index.unique().tolist():
-            if index >= len(self):  # a padding slot of expert parallelism
+            if index >= len(self):  # a padding entry of expert parallelism
                 continue
             token, slot = (top_k_index == index).nonzero(as_tuple=True)
             expert = self[index]
@@ -85,7 +88,7 @@ class Experts(nn.ModuleList):
 
 
 def linearize(model: nn.Module) -> None:
-    """Replace every ``Conv1D`` and every fused expert module by ``nn.Linear``s, in place."""
+    """Replace every ``Conv1D`` and every fused-experts module by ``nn.Linear``s, in place."""
     for parent, name, child in list(_children(model)):
         if isinstance(child, Conv1D):
             setattr(parent, name, _linear_view(child.weight, True, child.bias))
@@ -96,10 +99,15 @@ def linearize(model: nn.Module) -> None:
 def quantizable(
     model: nn.Module, include: tuple[str, ...] = ("*",), exclude: tuple[str, ...] = ()
 ) -> dict[str, nn.Linear]:
-    """The linears to quantize, by name, in module order; the model must be linearized.
+    """Linears to quantize, by name, in module order.
+
+    Args:
+        model: linearized.
+        include: name patterns (shell style); ``*`` leaves out output heads and routers.
+        exclude: name patterns of linears to leave out.
 
     Raises:
-        InputError: a pattern other than ``*`` names a linear whose weight is an embedding too.
+        InputError: a pattern other than ``*`` names a linear whose weight is also an embedding.
     """
     explicit = tuple(pattern for pattern in include if pattern != "*")
     head = output_head(model)
@@ -110,8 +118,8 @@ def quantizable(
             continue
         tied = id(module.weight) in embeddings
         special = tied or module is head or _matches(name, ROUTERS)
-        wanted = _matches(name, explicit) or ("*" in include and not special)
-        if wanted and not _matches(name, exclude):
+        included = _matches(name, explicit) or ("*" in include and not special)
+        if included and not _matches(name, exclude):
             if tied:
                 raise InputError(
                     f"include {list(include)} names {name}, whose weight is the embedding's and "
@@ -122,35 +130,35 @@ def quantizable(
 
 
 def matrices(model: nn.Module) -> dict[str, int]:
-    """Elements of every matrix that multiplies activations, by parameter name.
+    """Number of elements of every matrix that multiplies activations, by parameter name.
 
-    All parameters of two or more dimensions but the embeddings; an embedding that doubles as the
-    output head counts once, under the head's name.
+    These are all parameters with two or more dimensions except embeddings. An embedding that is
+    also the output head counts once, under the head's name.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = output_head(model)
-    found = {}
+    elements = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             is_table = id(parameter) in tables and module is not head
             if parameter.ndim >= 2 and not is_table:
-                found[f"{module_name}.{name}".lstrip(".")] = parameter.numel()
-    return found
+                elements[f"{module_name}.{name}".lstrip(".")] = parameter.numel()
+    return elements
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that makes logits, where the model names one."""
+    """Layer that computes the logits; None if the model names none."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if getter is not None else None
 
 
 def routers(model: nn.Module) -> list[str]:
-    """Names of the modules that choose experts."""
+    """Names of the modules that choose experts, by :data:`ROUTERS`."""
     return [name for name, _ in model.named_modules() if _matches(name, ROUTERS)]
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` where the dotted ``name`` is."""
+    """Replace the submodule with the dotted name ``name`` by ``new``, in place."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
 
@@ -162,7 +170,7 @@ def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 
 
 def _is_fused_experts(module: nn.Module) -> bool:
-    """Whether this follows the fused-experts interface of Transformers."""
+    """Whether a module follows the fused-experts interface of Transformers."""
     first = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
     down = getattr(module, "down_proj", None)
     return (
@@ -176,7 +184,7 @@ def _is_fused_experts(module: nn.Module) -> bool:
 
 
 def _linear_view(weight: Tensor, transposed: bool, bias: Tensor | None) -> nn.Linear:
-    """An ``nn.Linear`` over existing tensors; ``transposed`` weights are (K, N)."""
+    """``nn.Linear`` over existing tensors, without gradient; a ``transposed`` weight is (K, N)."""
     weight = weight.detach()
     if transposed:
         weight = weight.T.contiguous()

@@ -1,4 +1,4 @@
-"""Load the model a user names, quantized or not, and refuse what is not a causal LM."""
+"""Load a causal LM by name, quantized or not, and its tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -13,28 +13,84 @@ from fgmp.model.store import first_line, load, pretrained, run_as_fp32, stored_d
 from fgmp.pack.checkpoint import QUANT_METHOD
 
 
-def load_model(name: str) -> nn.Module:
-    """A causal LM by folder or hub name; an fgmp checkpoint comes back packed.
+class Source:
+    """Causal LM in a folder or on the Hugging Face Hub; its configuration is read once.
 
-    One in fp16 runs as fp32, see :func:`fgmp.model.store.run_as_fp32`.
+    Args:
+        name: folder or hub name.
 
     Raises:
-        InputError: nothing is there, it is not a causal LM, or something else quantized it.
+        InputError: no configuration can be loaded there.
     """
-    config = _config(name)
-    method = _quantized_by(name, config)
-    if method == QUANT_METHOD:
-        return _runnable(load(name) if Path(name).is_dir() else _pretrained(name))
-    if method is not None:
-        raise InputError(f"model {name}: already quantized, by {method!r}")
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
-    known = {known} if isinstance(known, str) else set(known)
-    architectures = config.architectures or []
-    if known and architectures and known.isdisjoint(architectures):
-        raise InputError(
-            f"model {name}: not a causal language model but {', '.join(architectures)}"
-        )
-    return _runnable(_pretrained(name))
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.config = _config(name)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether this is an fgmp checkpoint."""
+        return self._method == QUANT_METHOD
+
+    @property
+    def _method(self) -> str | None:
+        quantization = getattr(self.config, "quantization_config", None)
+        if quantization is None:
+            return None
+        if not isinstance(quantization, dict):
+            raise InputError(
+                f"model {self.name}: quantization_config must be a mapping, got {quantization!r}"
+            )
+        return str(quantization.get("quant_method"))
+
+    def load(self) -> nn.Module:
+        """Load the model; an fgmp checkpoint is loaded with packed linears.
+
+        A model stored in fp16 runs in fp32: see :func:`fgmp.model.store.run_as_fp32`.
+
+        Raises:
+            InputError: not a causal LM, quantized by another method, or not loadable.
+            CheckpointError: an fgmp checkpoint breaks a rule of the format.
+        """
+        if self.is_packed:
+            packed = Path(self.name).is_dir()
+            return _runnable(load(self.name) if packed else _pretrained(self.name))
+        if self._method is not None:
+            raise InputError(f"model {self.name}: already quantized, by {self._method!r}")
+        self._require_causal_lm()
+        return _runnable(_pretrained(self.name))
+
+    def tokenizer(self) -> Any:
+        """Load the model's tokenizer.
+
+        Raises:
+            InputError: none can be loaded.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.name)
+        except Exception as error:  # many types are raised, all mean that it cannot be loaded
+            raise InputError(
+                f"model {self.name}: no tokenizer can be loaded: {first_line(error)}"
+            ) from error
+
+    def _require_causal_lm(self) -> None:
+        causal_lms = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(self.config.model_type, ())
+        causal_lms = {causal_lms} if isinstance(causal_lms, str) else set(causal_lms)
+        architectures = self.config.architectures or []
+        if causal_lms and architectures and causal_lms.isdisjoint(architectures):
+            raise InputError(
+                f"model {self.name}: not a causal language model but {', '.join(architectures)}"
+            )
+
+
+def load_model(name: str) -> nn.Module:
+    """Load a causal LM by folder or hub name; see :meth:`Source.load`."""
+    return Source(name).load()
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model by folder or hub name; see :meth:`Source.tokenizer`."""
+    return Source(name).tokenizer()
 
 
 def _pretrained(name: str) -> nn.Module:
@@ -45,35 +101,8 @@ def _runnable(model: nn.Module) -> nn.Module:
     return run_as_fp32(model) if stored_dtype(model) == torch.float16 else model
 
 
-def is_quantized(name: str) -> bool:
-    """Whether ``name`` is an fgmp checkpoint."""
-    return _quantized_by(name, _config(name)) == QUANT_METHOD
-
-
-def _quantized_by(name: str, config: Any) -> str | None:
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return None
-    if not isinstance(quantization, dict):
-        raise InputError(
-            f"model {name}: quantization_config must be a mapping, got {quantization!r}"
-        )
-    return str(quantization.get("quant_method"))
-
-
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer beside a model."""
-    _config(name)  # a model that is not there at all has a better message
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # of many kinds, all meaning that it cannot be had
-        raise InputError(
-            f"model {name}: no tokenizer can be loaded: {first_line(error)}"
-        ) from error
-
-
 def context_length(model: nn.Module, default: int = 2048) -> int:
-    """Positions the model can take, as its configuration says."""
+    """Context length by the model's configuration; ``default`` if it states none."""
     config = getattr(model, "config", None)
     for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
         value = getattr(config, key, None)
@@ -88,5 +117,5 @@ def _config(name: str) -> Any:
         raise InputError(f"model {name}: no such folder")
     try:
         return AutoConfig.from_pretrained(name)
-    except Exception as error:  # of many kinds, all meaning that it cannot be had
+    except Exception as error:  # many types are raised, all mean that it cannot be loaded
         raise InputError(f"model {name}: cannot be loaded: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Save a quantized model and load it again."""
+"""Save and load quantized models."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,18 @@ from fgmp.pack import checkpoint
 from fgmp.pack.checkpoint import QUANT_METHOD, CheckpointConfig, Reader
 
 CONFIG_ATTRIBUTE = "fgmp_config"
-"""Where a quantized model keeps its :class:`CheckpointConfig`."""
+"""Attribute of a quantized model that holds its :class:`CheckpointConfig`."""
 
 _FP16 = "fgmp_fp16_parameters"
-"""Where a model that runs in fp32 keeps the names of parameters that its files hold in fp16."""
+"""Attribute of a model that runs in fp32: names of the parameters that its files store in fp16."""
 
 
 def config_of(model: nn.Module) -> CheckpointConfig:
-    """The configuration of a quantized model, whichever way it came about."""
+    """Configuration of a quantized model, whether quantized here or loaded.
+
+    Raises:
+        InputError: the model is not quantized by fgmp.
+    """
     config = getattr(model, CONFIG_ATTRIBUTE, None)
     if config is None:
         quantization = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -33,31 +37,35 @@ def config_of(model: nn.Module) -> CheckpointConfig:
 
 
 def stored_dtype(model: nn.Module) -> torch.dtype:
-    """What the files of a model hold its parameters in, or most; it may run in another."""
+    """Dtype in which a model's files store its parameters; it may run in another.
+
+    It is fp16 if any parameter is stored so, else the dtype of the first parameter.
+    """
     return torch.float16 if getattr(model, _FP16, ()) else next(model.parameters()).dtype
 
 
 def run_as_fp32(model: nn.Module) -> nn.Module:
-    """The model, in place, with fp32 parameters; files will hold in fp16 those that were.
+    """Convert a model's parameters to fp32, in place, and return it.
 
-    For fp16: gradients of a summed loss overflow it, and most CPUs have no arithmetic for it.
+    Parameters that were fp16 are saved as fp16 again. This is for models stored in fp16: gradients
+    of a summed loss overflow fp16, and most CPUs have no fp16 arithmetic.
     """
     named = model.named_parameters(remove_duplicate=False)
     setattr(model, _FP16, {name for name, p in named if p.dtype == torch.float16})
-    return nn.Module.float(model)  # Transformers forbids it where codes could be rounded
+    return nn.Module.float(model)  # Transformers refuses model.float() on quantized models
 
 
 def save(
     model: nn.Module, directory: str | Path, tokenizer: Any = None, max_shard_size: str = "5GB"
 ) -> None:
-    """Write a quantized model as a checkpoint folder.
+    """Write a quantized model to a checkpoint folder.
 
     Args:
         model: from :func:`fgmp.quantize` or :func:`fgmp.load`. A Transformers model is saved with
-            its configuration; any other module with the quantization alone.
+            its configuration, any other module with ``quantization_config`` only.
         directory: must not exist, or be empty. It appears complete or not at all.
-        tokenizer: saved beside the model if given.
-        max_shard_size: larger checkpoints are split into files of this size.
+        tokenizer: if not None, saved in the same folder.
+        max_shard_size: larger checkpoints are split into files of at most this size.
 
     Raises:
         InputError: not a quantized model, a target in use, or a full disk.
@@ -86,11 +94,15 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Args:
         directory: written by :func:`save`.
-        model: an unquantized module to load into, for modules that are not of Transformers;
-            its own weights are replaced.
+        model: for modules that are not of Transformers, an unquantized module of the same
+            structure to load into, in place.
+
+    Returns:
+        The quantized model; ``model`` if it is not None.
 
     Raises:
-        CheckpointError: the checkpoint breaks a rule; the message says which, and where.
+        InputError: no fgmp checkpoint can be read there.
+        CheckpointError: the checkpoint breaks a rule; the message names the rule and the place.
     """
     directory = Path(directory)
     raw = checkpoint.read_config(directory)
@@ -130,25 +142,29 @@ def _load_transformers(directory: Path, raw: dict[str, Any]) -> nn.Module:
 
 
 def pretrained(cls: Any, name: str | Path) -> nn.Module:
-    """What ``cls.from_pretrained`` makes of a folder or hub name, if all of it is there.
+    """Load a model by ``cls.from_pretrained``, requiring every tensor.
+
+    Args:
+        cls: a Transformers model class or auto class.
+        name: folder or hub name.
 
     Raises:
-        InputError: it cannot be loaded, lacks a tensor or has one of another shape.
-        CheckpointError: it is one of ours and breaks a rule.
+        InputError: the model cannot be loaded, lacks a tensor or has one of another shape.
+        CheckpointError: it is an fgmp checkpoint and breaks a rule.
     """
     options = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, told = cls.from_pretrained(name, **options)
+        model, loading_info = cls.from_pretrained(name, **options)
     except FGMPError:
         raise
-    except Exception as error:  # of many kinds, all meaning that it cannot be had
+    except Exception as error:  # many types are raised, all mean that it cannot be loaded
         raise InputError(f"model {name}: cannot be loaded: {first_line(error)}") from error
-    for tensor, found, wanted in sorted(told["mismatched_keys"]):
+    for tensor, shape, expected_shape in sorted(loading_info["mismatched_keys"]):
         raise InputError(
-            f"model {name}: tensor {tensor} must have shape {list(wanted)} by its config.json, "
-            f"got {list(found)}"
+            f"model {name}: tensor {tensor} must have shape {list(expected_shape)} by its "
+            f"config.json, got {list(shape)}"
         )
-    if missing := sorted(told["missing_keys"]):
+    if missing := sorted(loading_info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise InputError(f"model {name}: its files lack tensor {missing[0]}{more}")
     loaded: nn.Module = model
@@ -156,23 +172,23 @@ def pretrained(cls: Any, name: str | Path) -> nn.Module:
 
 
 def first_line(error: BaseException) -> str:
-    """Of another library's message."""
+    """First line of an error message, or the error's repr if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else repr(error)
 
 
 def tensors_to_save(model: nn.Module) -> dict[str, Tensor]:
-    """The state as files hold it, without the copies that tied parameters would make."""
+    """Tensors of a model as files store them, by name, each tied parameter once."""
     return {name: tensor.to(dtype) for name, (tensor, dtype) in _stored(model).items()}
 
 
 def bytes_to_save(model: nn.Module) -> dict[str, int]:
-    """Of these tensors, which need not be made for it."""
+    """Bytes per tensor of :func:`tensors_to_save`, without materializing them."""
     return {name: t.numel() * dtype.itemsize for name, (t, dtype) in _stored(model).items()}
 
 
 def _stored(model: nn.Module) -> dict[str, tuple[Tensor, torch.dtype]]:
-    """Tensors of the state by name, each with the dtype that a file gives it."""
+    """Tensors of a model by name, each with the dtype in which files store it."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = {name: t for name, t in model.state_dict().items() if name not in tied}
     seen: set[tuple[int, torch.Size]] = set()

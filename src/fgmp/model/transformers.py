@@ -1,8 +1,9 @@
-"""``AutoModelForCausalLM.from_pretrained`` for fgmp checkpoints.
+"""Loading of fgmp checkpoints by ``AutoModelForCausalLM.from_pretrained``.
 
 Importing this module registers ``quant_method: "fgmp"`` with Transformers, which has no other way
-to discover it. Before Transformers loads a model's tensors, our own reader puts validated packed
-linears in place; Transformers then fills in what is left and finds the same names.
+to discover it. Before Transformers loads the tensors of a model, the reader of this package puts
+validated packed linears into it. Transformers then loads the remaining tensors under their usual
+names.
 """
 
 import copy
@@ -23,7 +24,7 @@ from fgmp.pack.checkpoint import QUANT_METHOD, CheckpointConfig, Reader
 
 @register_quantization_config(QUANT_METHOD)
 class FgmpConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """``quantization_config`` as Transformers carries it around: our dictionary, unchanged."""
+    """``quantization_config`` in the form of Transformers; holds the dictionary unchanged."""
 
     def __init__(self, **values: Any) -> None:
         self.quant_method = QUANT_METHOD
@@ -40,7 +41,11 @@ class FgmpQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse an unknown format before anything is built."""
+        """Check the format version before the model is built.
+
+        Raises:
+            CheckpointError: an unknown version, or a malformed configuration.
+        """
         CheckpointConfig.from_dict(self.quantization_config.to_dict())
 
     def _process_model_before_weight_loading(
@@ -52,10 +57,10 @@ class FgmpQuantizer(HfQuantizer):  # type: ignore[misc]
         reader = Reader(checkpoint_files)
         reader.verify()
         install_from(model, config, reader)
-        # Transformers would only log what is missing, and fill it with random numbers.
-        known = {*reader.names, *(getattr(model, "all_tied_weights_keys", None) or {})}
+        # Transformers would only log a missing tensor, and initialize it at random.
+        stored = {*reader.names, *(getattr(model, "all_tied_weights_keys", None) or {})}
         for name, _ in model.named_parameters():
-            if name not in known:
+            if name not in stored:
                 raise CheckpointError(f"tensor {name} is missing from the checkpoint")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -63,15 +68,15 @@ class FgmpQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        """Never: the checkpoint is quantized already."""
+        """Always False: the checkpoint is already quantized."""
         return False
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of what is not quantized; codes and scales keep theirs."""
+        """Dtype of parameters that are not quantized; codes and scales keep theirs."""
         return dtype
 
     def is_serializable(self) -> bool:
-        """``save_pretrained`` would drop the checksums; it refuses and points to the log."""
+        """Always False, with a warning: ``save_pretrained`` would drop the checksums."""
         logging.getLogger("fgmp").warning("fgmp models are saved by fgmp.save(model, directory)")
         return False
 
@@ -81,6 +86,6 @@ class FgmpQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def mark_quantized(model: nn.Module, config: CheckpointConfig) -> None:
-    """Let Transformers know, as if it had loaded the model, that this one is quantized."""
+    """Mark a model as quantized for Transformers, as if Transformers had loaded it."""
     if isinstance(model, PreTrainedModel):
         model.hf_quantizer = FgmpQuantizer(FgmpConfig(**config.to_dict()))

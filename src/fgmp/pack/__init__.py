@@ -1,6 +1,6 @@
-"""Bits on disk and in memory, as docs/format.md fixes them.
+"""Layouts of quantized weights in memory and on disk, as docs/format.md specifies them.
 
-planes      one weight as planes, and back: pure functions, bit exact
-stream      the image that hardware reads: a flag a block, 9- or 16-byte blocks
-checkpoint  a model's planes and sites as safetensors, written at once and read with suspicion
+planes      a weight as planes, and back: pure functions, bit exact
+stream      the image that hardware reads: one flag per block, blocks of 9 or 16 bytes
+checkpoint  planes and sites of a model as safetensors, written atomically, verified when read
 """

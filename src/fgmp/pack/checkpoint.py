@@ -1,9 +1,15 @@
-"""A checkpoint on disk: safetensors that are written at once and read with suspicion.
+"""Checkpoints on disk: safetensors that are written atomically and verified when read.
 
-``docs/format.md`` is the specification. Writing goes to a folder beside the target that is
-renamed at the end, so a killed run leaves no half checkpoint. Every file carries the CRC-32 of
-its tensors; reading checks them and every rule of the format, and names the file, the tensor,
-the rule and the value of the first fault.
+``docs/format.md`` is the specification. A checkpoint is written to a folder beside the target,
+which is renamed at the end, so a killed run leaves no half checkpoint. Every file carries the
+CRC-32 of its tensors. Reading checks these and every rule of the format; an error names the file,
+the tensor, the rule and the value of the first fault.
+
+A quantized linear ``X`` has the tensors ``X.weight_low``, ``X.weight_scale``, ``X.weight_t`` and so
+on, one per plane. The first linear of a site also holds the site's constants, ``X.input_site.r``,
+``gamma``, ``sensitivity`` and ``threshold``. For readers of vLLM and ModelOpt: ``weight_low`` is
+their ``weight_packed``, ``weight_t`` is 1 / ``weight_global_scale``, and 6 ``input_site.r`` is
+about ``input_global_scale``; :mod:`fgmp.pack.planes` has the whole table.
 """
 
 import json
@@ -25,7 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fgmp.errors import CheckpointError, InputError
-from fgmp.formats.activation import RULES, SCALES, Site, is_multiplier
+from fgmp.formats.activation import Site, is_multiplier
+from fgmp.formats.rules import RULES, SCALES
 from fgmp.formats.spec import (
     BLOCK,
     SCALE_MAX_CODE,
@@ -39,12 +46,12 @@ FORMAT_VERSION = 1
 NUMERICS = "fgmp-1"
 SCALE_CONVENTION = "multiplier"
 CHECKSUMS = "fgmp_crc32"
-"""Key of a file's metadata: a JSON map from tensor name to CRC-32, eight hex digits."""
+"""Metadata key of a JSON map from tensor name to CRC-32, eight hex digits."""
 FILE_CHECKSUMS = "fgmp_files_crc32"
-"""Likewise from the name of every other file of the folder to the CRC-32 of its bytes."""
+"""Metadata key of a JSON map from the name of every other file in the folder to its CRC-32."""
 LIST_CHECKSUM = "fgmp_list_crc32"
-"""Key of the CRC-32 of that map's text. Without it a byte changed in the map would be blamed on the
-file that it speaks of. fgmp 0.1.0 wrote none."""
+"""Metadata key of the CRC-32 of the text of :data:`FILE_CHECKSUMS`. It tells a damaged map from a
+damaged file. fgmp 0.1.0 wrote none."""
 
 _FIXED = {
     "quant_method": QUANT_METHOD,
@@ -58,30 +65,31 @@ _SITE_TENSORS = ("r", "gamma", "sensitivity", "threshold")
 
 @dataclass(frozen=True)
 class SiteConfig:
-    """One site: the linears that read it, its rules, its FP4 share at calibration.
+    """Configuration of one activation site.
 
     Attributes:
-        linears: names; the owner is one of them.
-        rule: what decides, a key of ``formats.activation.RULES``.
-        fp4_fraction: share of FP4 blocks on the calibration tokens.
-        scales: where FP4 block scales come from, a key of ``formats.activation.SCALES``.
+        linears: names of the linears that read it, its owner among them.
+        rule: decision rule, a key of ``formats.rules.RULES``.
+        fp4_fraction: fraction of FP4 blocks on the calibration tokens.
+        scales: candidates for FP4 block scales, a key of ``formats.rules.SCALES``.
     """
 
     linears: list[str]
     rule: str
     fp4_fraction: float
-    scales: str = "max"
+    scales: str
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """``quantization_config`` of a checkpoint.
+    """Content of ``quantization_config`` in a checkpoint's config.json.
 
     Attributes:
-        sites: by the linear that owns the site's tensors.
+        sites: by *owner*, the linear that holds the site's tensors.
         recipe: ``Recipe.to_dict()``.
-        calibration: where the numbers came from: fingerprint, sequences, tokens.
-        result: what was reached: fractions, the clipping decision and what was measured for it.
+        calibration: the calibration set: fingerprint, sequences, tokens.
+        result: fractions of FP4 blocks, the decision on scale search and its measurements.
+        producer: name and version of the program that wrote the checkpoint.
     """
 
     sites: dict[str, SiteConfig]
@@ -98,21 +106,21 @@ class CheckpointConfig:
         return [name for site in self.sites.values() for name in site.linears]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """All fields as plain JSON types, with the fixed keys of the format."""
         return {**_FIXED, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config.json") -> "CheckpointConfig":
-        """Read ``quantization_config``.
+        """Parse the content of ``quantization_config``; ``source`` names the file in errors.
 
         Raises:
             CheckpointError: an unknown format version, or a key that is missing or malformed.
         """
         where = f"{source}: quantization_config"
-        for key, wanted in _FIXED.items():
-            if values.get(key) != wanted:
+        for key, required in _FIXED.items():
+            if values.get(key) != required:
                 raise CheckpointError(
-                    f"{where}.{key} must be {wanted!r}, got {values.get(key)!r}; this is fgmp "
+                    f"{where}.{key} must be {required!r}, got {values.get(key)!r}; this is fgmp "
                     f"{version('fgmp')}, which reads format version {FORMAT_VERSION}"
                 )
         try:
@@ -121,10 +129,10 @@ class CheckpointConfig:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{where} is malformed: {error!r}") from error
         for name, site in sites.items():
-            for key, value, known in (("rule", site.rule, RULES), ("scales", site.scales, SCALES)):
-                if value not in known:
+            for key, value, valid in (("rule", site.rule, RULES), ("scales", site.scales, SCALES)):
+                if value not in valid:
                     raise CheckpointError(
-                        f"{where}.sites.{name}.{key} must be one of {sorted(known)}, got {value!r}"
+                        f"{where}.sites.{name}.{key} must be one of {sorted(valid)}, got {value!r}"
                     )
             if name not in site.linears:
                 raise CheckpointError(
@@ -140,11 +148,11 @@ class CheckpointConfig:
 def _site_config(
     linears: list[str], rule: str, fp4_fraction: float, scales: str = "max"
 ) -> SiteConfig:
-    """A :class:`SiteConfig` of values that someone else wrote."""
+    """Build a :class:`SiteConfig` from unverified values, checking their types."""
     if not isinstance(linears, list) or not all(isinstance(name, str) for name in linears):
         raise TypeError(f"linears must be a list of names, got {linears!r}")
-    names = isinstance(rule, str) and isinstance(scales, str)
-    if not names or not isinstance(fp4_fraction, int | float):
+    both_names = isinstance(rule, str) and isinstance(scales, str)
+    if not both_names or not isinstance(fp4_fraction, int | float):
         raise TypeError(
             "rule, scales and fp4_fraction must be two names and a number, got "
             f"{rule!r}, {scales!r}, {fp4_fraction!r}"
@@ -161,23 +169,24 @@ def write(
 ) -> None:
     """Write a checkpoint folder; it appears complete or not at all.
 
-    An empty folder is filled file by file, ``config.json``, without which it is none, last.
+    An existing empty folder is filled file by file, ``config.json`` last: without that file the
+    folder is no checkpoint.
 
     Args:
         directory: must not exist, or be an empty folder.
         tensors: by full name; no two may share memory.
-        config: what ``config.json`` will hold, ``quantization_config`` included.
-        write_extra: writes further files, such as the tokenizer, into the folder it is given.
+        config: content of ``config.json``, ``quantization_config`` included.
+        write_extra: called with a folder, writes further files there, such as the tokenizer's.
         max_shard_size: a larger checkpoint is sharded like any Hugging Face model.
 
     Raises:
-        InputError: the target is in use or cannot be made, or the disk is full; nothing is left
+        InputError: the target is in use or cannot be created, or the disk is full. Nothing is left
             behind then.
     """
     require_free(directory)
     total = sum(t.nbytes for t in tensors.values())
     target = directory.absolute()
-    # An empty folder may be where another disk begins, and is filled rather than replaced.
+    # An empty folder may be a mount point, so it is filled rather than replaced.
     around = target if target.exists() else target.parent
     partial, moved = None, []
     try:
@@ -205,7 +214,11 @@ def write(
 
 
 def require_free(directory: Path) -> None:
-    """Refuse a target folder that already holds something, or that cannot be made."""
+    """Check that a target folder is absent or empty, and can be created.
+
+    Raises:
+        InputError: it is in use or not writable.
+    """
     require_writable(directory)
     taken = directory.exists() or directory.is_symlink()
     if taken and (not directory.is_dir() or any(directory.iterdir())):
@@ -213,18 +226,26 @@ def require_free(directory: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Refuse a file or folder that could not be made, folders above it included."""
+    """Check that a file or folder can be created, with the folders above it.
+
+    Raises:
+        InputError: it cannot.
+    """
     target = path.absolute()
     parent = target if target.is_dir() else next(p for p in target.parents if p.exists())
     try:
-        with tempfile.TemporaryFile(dir=parent):  # permissions alone do not tell: /proc has some
+        with tempfile.TemporaryFile(dir=parent):  # permission bits alone can mislead, as in /proc
             pass
     except OSError as error:
         raise InputError(f"{path}: could not be written: {parent} is no writable folder") from error
 
 
 def require_space(directory: Path, needed: int) -> None:
-    """Refuse a target whose disk has less than ``needed`` bytes left."""
+    """Check that the disk of a target folder has ``needed`` bytes free.
+
+    Raises:
+        InputError: it has fewer.
+    """
     target = directory.absolute()
     existing = next(p for p in (target, *target.parents) if p.exists())
     free = shutil.disk_usage(existing).free
@@ -246,7 +267,7 @@ def _write_files(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
     _write_json(folder / "config.json", config)
-    # What lies beside the tensors is small; its checksums travel in every tensor file.
+    # The other files are small; every tensor file carries their checksums.
     others = {
         path.relative_to(folder).as_posix(): _crc32(path.read_bytes())
         for path in sorted(folder.rglob("*"))
@@ -266,7 +287,7 @@ def _write_files(
 
 
 def _open_to_others(folder: Path) -> None:
-    """Give the folder and its files the modes that plain files of this process would have."""
+    """Give the temporary folder and its files the modes that this process's umask implies."""
     mask = os.umask(0)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)
@@ -279,10 +300,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def checksum(tensor: Tensor) -> str:
-    """CRC-32 of ``"dtype shape "`` and a tensor's bytes, eight hex digits."""
+    """CRC-32 over the text ``"dtype shape "`` and a tensor's bytes, eight hex digits."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    kind = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} ".encode()
-    return _crc32(flat.view(torch.uint8).numpy().data, zlib.crc32(kind))
+    prefix = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} ".encode()
+    return _crc32(flat.view(torch.uint8).numpy().data, zlib.crc32(prefix))
 
 
 def _crc32(data: bytes | memoryview, start: int = 0) -> str:
@@ -290,7 +311,12 @@ def _crc32(data: bytes | memoryview, start: int = 0) -> str:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """``config.json`` of a checkpoint folder, checked to be one of ours."""
+    """Read ``config.json`` of a checkpoint folder.
+
+    Raises:
+        InputError: the file cannot be read, or has no ``quantization_config``.
+        CheckpointError: it is not JSON, or ``quantization_config`` is not a mapping.
+    """
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -308,7 +334,11 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def tensor_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, as its index lists them."""
+    """Paths of a checkpoint's safetensors files: those in its index, or the single one.
+
+    Raises:
+        CheckpointError: the index is malformed.
+    """
     index = directory / "model.safetensors.index.json"
     if not index.exists():
         return [directory / "model.safetensors"]
@@ -320,9 +350,16 @@ def tensor_files(directory: Path) -> list[Path]:
 
 
 class Reader:
-    """Lazy, checked access to the tensors of some safetensors files.
+    """Lazy, verified access to the tensors of safetensors files.
 
-    Every tensor that is read is compared with the checksum its file holds.
+    Every tensor that is read is compared with its checksum in the file's metadata.
+
+    Args:
+        files: the safetensors files of one checkpoint.
+
+    Raises:
+        CheckpointError: a file is unreadable, lacks its metadata, or lacks a tensor that it should
+            hold.
     """
 
     def __init__(self, files: Iterable[str | os.PathLike[str]]) -> None:
@@ -357,11 +394,15 @@ class Reader:
 
     @property
     def names(self) -> list[str]:
-        """Names of all tensors."""
+        """Names of all tensors in the files."""
         return list(self._files)
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor and compare its checksum."""
+        """Read one tensor to the CPU and compare it with its checksum.
+
+        Raises:
+            CheckpointError: it is missing, unreadable or damaged.
+        """
         if name not in self._files:
             raise CheckpointError(f"{self._where()}: tensor {name} is missing")
         file = self._files[name]
@@ -371,62 +412,74 @@ class Reader:
                     tensor: Tensor = opened.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file}: tensor {name}: {error}") from error
-            found = checksum(tensor)
-        if found != self._sums[name]:
+            crc32 = checksum(tensor)
+        if crc32 != self._sums[name]:
             raise CheckpointError(
-                f"{file}: tensor {name}: its bytes must have CRC-32 {self._sums[name]}, got {found}"
+                f"{file}: tensor {name}: its bytes must have CRC-32 {self._sums[name]}, got {crc32}"
             )
         return tensor
 
     def verify(self) -> None:
-        """Read every tensor once."""
+        """Read every tensor once and compare it with its checksum."""
         for name in self._files:
             self.tensor(name)
 
     def require_listed(self, linears: Iterable[str]) -> None:
-        """Refuse planes of a linear that no site lists: nothing would read them."""
+        """Check that every packed linear in the files is one of ``linears``, those of all sites.
+
+        Raises:
+            CheckpointError: names the first other one, whose planes nothing would read.
+        """
         suffix = ".weight_shape"
-        found = {n.removesuffix(suffix) for n in self._files if n.endswith(suffix)}
-        for name in sorted(found - set(linears)):
+        packed_linears = {n.removesuffix(suffix) for n in self._files if n.endswith(suffix)}
+        for name in sorted(packed_linears - set(linears)):
             raise CheckpointError(
                 f"{self._files[name + suffix]}: tensor {name}{suffix}: every packed linear must be "
                 f"listed by a site of config.json, got none for {name}"
             )
 
     def verify_files(self) -> None:
-        """Compare the files beside the tensors, such as ``config.json``, with their checksums.
+        """Compare the other files of the folder, such as ``config.json``, with their checksums.
 
-        Loading does not: a file may be edited on purpose. ``fgmp inspect`` does.
+        Only ``fgmp inspect`` does this. Loading does not, since such a file may be edited on
+        purpose.
+
+        Raises:
+            CheckpointError: a file, or the metadata of a tensor file, has changed.
         """
         changed = "it was changed after the checkpoint was written"
-        known = {"format", CHECKSUMS, FILE_CHECKSUMS, LIST_CHECKSUM}
+        allowed_keys = {"format", CHECKSUMS, FILE_CHECKSUMS, LIST_CHECKSUM}
         for file, metadata in self._metadata.items():
-            if unknown := metadata.keys() - known:
+            if unknown := metadata.keys() - allowed_keys:
                 raise CheckpointError(
-                    f"{file}: its metadata must hold {', '.join(sorted(known))} only, got "
+                    f"{file}: its metadata must hold {', '.join(sorted(allowed_keys))} only, got "
                     f"{min(unknown)}: {changed}"
                 )
             listed = metadata[FILE_CHECKSUMS]
-            found = _crc32(listed.encode())
-            wanted = metadata.get(LIST_CHECKSUM, found)
-            if found != wanted:
+            actual = _crc32(listed.encode())
+            expected = metadata.get(LIST_CHECKSUM, actual)
+            if actual != expected:
                 raise CheckpointError(
-                    f"{file}: its {FILE_CHECKSUMS} must have CRC-32 {wanted}, got {found}: "
+                    f"{file}: its {FILE_CHECKSUMS} must have CRC-32 {expected}, got {actual}: "
                     f"{changed}"
                 )
-            for name, wanted in dict(json.loads(listed)).items():
+            for name, expected in dict(json.loads(listed)).items():
                 path = file.parent / name
                 try:
-                    found = _crc32(path.read_bytes())
+                    actual = _crc32(path.read_bytes())
                 except OSError as error:
                     raise CheckpointError(f"{path}: {error.strerror}") from error
-                if found != wanted:
+                if actual != expected:
                     raise CheckpointError(
-                        f"{path}: its bytes must have CRC-32 {wanted}, got {found}: {changed}"
+                        f"{path}: its bytes must have CRC-32 {expected}, got {actual}: {changed}"
                     )
 
     def packed(self, linear: str) -> PackedWeight:
-        """The planes of one linear, validated."""
+        """Read and validate the planes of one linear.
+
+        Raises:
+            CheckpointError: a plane is missing, unknown or damaged, or breaks a rule of the format.
+        """
         prefix = f"{linear}.weight_"
         planes = {
             n.removeprefix(prefix): self.tensor(n) for n in self._files if n.startswith(prefix)
@@ -445,20 +498,34 @@ class Reader:
         return packed
 
     def group(self, owner: str, config: SiteConfig) -> tuple[Site, dict[str, PackedWeight]]:
-        """A site and the linears that read it, validated each and together."""
+        """Read and validate a site and the weights of the linears that read it, by name.
+
+        Raises:
+            CheckpointError: as :meth:`packed` and :meth:`site`, or the linears do not agree on K
+                and on their tensor scale.
+        """
         weights = {name: self.packed(name) for name in config.linears}
-        wanted = weights[owner].k, weights[owner].t.item()
+        expected = weights[owner].k, weights[owner].t.item()
         for name, weight in weights.items():
-            found = weight.k, weight.t.item()
-            if found != wanted:
+            actual = weight.k, weight.t.item()
+            if actual != expected:
                 raise CheckpointError(
                     f"{self._files[f'{name}.weight_t']}: {name}: K and weight_t must be those of "
-                    f"{owner}, which reads the same site, {wanted}, got {found}"
+                    f"{owner}, which reads the same site, {expected}, got {actual}"
                 )
         return self.site(owner, config, weights[owner].k), weights
 
     def site(self, owner: str, config: SiteConfig, k: int) -> Site:
-        """The record of one activation site, validated; ``k`` is the width of its linears."""
+        """Read and validate the constants of one activation site.
+
+        Args:
+            owner: the linear that holds them.
+            config: the site's entry in config.json.
+            k: input features of its linears.
+
+        Raises:
+            CheckpointError: a constant is missing, damaged or out of range.
+        """
         prefix = f"{owner}.input_site."
         r, gamma, sensitivity, threshold = (self.tensor(prefix + n) for n in _SITE_TENSORS)
 
@@ -474,8 +541,8 @@ class Reader:
             ("sensitivity", sensitivity, torch.uint8, (k,)),
             ("threshold", threshold, torch.int64, ()),
         ):
-            found = (tensor.dtype, tuple(tensor.shape))
-            require(found == (dtype, shape), name, f"must be {dtype} of shape {shape}", found)
+            actual = (tensor.dtype, tuple(tensor.shape))
+            require(actual == (dtype, shape), name, f"must be {dtype} of shape {shape}", actual)
         require(is_multiplier(r.item()), "r", "must be positive with at most 12 bits", r.item())
         require(
             0 <= gamma.item() < float("inf"), "gamma", "must be finite, 0 or more", gamma.item()
@@ -489,4 +556,5 @@ class Reader:
         return Site(r.item(), sensitivity, gamma.item(), limit, config.rule, config.scales)
 
     def _where(self) -> str:
+        """Names of all files, for messages about a tensor that none of them holds."""
         return ", ".join(sorted({str(f) for f in self._files.values()}))

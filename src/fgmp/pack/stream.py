@@ -1,14 +1,14 @@
 """The streamed image that hardware reads (docs/format.md, section 5).
 
-A weight's blocks in row-major order, twice:
+An image has two parts, both in row-major order of the weight's blocks:
 
-    flags   one bit a block, 1 for FP8, bit i % 8 of byte i // 8, zero-filled to a whole byte
+    flags   one bit per block, 1 for FP8, bit i % 8 of byte i // 8, zero-filled to a whole byte
     blocks  FP4: its scale byte, then 8 bytes of E2M1 codes, element 2i in the low nibble: 9 bytes
             FP8: 16 bytes of E4M3 codes
 
-That is the paper's size, 4.5 bits an FP4 value, 8 an FP8 value and 1/16 a flag. The tensor scale
-and the shape travel beside the image. It can only be walked in order, which is what a datapath
-does and a CPU should not.
+Its size is the paper's: 4.5 bits per FP4 value, 8 per FP8 value, 1/16 per value for flags. The
+tensor scale and the shape are stored elsewhere. Blocks differ in length, so an image can only be
+read from front to back, as a datapath does; CPUs and GPUs read planes.
 """
 
 import numpy as np
@@ -23,13 +23,13 @@ FP8_BLOCK_BYTES = BLOCK
 
 
 def image_bytes(blocks: int, fp8_blocks: int) -> int:
-    """Size of an image with this many blocks, this many of them FP8."""
+    """Bytes of an image with ``blocks`` blocks, ``fp8_blocks`` of them FP8."""
     fp4_blocks = blocks - fp8_blocks
     return -(-blocks // 8) + FP4_BLOCK_BYTES * fp4_blocks + FP8_BLOCK_BYTES * fp8_blocks
 
 
 def to_image(packed: PackedWeight) -> bytes:
-    """The image of a packed weight."""
+    """Write a packed weight as an image."""
     content = unpack(packed)
     flags = content.is_fp8.flatten().cpu().numpy()
     codes = content.codes.flatten(0, 1).cpu().numpy()
@@ -44,10 +44,13 @@ def to_image(packed: PackedWeight) -> bytes:
 
 
 def from_image(image: bytes, n: int, k: int) -> BlockCodes:
-    """The codes in an image of an (n, k) weight; the inverse of :func:`to_image`.
+    """Read the codes of an image of a weight (n, k); the inverse of :func:`to_image`.
+
+    This defines how a reader interprets an image and which images it must refuse. The package
+    itself only writes images; tests hold writer and hardware against this function.
 
     Raises:
-        CheckpointError: naming the rule of docs/format.md that the image breaks.
+        CheckpointError: names the rule of docs/format.md that the image breaks.
     """
     groups = -(-k // BLOCK)
     blocks = n * groups
@@ -62,9 +65,9 @@ def from_image(image: bytes, n: int, k: int) -> BlockCodes:
     if beyond.any():
         last = data[flag_bytes - 1]
         raise CheckpointError(f"image: bits after the last flag must be zero, got 0x{last:02X}")
-    wanted = image_bytes(blocks, int(flags.sum()))
-    if len(data) != wanted:
-        raise CheckpointError(f"image: its flags call for {wanted} bytes, got {len(data)}")
+    expected = image_bytes(blocks, int(flags.sum()))
+    if len(data) != expected:
+        raise CheckpointError(f"image: its flags call for {expected} bytes, got {len(data)}")
     used = np.arange(FP8_BLOCK_BYTES) < np.where(flags, FP8_BLOCK_BYTES, FP4_BLOCK_BYTES)[:, None]
     wide = np.zeros((blocks, FP8_BLOCK_BYTES), dtype=np.uint8)
     wide[used] = data[flag_bytes:]

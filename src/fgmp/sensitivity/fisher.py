@@ -1,30 +1,26 @@
-"""Calibration: the Fisher information of weights and activations.
+"""Calibration: the Fisher information of weights and activations, which are the *sensitivities*.
 
-With L the summed token losses of one sequence and n all predicted tokens (nats^2 a token):
+A sensitivity is the weight of a squared error: per element for weights, per input channel for
+activations. With L the summed token losses of one sequence and n the number of all predicted
+tokens, in nats^2 per token,
 
-    F_w    = (1/n) sum over sequences (dL/dw)^2                       one value a weight
-    F_x[k] = (1/n) sum over sequences, tokens (dL/dx[token, k])^2     one value a channel
+    F_w    = (1/n) sum over sequences (dL/dw)^2                       per weight
+    F_x[k] = (1/n) sum over sequences, tokens (dL/dx[token, k])^2     per channel
 
-F_w may be kept as two factors instead, :mod:`fgmp.sensitivity.squares`.
+F_w can be stored as two factors instead: see :mod:`fgmp.sensitivity.squares`.
 
-Squares of sums need one sequence's gradient at a time, so sequences go through the model one by
-one: that is right for every architecture, also those that flatten tokens (experts), and makes
-the result independent of any batch size. Parameters are frozen and only activations carry
-gradients; each linear's weight gradient is formed in a hook and squared on the spot (if it is
-formed at all), so no gradient of the whole model ever exists.
+The square is of a sum over one sequence, so sequences run through the model one by one. This is
+right for every architecture, also those that flatten tokens (experts), and the result does not
+depend on a batch size. Parameters are frozen and only activations carry gradients. A hook forms
+each linear's weight gradient, if it is needed at all, and squares it at once, so the gradient of
+the whole model never exists.
 
-A *site* is one activation tensor that one or more linears read. Sites are found by tensor
-identity: before the first linear that reads a tensor, the tensor is replaced by an alias whose
-gradient is the total that reaches it through those linears.
+A *site* is one activation tensor that one or more linears read. Sites are found by tensor identity.
+Before the first linear that reads a tensor, the tensor is replaced by an alias, whose gradient is
+the total that reaches the tensor through those linears.
 """
 
 import contextlib
-import hashlib
-import json
-import signal
-import threading
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,30 +28,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fgmp.errors import InputError
-from fgmp.files import replacing
-from fgmp.fingerprint import bytes_of, parts
+from fgmp.model.losses import Loss, causal_lm_loss
+from fgmp.model.observe import frozen
 from fgmp.sensitivity.squares import SQUARES
-
-Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
-"""(model, sample) to (summed loss in nats of one sequence, number of predictions in it)."""
-
-SAVE_EVERY_SECONDS = 120
+from fgmp.storage.fingerprint import sha256
+from fgmp.storage.resume import (
+    PartialResults,
+    Periodic,
+    State,
+    StateFile,
+    StateMismatchError,
+    uninterrupted,
+)
 
 
 @dataclass
 class SiteStatistics:
-    """What calibration learnt of one activation tensor.
+    """Statistics of one activation tensor over the calibration set.
 
     Attributes:
-        linears: names of the linears that read it, in the order they did.
-        g2: F_x, fp32 (K,).
+        linears: names of the linears that read it, in the order of reading.
+        g2: F_x, fp32 (K,), in nats^2 per token.
         amax: largest magnitude after rounding to bf16.
-        tokens: rows that passed through.
+        tokens: number of rows.
     """
 
     linears: list[str]
@@ -66,43 +64,17 @@ class SiteStatistics:
 
 @dataclass
 class Calibration:
-    """The result: F_w by linear (fp32, the weight's shape), statistics by site, predictions n."""
+    """Result of calibration.
+
+    Attributes:
+        weights: F_w by linear, fp32 (N, K), in nats^2 per token.
+        sites: statistics by site.
+        predictions: number n of predicted tokens.
+    """
 
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     sites: dict[str, SiteStatistics] = field(default_factory=dict)
     predictions: int = 0
-
-
-def next_token_logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits, fp32 (T - 1, V), for the tokens after the first of one sequence, int64 (T,)."""
-    tokens = tokens.to(next(model.parameters()).device)
-    logits: Tensor = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0, :-1]
-    return logits.float()
-
-
-def causal_lm_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
-    """Summed next-token loss of one sequence, int64 (T,), in nats; T - 1 predictions."""
-    logits = next_token_logits(model, tokens)
-    loss = nn.functional.cross_entropy(logits, tokens[1:].to(logits.device), reduction="sum")
-    return loss, len(tokens) - 1
-
-
-def drawn_label_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
-    """:func:`causal_lm_loss` with labels drawn from the model's own predictions.
-
-    Summed over one sequence, int64 (T,), in nats; T - 1 predictions. Its squared gradients have the
-    true Fisher information as their mean, the curvature of the KL from the model, where labels of
-    the text have the empirical one (arXiv 1905.12558). The same tokens draw the same labels.
-    """
-    logits = next_token_logits(model, tokens)
-    seed = int.from_bytes(hashlib.sha256(bytes_of(tokens)).digest()[:7], "little")
-    source = torch.Generator(logits.device).manual_seed(seed)
-    likely = logits.detach().softmax(-1)
-    if likely.isnan().any():  # nothing can be drawn: the loss says so
-        return likely.sum(), len(likely)
-    labels = likely.multinomial(1, generator=source).squeeze(-1)
-    del likely  # as large as the logits
-    return nn.functional.cross_entropy(logits, labels, reduction="sum"), len(labels)
 
 
 def calibrate(
@@ -113,41 +85,48 @@ def calibrate(
     *,
     fisher: str = "exact",
     groups: dict[str, list[str]] | None = None,
-    state: Path | None = None,
-    reuse: bool = False,
+    file: Path | None = None,
+    resume: PartialResults | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Run ``samples`` forward and backward and collect the Fisher information.
 
     Args:
-        model: any module; left as it was, also after an error.
+        model: any module; restored on return, also after an error.
         linears: the linears to calibrate, by name.
-        samples: each one sequence, given to ``loss`` as it is.
-        loss: summed loss and predictions of a sample.
-        fisher: how F_w is kept, a key of :data:`fgmp.sensitivity.squares.SQUARES`.
-        groups: sites that override those found by tensor identity: a name and its linears.
-        state: file that keeps the sums, written now and then, on an interruption and at the end;
-            a later call with the same model, samples and groups goes on from there. The caller
-            removes it.
-        reuse: refuse a ``state`` of another run instead of starting anew over it.
+        samples: sequences; each is passed to ``loss`` unchanged.
+        loss: (model, sample) to the summed loss and the number of predictions.
+        fisher: how F_w is stored, a key of :data:`fgmp.sensitivity.squares.SQUARES`.
+        groups: linears by site, overriding the sites found by tensor identity.
+        file: stores the sums for later calls with the same model, samples, groups and loss; these
+            resume from an incomplete file and reuse a complete one. Written every few minutes, on
+            an interruption and at the end.
+        resume: stores the sums for this run only; ignored if ``file`` is given.
         advance: called after each sample.
 
     Raises:
-        InputError: an activation, the loss or a gradient is not finite, sites are inconsistent,
-            or ``state`` is not such a file, or under ``reuse`` one of another run or with another
-            ``fisher``.
+        InputError: an activation, the loss or a gradient is not finite, sites are inconsistent, or
+            ``file`` is damaged or belongs to other inputs.
     """
     recorder = _Recorder(linears, fisher, groups or {})
-    fingerprint = _fingerprint(model, linears, samples, groups or {}, loss) if state else {}
-    start = recorder.restore(state, fingerprint, reuse) if state else 0
+    state = None
+    if file is not None:
+        fingerprint = _fingerprint(model, linears, samples, groups or {}, loss, fisher)
+        state = StateFile(file, fingerprint)
+        start = recorder.restore(_load(state))
+    elif resume is not None:
+        state = resume.file("calibration")
+        start = recorder.restore(resume.load("calibration"))
+    else:
+        start = 0
     for _ in range(start):
         advance()
-    saved = time.monotonic()
-    done = start
+    periodic = Periodic()
+    completed = start
     try:
         with frozen(model), recorder.hooks():
             for index in range(start, len(samples)):
-                with _uninterrupted():
+                with uninterrupted():
                     recorder.begin()
                     total, predictions = loss(model, samples[index])
                     if not total.isfinite():
@@ -156,61 +135,18 @@ def calibrate(
                         )
                     total.backward()
                     recorder.end(predictions)
-                    done = index + 1
+                    completed = index + 1
                 advance()
-                if state and time.monotonic() - saved > SAVE_EVERY_SECONDS:
-                    recorder.store(state, fingerprint, done)
-                    saved = time.monotonic()
+                if state and periodic.due():
+                    recorder.store(state, completed)
     finally:
-        if state and done > start and recorder.whole:
-            recorder.store(state, fingerprint, done)
+        if state and completed > start and recorder.whole:
+            recorder.store(state, completed)
     return recorder.result()
 
 
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter takes a gradient and no dropout drops, for a while."""
-    training = [module for module in model.modules() if module.training]
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait for the end: half a sequence's sums could not be gone on from.
-
-    A second one does not wait.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # other threads get no signals
-        return
-    received = []
-
-    def note(number: int, _: object) -> None:
-        received.append(number)
-        signal.signal(number, usual[number])
-
-    usual = {int(n): signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for ended, handler in usual.items():
-            signal.signal(ended, handler)
-    for number in received:
-        signal.raise_signal(number)
-
-
 class _Recorder:
-    """Hooks on the linears and the sums that they feed."""
+    """Hooks on the linears, and the sums that the hooks accumulate."""
 
     def __init__(
         self, linears: dict[str, nn.Linear], fisher: str, groups: dict[str, list[str]]
@@ -226,9 +162,9 @@ class _Recorder:
                 self.forced[name] = group
         self.sums = Calibration()
         self.site_by_linear: dict[str, str] = {}
-        self.whole = True  # the sums hold no part of a sequence
+        self.whole = True  # the sums contain whole sequences only
 
-    # One sequence: begin, forward (pre hook, then hook, of every linear), backward, end.
+    # Per sequence: begin, forward (pre hook and hook of every linear), backward, end.
 
     def begin(self) -> None:
         self.whole = False
@@ -244,7 +180,7 @@ class _Recorder:
             alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
             alias.register_hook(partial(self._site_gradient, site))
             self._site_input(site, x)
-            self.aliases[key] = (site, alias, x)  # x stays alive, so its address stays taken
+            self.aliases[key] = (site, alias, x)  # holding x keeps its address from being reused
         site, alias, _x = self.aliases[key]
         if name not in self.site_by_linear:
             self.site_by_linear[name] = site
@@ -294,7 +230,7 @@ class _Recorder:
         use = x.flatten(0, -2).float(), gradient.flatten(0, -2).float()
         if self.calls[name] == 1:
             self.squares.add(name, *use)
-        else:  # a linear used more than once: its gradient is a sum over all uses
+        else:  # a linear that runs more than once: its gradient is the sum over all runs
             self.uses.setdefault(name, []).append(use)
 
     @contextlib.contextmanager
@@ -310,7 +246,7 @@ class _Recorder:
                 handle.remove()
 
     def result(self) -> Calibration:
-        """Divide the sums by n and give linears that were never reached a site of their own."""
+        """Divide the sums by n; a linear that never ran gets a site of its own."""
         n = max(self.sums.predictions, 1)
         for key, sums in self.squares.tensors().items():
             _check_gradient(key.partition(".")[2], sums)
@@ -323,68 +259,41 @@ class _Recorder:
                 self.sums.sites[self._site(name)].linears.append(name)
         return self.sums
 
-    # An interrupted run's sums, as one safetensors file.
+    # Resumable state: the sums, and the number of samples in them.
 
-    def store(self, state: Path, fingerprint: dict[str, str], done: int) -> None:
+    def store(self, file: StateFile, completed: int) -> None:
         tensors = self.squares.tensors()
         tensors |= {f"site.{name}": site.g2 for name, site in self.sums.sites.items()}
         facts = {
-            "fingerprint": fingerprint,
-            "fisher": self.fisher,
-            "done": done,
+            "done": completed,
             "predictions": self.sums.predictions,
             "sites": {n: [s.linears, s.amax, s.tokens] for n, s in self.sums.sites.items()},
         }
-        try:
-            with replacing(state) as draft:
-                save_file(tensors, draft, metadata={"state": json.dumps(facts)})
-        except (OSError, SafetensorError) as error:
-            # The sums are safe in memory: a full disk must not cost the run.
-            warnings.warn(
-                f"{state}: could not be written ({error}); this calibration could not be resumed",
-                stacklevel=3,
-            )
+        file.store(tensors, facts)
 
-    def restore(self, state: Path, fingerprint: dict[str, str], reuse: bool) -> int:
-        """Load an interrupted run's sums if they are of this very run; samples already done."""
-        if not state.exists():
+    def restore(self, state: State | None) -> int:
+        """Continue from stored sums, if any; return the number of samples in them."""
+        if state is None:
             return 0
-        if state.is_dir():
-            raise InputError(f"{state}: is a folder, not a calibration state")
-        advice = "name another file, or move this one away"  # which may be anything
-        try:
-            with safe_open(state, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if "state" not in metadata:
-                    raise ValueError("no state in its metadata")
-                advice = "delete it"
-                facts = json.loads(metadata["state"])
-                if facts["fingerprint"] != fingerprint:
-                    if reuse:
-                        raise InputError(_mismatch(state, facts["fingerprint"], fingerprint))
-                    return 0
-                predictions, done = facts["predictions"], int(facts["done"])
-                held = facts.get("fisher", "exact")
-                if held != self.fisher:
-                    if reuse:
-                        raise InputError(
-                            f"{state}: holds the {held} Fisher information, the recipe asks for "
-                            f"fisher: {self.fisher}; name another file, or ask for fisher: {held}"
-                        )
-                    return 0
-                for key, sums in self.squares.tensors().items():
-                    sums.copy_(file.get_tensor(key))
-                for name, (linears, amax, tokens) in facts["sites"].items():
-                    self.sums.sites[name] = SiteStatistics(
-                        linears, file.get_tensor(f"site.{name}").to(sums.device), amax, tokens
-                    )
-                    self.site_by_linear |= dict.fromkeys(linears, name)
-        except InputError:
-            raise
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{state}: not a calibration state ({error}); {advice}") from error
-        self.sums.predictions = predictions
-        return done
+        for key, sums in self.squares.tensors().items():
+            sums.copy_(state.tensors[key])
+        for name, (linears, amax, tokens) in state.facts["sites"].items():
+            device = self.linears[linears[0]].weight.device
+            g2 = state.tensors[f"site.{name}"].to(device)
+            self.sums.sites[name] = SiteStatistics(linears, g2, amax, tokens)
+            self.site_by_linear |= dict.fromkeys(linears, name)
+        self.sums.predictions = state.facts["predictions"]
+        return int(state.facts["done"])
+
+
+def _load(file: StateFile) -> State | None:
+    try:
+        return file.load()
+    except StateMismatchError as error:
+        meaning = _MEANING.get(error.differing, "of another kind")
+        raise InputError(
+            f"{file.path}: a calibration {meaning}; name another file, or delete it"
+        ) from error
 
 
 def _check_gradient(name: str, squares: Tensor) -> None:
@@ -398,34 +307,26 @@ def _fingerprint(
     samples: Sequence[Any] | Tensor,
     groups: dict[str, list[str]],
     loss: Loss,
+    fisher: str,
 ) -> dict[str, str]:
-    """What a calibration is of, each part by itself; of a loss only the name can be told."""
-    weights, sequences = hashlib.sha256(), hashlib.sha256()
-    for tensor in model.state_dict().values():
-        weights.update(bytes_of(tensor))
-    for sample in samples:
-        for part in parts(sample):
-            sequences.update(part)
-    name = getattr(loss, "__qualname__", type(loss).__qualname__)
-    named = {"linears": list(linears), "sites": groups, "loss": name}
+    """Digests of the inputs of a calibration, by kind; a loss is identified by its name only."""
     return {
-        **{key: hashlib.sha256(json.dumps(v).encode()).hexdigest() for key, v in named.items()},
-        "weights": weights.hexdigest(),
-        "sequences": sequences.hexdigest(),
+        "linears": sha256(list(linears)),
+        "sites": sha256(groups),
+        "loss": sha256(getattr(loss, "__qualname__", type(loss).__qualname__)),
+        "weights": sha256(model.state_dict()),
+        "sequences": sha256(list(samples)),
+        "fisher": fisher,
     }
 
 
 _MEANING = {
-    "linears": "other layers (another model, or another include or exclude)",
-    "sites": "other sites",
-    "loss": "another loss, or other labels",
-    "weights": "other weights",
-    "sequences": "other token sequences (text, tokenizer, samples, seq_len or seed)",
+    "linears": "of other layers (another model, or another include or exclude)",
+    "sites": "with other sites",
+    "loss": "of another loss, or with other labels",
+    "weights": "of other weights",
+    "sequences": "on other token sequences (text, tokenizer, samples, seq_len or seed)",
+    "fisher": "with another form of the Fisher information than the recipe's `fisher`",
 }
-
-
-def _mismatch(state: Path, held: object, wanted: dict[str, str]) -> str:
-    known = held if isinstance(held, dict) else {}
-    # Other layers have other weights: the first difference says it all.
-    differing = next(key for key in _MEANING if known.get(key) != wanted[key])
-    return f"{state}: a calibration of {_MEANING[differing]}; name another file, or delete it"
+"""Meaning of a difference in the fingerprint, by kind. Where several kinds differ, the first is
+reported: other layers, for example, also have other weights."""

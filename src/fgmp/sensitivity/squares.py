@@ -1,15 +1,16 @@
-"""Sums of a weight's squared gradients: one value a weight, or two factors.
+"""Sums of squared weight gradients, stored per element or as two factors.
 
-With y = x W^T, g = dL/dy and n predictions in all, the two forms of F_w, in nats^2 a token, are
+With y = x W^T, g = dL/dy and n predictions in total, F_w in nats^2 per token has two forms:
 
     exact       F_w[i, j] = (1/n) sum over sequences (sum over tokens g_i x_j)^2
     factored    F_w[i, j] = (1/n) (sum over tokens g_i^2) (sum over tokens x_j^2) / tokens
 
-The second is what the first would be, in expectation, if gradients and inputs were independent
-and tokens of a sequence uncorrelated: the diagonal of K-FAC (arXiv 1503.05671). It keeps N + K
-values of a weight (N, K) where the first keeps N K, and forms no weight gradient at all. Which
-one a calibration holds changes no reader: both map a linear's name to F_w, fp32 (N, K), the
-second by an outer product made each time it is asked for and kept by nobody.
+The second is the expectation of the first if gradients and inputs are independent and the tokens of
+a sequence uncorrelated: the diagonal of K-FAC (arXiv 1503.05671). For a weight (N, K) it stores N +
+K values instead of N K, and forms no weight gradient.
+
+Readers see no difference: both map a linear's name to F_w, fp32 (N, K). The factored form computes
+the outer product at each access and does not cache it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,19 +21,19 @@ from torch import Tensor, nn
 
 
 class Squares(Protocol):
-    """What calibration does with the gradients of weights."""
+    """Accumulator of squared weight gradients."""
 
     def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        """Count one sequence: inputs (T, K) of a linear and gradients (T, N) of its outputs, fp32.
+        """Add one sequence: inputs ``x`` (T, K) of a linear, gradients (T, N) of its outputs, fp32.
 
-        A linear that was used more than once has all its tokens in one call.
+        For a linear that ran more than once, one call has the tokens of all runs.
         """
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every sum by a name of its own, to be stored or loaded into."""
+        """Sums by unique name, for storing them or loading into them."""
 
     def result(self, predictions: int) -> Mapping[str, Tensor]:
-        """F_w by linear; the sums are used up."""
+        """F_w by linear, fp32 (N, K); overwrites the sums."""
 
 
 class ExactSquares:
@@ -74,9 +75,9 @@ class FactoredSquares:
         self.tokens[name] += len(x)
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {f"output.{name}": g2 for name, g2 in self.outputs.items()}
-        found |= {f"input.{name}": x2 for name, x2 in self.inputs.items()}
-        return found | {f"tokens.{name}": count for name, count in self.tokens.items()}
+        sums = {f"output.{name}": g2 for name, g2 in self.outputs.items()}
+        sums |= {f"input.{name}": x2 for name, x2 in self.inputs.items()}
+        return sums | {f"tokens.{name}": count for name, count in self.tokens.items()}
 
     def result(self, predictions: int) -> Mapping[str, Tensor]:
         return OuterProducts(
@@ -86,7 +87,7 @@ class FactoredSquares:
 
 
 class OuterProducts(Mapping[str, Tensor]):
-    """Matrices of rank one, fp32 (N, K) by name, formed when asked for from (N,) and (K,)."""
+    """Matrices of rank one by name, fp32 (N, K), computed from (N,) and (K,) at each access."""
 
     def __init__(self, rows: dict[str, Tensor], columns: dict[str, Tensor]) -> None:
         self.rows, self.columns = rows, columns
@@ -105,4 +106,4 @@ SQUARES: dict[str, type[ExactSquares] | type[FactoredSquares]] = {
     "exact": ExactSquares,
     "factored": FactoredSquares,
 }
-"""By the recipe's ``fisher``."""
+"""Accumulators by the recipe's key ``fisher``."""

@@ -1,13 +1,13 @@
-"""The accelerator: streams in, a whole linear, streams out.
+"""The accelerator: computes a whole linear from streams to a stream.
 
     activations -> quantizer -> activation banks --+
                                                    +--> lanes -> totals -> epilogues -> results
     image -> unpacker --------> weight banks ------+
 
 A bank holds two tiles, one that is computed and one that is loaded. A weight bank feeds the lanes
-of one weight row, an activation bank those of one activation row; the order of work is that of
-``hardware.array``. Whoever has no room holds back whoever feeds it, by ready; the counters say how
-many cycles the lanes waited, and for what.
+of one weight row, an activation bank those of one activation row. The order of work is that of
+``hardware.array``. A part without room stalls its source through ``ready``. Counters say how many
+cycles the lanes waited, and for what.
 """
 
 from typing import Any
@@ -30,32 +30,35 @@ from fgmp.hardware.rtl.unpack import FLAGS, WORDS, Unpacker
 COUNTERS = data.StructLayout(
     dict.fromkeys(("cycles", "working", "first", "activations", "weights", "epilogue"), 32)
 )
-"""Cycles from start to end; of those in which the lanes worked, or waited: for the first pair of
-tiles, for quantized activations, for weights, for the epilogue to take totals."""
+"""Cycles from start to end, cycles in which the lanes worked, and cycles in which they waited: for
+the first pair of tiles, for quantized activations, for weights, for the epilogue."""
 
 TAG = data.StructLayout({"row": SIZE_BITS, "column": SIZE_BITS})
 
 
 def results_layout(array: Array) -> data.StructLayout:
-    """Outputs of ``rows`` activation rows from ``row`` on, in one column; rows beyond the last
-    token are to be ignored."""
+    """Outputs of ``rows`` activation rows from ``row`` on, in one column.
+
+    The user ignores rows beyond the last token.
+    """
     value = data.StructLayout({"fp32": 32, "bf16": 16})
     return data.StructLayout({"tag": TAG, "values": data.ArrayLayout(value, array.rows)})
 
 
 class Accelerator(wiring.Component):
-    """A linear at a time.
+    """The accelerator; one linear at a time.
 
     Ports:
         start: begin; shape, site and scale must hold until ``busy`` falls.
+        busy: a linear is in progress.
         shape: N, ceil(K / 16) and the number of activation rows.
-        site, scale: constants as the quantizer and the epilogue take them.
-        sensitivities: stream of 16 codes a block of K, all of them once.
-        biases: stream of N fp32 values once, ``epilogue.NO_BIAS`` where there is none.
+        site, scale: constants in the layouts of the quantizer and the epilogue.
+        sensitivities: stream of 16 codes per block of K, each block once.
+        biases: stream of N fp32 values, each once; ``epilogue.NO_BIAS`` where there is none.
         activations: stream of 16 bf16 values, row by row.
-        flags, words: the weight's image, once for each tile of activation rows.
+        flags, words: the weight's image, once per tile of activation rows.
         results: stream of :func:`results_layout`.
-        counters: of the linear, until the next one starts.
+        counters: of the current or last linear.
         nonfinite: an activation was not finite; falls with ``start``.
     """
 
@@ -90,11 +93,9 @@ class Accelerator(wiring.Component):
         return m
 
     def _quantize(self, m: Module, begin: Value) -> None:
-        """Activations through the quantizer into their banks."""
+        """Pass activations through the quantizer into their banks."""
         array = self.array
-        m.submodules.quantizer = quantizer = ppu.Quantizer(
-            array.rule, array.scales, array.sensitivities
-        )
+        m.submodules.quantizer = quantizer = ppu.Quantizer(array.quantizer)
         m.submodules.sensitivities = table = Table(CODE_BITS * BLOCK, array.groups_max)
         m.submodules.activation_tiles = tiles = ActivationTiles(array)
         m.submodules.activation_banks = self._activations = Banks(
@@ -139,7 +140,10 @@ class Accelerator(wiring.Component):
         ]
 
     def _gate(self, m: Module, outer: Any, inner: Any, expected: Value) -> None:
-        """A stream that flows while items are expected: the next linear's wait until it begins."""
+        """Connect a stream that flows only while items are expected.
+
+        Items of the next linear wait until it begins.
+        """
         m.d.comb += [
             inner.payload.eq(outer.payload),
             inner.valid.eq(outer.valid & expected),
@@ -147,7 +151,7 @@ class Accelerator(wiring.Component):
         ]
 
     def _load_weights(self, m: Module, begin: Value) -> None:
-        """The image through the unpacker into the weight banks."""
+        """Pass the image through the unpacker into the weight banks."""
         m.submodules.unpacker = unpacker = Unpacker()
         m.submodules.weight_tiles = tiles = WeightTiles(self.array)
         m.submodules.weight_banks = self._weights = Banks(
@@ -171,17 +175,35 @@ class Accelerator(wiring.Component):
         ]
 
     def _multiply(self, m: Module, begin: Value) -> SyncFIFOBuffered:
-        """Pairs of blocks through the lanes; totals into a queue, with a flag a row."""
+        """Pass pairs of blocks through the lanes; totals go to a queue, with one flag per row."""
         array, width = self.array, self.array.datapath.total_bits
-        m.submodules.issue = self._issue = issue = Issue(array)
+        m.submodules.issue = self._issue = Issue(array)
         depth = 2 * array.datapath.reuse
-        # Totals that have been started on never wait: their places in the queue are reserved, and
-        # the queue has two more, for it refuses while an item moves from its memory to its output.
+        # A total whose computation has begun never waits: its place in the queue is reserved. The
+        # queue has two more, because it refuses while an item moves from its memory to its output.
         m.submodules.totals = totals = SyncFIFOBuffered(
             width=(array.lanes * width + 1) * array.rows, depth=depth + 2
         )
+        step = self._step(m, begin, depth, totals.r_en & totals.r_rdy)
+        pair, finite = self._pair(m, step)
+        lanes = self._lanes(m, pair)
+        m.d.comb += [
+            totals.w_data.eq(Cat(*(lane.total for lane in lanes), finite)),
+            totals.w_en.eq(lanes[0].done),
+        ]
+        return totals
+
+    def _step(self, m: Module, begin: Value, depth: int, taken: Value) -> Signal:
+        """Whether a pair of blocks is issued: both blocks are there, and room for its total.
+
+        Args:
+            m, begin: the module, and whether a linear begins.
+            depth: places of the queue that may be reserved.
+            taken: an item leaves the queue.
+        """
+        issue = self._issue
         room = Signal(range(depth + 1), init=depth)
-        # The lanes follow the quantizer through the last row of a tile: one token need not wait.
+        # Lanes follow the quantizer through the last row of a tile: a single token need not wait.
         self._quantized = named(
             m,
             "activations_there",
@@ -196,15 +218,13 @@ class Accelerator(wiring.Component):
             & ~issue.done
             & (~issue.last | (room != 0)),
         )
-        m.d.sync += room.eq(room - (step & issue.last) + (totals.r_en & totals.r_rdy))
-        self._room = room
+        m.d.sync += room.eq(room - (step & issue.last) + taken)
         m.d.comb += [
             issue.step.eq(step),
             issue.shape.eq(self.shape),
             issue.start.eq(begin),
             self._activations.read.eq(step),
             self._activations.group.eq(issue.group),
-            self._activations.slot.eq(issue.slot),
             self._activations.slot.eq(issue.slot),
             self._activations.release.eq(issue.activation_release),
             self._activation_tiles.slot.eq(issue.slot),
@@ -213,6 +233,11 @@ class Accelerator(wiring.Component):
             self._weights.group.eq(issue.group),
             self._weights.release.eq(issue.weight_release),
         ]
+        return step
+
+    def _pair(self, m: Module, step: Value) -> tuple[Any, Value]:
+        """Control of the pair that the banks read, and finite flags beside its totals."""
+        array, issue = self.array, self._issue
         pair = Signal(data.StructLayout(_PAIR | {"slot": SIZE_BITS, "finite": array.rows}))
         m.d.sync += [
             pair.valid.eq(step),
@@ -227,7 +252,11 @@ class Accelerator(wiring.Component):
             later = Signal(array.rows, name="finite")
             m.d.sync += later.eq(finite)
             finite = later
-        sums = []
+        return pair, finite
+
+    def _lanes(self, m: Module, pair: Any) -> list[Any]:
+        """The lanes, row by row, at the banks' outputs."""
+        array, lanes = self.array, []
         for row in range(array.rows):
             for column in range(array.lanes):
                 lane = array.datapath.create()
@@ -237,15 +266,11 @@ class Accelerator(wiring.Component):
                     lane.weight.eq(self._weights.blocks[column]),
                     *(getattr(lane, name).eq(pair[name]) for name in (*_PAIR, "slot")),
                 ]
-                sums.append(lane)
-        m.d.comb += [
-            totals.w_data.eq(Cat(*(lane.total for lane in sums), finite)),
-            totals.w_en.eq(sums[0].done),
-        ]
-        return totals
+                lanes.append(lane)
+        return lanes
 
     def _finish(self, m: Module, begin: Value, totals: SyncFIFOBuffered) -> None:
-        """Totals from the queue through the epilogues, an output feature at a time."""
+        """Pass totals from the queue through the epilogues, one output feature at a time."""
         array, width = self.array, self.array.datapath.total_bits
         m.submodules.biases = table = Table(32, array.outputs_max)
         m.submodules.drain = drain = Drain(array)
@@ -302,7 +327,7 @@ class Accelerator(wiring.Component):
             m.d.sync += self.busy.eq(0)
 
     def _count(self, m: Module, begin: Value) -> None:
-        """Cycles by what the lanes did, or waited for."""
+        """Count cycles by what the lanes did or waited for."""
         counters, issue = self.counters, self._issue
         begun = Signal()
         with m.If(begin):

@@ -1,12 +1,12 @@
-"""Element codes to what an exact multiplier wants, and sums of many signed terms.
+"""Element codes to sign, significand and shift for exact products; sums of many signed terms.
 
 A code of either format is ``(-1)**sign * significand * 2**shift`` in units of the format's smallest
 value, with the significand one bit wider than the mantissa:
 
     significand = exponent != 0 ? 2**m + mantissa : mantissa        shift = max(exponent, 1) - 1
 
-which is a reading of the record, subnormals included. The product of two codes multiplies the
-significands, 2 by 2 to 4 by 4 bits, and adds the shifts.
+This holds for subnormals too. The product of two codes multiplies the significands, 2 by 2 to 4 by
+4 bits, and adds the shifts.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ class Decoded:
 
 
 def named(m: Module, name: str, value: Value) -> Signal:
-    """A wire that holds ``value``. Amaranth copies an expression wherever it is used."""
+    """A wire that holds ``value``; Amaranth would copy the expression wherever it is used."""
     wire = Signal(value.shape(), name=name)
     m.d.comb += wire.eq(value)
     return wire
@@ -49,12 +49,12 @@ def decode(m: Module, fmt: Minifloat, code: Value) -> Decoded:
 
 
 def decode_magnitude(m: Module, fmt: Minifloat, code: Value) -> Decoded:
-    """Parts of a code without its sign bit, such as a block scale's."""
+    """Parts of a code without a sign bit, such as that of a block scale."""
     return decode(m, fmt, Cat(code, Const(0, 1)))
 
 
 def shifted(m: Module, value: Value, amount: Value, most: int) -> Value:
-    """``value << amount`` for an amount of at most ``most``, as wide as that needs."""
+    """``value << amount`` without overflow, for an amount of at most ``most``."""
     width = len(value) + most
     for bit in range(most.bit_length()):
         wider = named(m, f"shift_{1 << bit}", Mux(amount[bit], value << (1 << bit), value))
@@ -63,9 +63,10 @@ def shifted(m: Module, value: Value, amount: Value, most: int) -> Value:
 
 
 def multiplied(m: Module, value: Value, factor: Value) -> Value:
-    """``value * factor`` of an unsigned factor, as a tree of adders over its bits.
+    """``value * factor`` for an unsigned factor, as a tree of adders over its bits.
 
-    Left to itself, Yosys makes a carry-save array of a product, which glitches more.
+    Yosys would map a product to a carry-save array, which glitches more (docs/energy.md,
+    section 3).
     """
     width = len(value) + len(factor)
     rows = [named(m, "row", Mux(bit, value, 0)) << i for i, bit in enumerate(factor)]
@@ -78,8 +79,8 @@ def signed_sum(
 ) -> Value:
     """Sum of ``(-1)**sign * magnitude``, signed; ``addition`` as in ``datapath.ADDITIONS``.
 
-    In two's complement a negative term enters as its complement and one; the ones are counted in a
-    term of their own, which costs less than an incrementer for each.
+    In two's complement a negative term enters as its complement plus one. The ones are summed as
+    one more term, which costs less than an incrementer per term.
     """
     pairs = list(zip(magnitudes, signs, strict=True))
     if addition == "apart":
@@ -91,7 +92,7 @@ def signed_sum(
 
 
 def tree(m: Module, terms: Sequence[Value], join: Callable[[Value, Value], Value] = add) -> Value:
-    """All terms joined by a balanced tree: their sum, or what ``join`` makes of two."""
+    """Sum of all terms by a balanced tree; ``join`` replaces addition."""
     while len(terms) > 1:
         sums = [join(a, b) for a, b in zip(terms[::2], terms[1::2], strict=False)]
         terms = [named(m, "partial", s) for s in sums] + list(terms[len(sums) * 2 :])

@@ -1,4 +1,4 @@
-"""One dot-product unit: a pair of blocks in two given formats to what they add to the total.
+"""One dot-product unit: a pair of blocks in two fixed formats to its contribution to the total.
 
     products    16 significand products, shifted             unsigned, exact
     sum         of the signed products                       Unit.sum_max bounds it
@@ -6,8 +6,8 @@
 
 The gain multiplies the sum by the product of the significands of the block scales and of the odd
 part of the constant, then shifts: two small multipliers for a whole block. A pipeline register
-may stand after each step. It loads only when a pair of blocks passes, so that a unit that is not
-selected is still to the last gate.
+may stand after each step. It loads only when a pair of blocks passes, so that no gate of a unit
+toggles while the unit is not selected.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ _SCALE_SHIFT_MAX = (1 << E4M3.exponent_bits) - 2
 
 
 def operand_layout(fmt: Minifloat) -> data.StructLayout:
-    """A block as a unit takes it: codes, and a scale where the format has one."""
+    """A block at a unit's port: codes, and a scale where the format has one."""
     codes = data.ArrayLayout(fmt.bits, BLOCK)
     return data.StructLayout(
         {"codes": codes, "scale": SCALE_BITS} if fmt is E2M1 else {"codes": codes}
@@ -44,13 +44,18 @@ def operand_layout(fmt: Minifloat) -> data.StructLayout:
 
 
 class DotUnit(wiring.Component):
-    """A dot-product unit; a pair of blocks a cycle, ``len(cuts)`` cycles of latency.
+    """A dot-product unit; one pair of blocks per cycle, ``len(cuts)`` cycles of latency.
 
     Ports:
         activation, weight: blocks, held by the caller while ``valid``.
         valid: a pair of blocks is at the ports.
         contribution: two's complement, ``signed_bits(unit.contribution_max)`` bits.
         done: ``contribution`` is that of a pair.
+
+    Args:
+        unit: formats of both sides.
+        cuts: steps that end with a register, some of ``datapath.CUTS``.
+        addition: one of ``datapath.ADDITIONS``.
     """
 
     def __init__(self, unit: Unit, cuts: tuple[str, ...], addition: str) -> None:
@@ -98,7 +103,7 @@ class DotUnit(wiring.Component):
         return m
 
     def _products(self, m: Module) -> list[Decoded]:
-        """Products of the 16 pairs of elements, not yet shifted."""
+        """Products of the 16 pairs of elements, before their shifts."""
         products = []
         for i in range(BLOCK):
             a = decode(m, self.unit.activation, self.activation.codes[i])
@@ -129,5 +134,5 @@ class DotUnit(wiring.Component):
 
 
 def _twos(value: int) -> int:
-    """How often two divides ``value``."""
+    """Number of times that 2 divides ``value``."""
     return (value & -value).bit_length() - 1

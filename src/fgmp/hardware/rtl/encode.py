@@ -2,10 +2,10 @@
 
     |u| = significand * 2**(exponent - 19)       significand: 20 bits, its first bit set, or zero
 
-E4M3 takes the first four bits, fewer below 2**-6, and rounds on the rest. For E2M1, 6 |u| becomes
-a fixed-point number whose last bit says whether anything lies below. It is compared with ``midpoint
-* s`` for the seven midpoints: in units of a quarter of the last bit of s, the right sides are
-integers of at most nine bits, and so the left side needs nine bits and its last.
+E4M3 takes the first four bits, fewer below 2**-6, and rounds by the rest. For E2M1, 6 |u| becomes
+a fixed-point number whose last bit says whether any bit was lost. It is compared with ``midpoint
+* s`` for the seven midpoints. In units of a quarter of the last bit of s, these products are
+integers of at most nine bits, so nine bits of 6 |u| and its last bit decide.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,8 @@ from fgmp.hardware.rtl.floats import Code, rounded
 BF16_BITS, BF16_MANTISSA, BF16_BIAS = 16, 7, 127
 CODE_BITS = E4M3.bits - 1
 EXPONENT_BITS = 9
-"""Of exponents in two's complement: x gives -127 to 128, r -100 to 100, their product one more."""
+"""Width of exponents in two's complement. Those of x are -127 to 128 and those of r -100 to 100;
+that of their product is their sum or one more."""
 
 _SIGNIFICAND_BITS = 1 + BF16_MANTISSA + MULTIPLIER_BITS
 _TOP = _SIGNIFICAND_BITS - 1
@@ -34,17 +35,18 @@ _E4M3 = Code(
 _QUARTERS = [int(4 * mid) for mid in E2M1_MIDPOINTS]
 
 FIXED_BITS = UNIT_BITS + 1
-"""Bits behind the point of 6 |u|: of a quarter of the smallest scale, hence half of a unit."""
+"""Bits after the point of 6 |u|: down to half a unit, a quarter of the smallest scale."""
 
 QUARTERS_BITS = 9
-"""Of 6 |u| in quarters of the last bit of the lowest scale tried. The largest |u| is at most 17 of
-those bits: the scale is that of its code or one code below. And 4 * 6 * 17 < 2**9."""
+"""Width of 6 |u| in quarters of the last bit of the lowest scale tried. The lowest scale is the
+code of the largest |u| or one code below, so |u| is at most 17 of its last bits; 4 * 6 * 17 < 2**9.
+"""
 
 _FIXED_MAX = int(UNIT_MAX) << FIXED_BITS
 
 
 class Product(NamedTuple):
-    """|u| as in the module's text, the sign of x, and whether x was finite."""
+    """|u| in the form above, the sign of x, and whether x is finite."""
 
     significand: Value
     exponent: Value
@@ -55,8 +57,8 @@ class Product(NamedTuple):
 def multiply(m: Module, x: Value, r_significand: Value, r_exponent: Value) -> Product:
     """x * r, exact.
 
-    A subnormal x counts as zero but for its sign: with r up to 2**127 it could reach an FP8 code
-    only beyond the largest multiplier, 2**100.
+    A subnormal x counts as zero but for its sign. It could reach an FP8 code only with a multiplier
+    beyond the largest, 2**100.
     """
     magnitude, mantissa = x[: BF16_BITS - 1], x[:BF16_MANTISSA]
     exponent = x[BF16_MANTISSA : BF16_BITS - 1]
@@ -75,14 +77,14 @@ def multiply(m: Module, x: Value, r_significand: Value, r_exponent: Value) -> Pr
 
 
 def encode_e4m3(m: Module, significand: Value, exponent: Value) -> Value:
-    """The code of |u|, seven bits, to nearest even and saturated."""
+    """The 7-bit code of |u|, rounded to nearest even and saturated."""
     return rounded(m, _E4M3, significand, exponent)
 
 
 def fixed_point(m: Module, significand: Value, exponent: Value) -> Value:
-    """6 |u| in units of half of 2**-10, and below it a bit that says whether anything was lost.
+    """6 |u| in units of half of 2**-10, and below it a bit that says whether any bit was lost.
 
-    What saturates is the largest value that has codes, 2688.
+    Saturates at the largest value that has codes, 2688.
     """
     wide = named(m, "six_u", significand * FP8_FACTOR)
     down = named(m, "down", len(significand) - 1 - FIXED_BITS - exponent)
@@ -95,7 +97,7 @@ def fixed_point(m: Module, significand: Value, exponent: Value) -> Value:
 
 
 def lowered(m: Module, value: Value, amount: Value) -> Value:
-    """``value >> amount``, its last bit set if any bit was lost."""
+    """``value >> amount``, with the last bit set if any bit was lost."""
     for bit in range(len(amount)):
         step = 1 << bit
         lost = value[: step + 1].any() if step < len(value) else value.any()
@@ -105,9 +107,9 @@ def lowered(m: Module, value: Value, amount: Value) -> Value:
 
 
 def midpoints(m: Module, scale: Decoded, below: Value | None = None) -> list[Value]:
-    """The seven right sides of a block, in quarters of the last bit of its scale.
+    """``midpoint * s`` for the seven midpoints, in quarters of the last bit of the scale.
 
-    With ``below``, that bit is set: the scale's shift is one more than that of the unit.
+    Where ``below`` is set, the unit is one bit lower than the scale's last bit.
     """
     bounds = [named(m, "midpoint", scale.significand * quarters) for quarters in _QUARTERS]
     if below is None:
@@ -116,19 +118,19 @@ def midpoints(m: Module, scale: Decoded, below: Value | None = None) -> list[Val
 
 
 def in_quarters(m: Module, fixed: Value, shift: Value) -> Value:
-    """:func:`fixed_point` in quarters of the last bit of a scale of that shift."""
+    """:func:`fixed_point` in quarters of the last bit of a scale with this shift."""
     return named(m, "quarters", lowered(m, fixed, shift)[: 1 + QUARTERS_BITS])
 
 
 def encode_e2m1(m: Module, quarters: Value, *bounds: Value) -> Value:
-    """The code of 6 |u| / s, three bits, by seven compares.
+    """The 3-bit code of 6 |u| / s, by seven compares.
 
     Args:
         m: module.
         quarters: from :func:`in_quarters`.
         bounds: from :func:`midpoints`.
     """
-    # Ties go to the even code: from an odd one upwards, from an even one not.
+    # Ties go to the even code: up from an odd code, down to an even one.
     passed = [
         named(m, "passed", quarters >= Cat(Const(below % 2 == 0, 1), bound))
         for below, bound in enumerate(bounds)

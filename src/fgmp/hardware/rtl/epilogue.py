@@ -1,12 +1,12 @@
-"""From an exact total to the layer's output (docs/numerics.md, section 6).
+"""Exact totals to the layer's outputs (docs/numerics.md, section 6).
 
     y = fl32(fl32(A * 2**-20) * scale)      scale = fl32(t_w * t_x)
     y = fl32(y + bias)                      if there is one
     output = bf16(y)
 
 Each ``fl32`` rounds once, subnormals included, as the software's fp32 does. A layer without bias
-has biases of -0, which change no sum, whereas +0 would turn -0 into 0. The rows of a value that
-was not finite are NaN, 0x7FC00000.
+has biases of -0, which change no sum; +0 would turn -0 into 0. A row with a value that is not
+finite has outputs NaN, 0x7FC00000.
 """
 
 from typing import Any
@@ -29,32 +29,31 @@ from fgmp.hardware.rtl.floats import (
 from fgmp.hardware.rtl.pipeline import Pipeline
 
 LATENCY = 5
-"""Cycles from a total to its output, where nothing stalls."""
+"""Cycles from a total to its output, without stalls."""
 
 SCALE = data.StructLayout({"significand": 1 + FP32.mantissa_bits, "exponent": 10})
-
 
 NO_BIAS = 1 << 31
 """-0 as fp32."""
 
 
 def input_layout(datapath: Datapath, tag_bits: int) -> data.StructLayout:
-    """A total, the bias of its column, whether its row was finite, and what else goes along."""
+    """A total, the bias of its column, whether its row is finite, and a tag for the output."""
     return data.StructLayout(
         {"total": datapath.total_bits, "bias": 32, "finite": 1, "tag": tag_bits}
     )
 
 
 def output_layout(tag_bits: int) -> data.StructLayout:
-    """An output in both widths."""
+    """An output in both widths, with its tag."""
     return data.StructLayout({"fp32": 32, "bf16": 16, "tag": tag_bits})
 
 
 class Epilogue(wiring.Component):
-    """The epilogue; a total a cycle, :data:`LATENCY` cycles.
+    """The epilogue; one total per cycle, :data:`LATENCY` cycles.
 
     Ports:
-        input: stream of totals with their bias, a finite fp32, and whether the row was finite.
+        input: stream of totals with their bias, a finite fp32, and whether the row is finite.
         output: stream of y as fp32 and as bf16.
         scale: significand * 2**(exponent - 23), the significand's first bit set unless it is zero;
             the exponent in two's complement.

@@ -1,9 +1,8 @@
 """Exact values to floats, rounded once: to nearest, ties to even, subnormals included.
 
-A value on its way to a float is a significand whose first bit is set, or zero, and the exponent of
-that bit. :func:`rounded` makes the code of any format from it: E4M3 in the quantizer, fp32 in the
-epilogue and the fp32 accumulator. The rest is what fp32 needs beside that: an integer's leading
-bit, a sum.
+A value before rounding has a significand, which is zero or has its first bit set, and the exponent
+of that bit. :func:`rounded` encodes it in any format: E4M3 in the quantizer, fp32 in the epilogue
+and the fp32 accumulator. The other functions are for fp32: the leading bit of an integer, a sum.
 """
 
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from fgmp.hardware.rtl.decode import named
 
 @dataclass(frozen=True)
 class Code:
-    """A float's code without its sign.
+    """A float format, without the sign.
 
     Attributes:
-        limit: what exceeds this code becomes it: the largest finite value, or infinity.
+        exponent_bits, mantissa_bits, bias: as in IEEE 754.
+        limit: the code that larger values become: the largest finite value, or infinity.
     """
 
     exponent_bits: int
@@ -38,26 +38,26 @@ QUIET_NAN = 0x7FC0_0000
 
 def rounded(m: Module, code: Code, significand: Value, exponent: Value) -> Value:
     """The code of ``significand * 2**(exponent - len(significand) + 1)``."""
-    kept_bits = 1 + code.mantissa_bits
+    significand_bits = 1 + code.mantissa_bits
     missing = named(m, "missing", 1 - code.bias - exponent)
     subnormal = missing > 0
-    # One more than all kept bits is far enough for anything smaller.
-    most = kept_bits + 1
+    # Everything shifted further than one more than the kept bits rounds to zero.
+    most = significand_bits + 1
     far = missing > most
     amount = named(m, "amount", Mux(subnormal, Mux(far, most, missing), 0)[: most.bit_length()])
     moved = named(m, "moved", Cat(Const(0, most), significand) >> amount)
-    place = len(moved) - kept_bits
-    kept, half, rest = moved[place:], moved[place - 1], moved[: place - 1].any()
+    place = len(moved) - significand_bits
+    whole, half, rest = moved[place:], moved[place - 1], moved[: place - 1].any()
     field = named(m, "field", Mux(subnormal, 0, exponent + code.bias)[: code.exponent_bits])
-    up = half & (rest | kept[0])
-    near = named(m, "near", Cat(kept[:-1], field) + up)
+    up = half & (rest | whole[0])
+    near = named(m, "near", Cat(whole[:-1], field) + up)
     largest = (code.limit >> code.mantissa_bits) - code.bias
     limited = Mux((exponent > largest) | (near > code.limit), code.limit, near)
     return named(m, "code", Mux(significand.any(), limited, 0)[: code.bits])
 
 
 def leading(m: Module, value: Value) -> tuple[Value, Value]:
-    """``value`` shifted until its first bit is set, and by how much."""
+    """``value`` shifted left until its first bit is set, and the amount."""
     amount: list[Value] = []
     for bit in reversed(range((len(value) - 1).bit_length())):
         empty = named(m, "empty", ~value[-(1 << bit) :].any())
@@ -87,7 +87,7 @@ def fp32_sum(m: Module, a: Value, b: Value) -> Value:
     swapped = named(m, "swapped", b[: FP32.bits] > a[: FP32.bits])
     large, small = named(m, "large", Mux(swapped, b, a)), named(m, "small", Mux(swapped, a, b))
     (wide, exponent), (narrow, below) = parts(m, large), parts(m, small)
-    # Three more bits hold what rounding needs: half, its neighbour, and whether anything is below.
+    # Rounding needs three more bits: half, the next, and whether any lower bit is set.
     distance = named(m, "distance", exponent - below)
     most = len(narrow) + 3
     amount = named(m, "amount", Mux(distance > most, most, distance)[: most.bit_length()])

@@ -1,7 +1,7 @@
-"""A lane: the four units, the flags that select one, operand registers and running totals.
+"""A lane: dot-product units, flags that select one, operand registers and running totals.
 
-Each unit has operand registers of its own that load only for pairs of blocks in its two formats.
-Between those the unit's inputs hold, so nothing in it toggles; that is the operand gating. A weight
+Each unit has its own operand registers, which load only for pairs of blocks in its two formats.
+Otherwise the unit's inputs hold and nothing in it toggles: this is the operand gating. A weight
 block stays for ``reuse`` activation blocks; a unit's weight register loads with the first of
 them that selects the unit.
 
@@ -26,7 +26,7 @@ from fgmp.hardware.rtl.registers import Operands, Totals
 
 
 def block_layout(datapath: Datapath) -> data.StructLayout:
-    """A block at a port: a code in the low bits of each element, scale and flag where needed."""
+    """A block at a lane's port: codes in the low bits of elements, scale and flag where needed."""
     bits = max(fmt.bits for fmt in datapath.formats)
     members: dict[str, Any] = {"codes": data.ArrayLayout(bits, BLOCK)}
     if E2M1 in datapath.formats:
@@ -37,21 +37,21 @@ def block_layout(datapath: Datapath) -> data.StructLayout:
 
 
 class Lane(wiring.Component):
-    """A dot-product lane; a pair of blocks a cycle whatever their flags.
+    """A dot-product lane; one pair of blocks per cycle, whatever their flags.
 
     Ports:
         activation: a block: 16 codes of 8 bits (an E2M1 code in the low four), the 7-bit code
-            of the scale, the flag. A baseline has only what its format needs.
+            of the scale, the flag. A baseline has only the fields of its format.
         weight: likewise; stays while the block is in use.
-        valid: this cycle brings a pair of blocks.
-        new_weight: with ``valid``, the weight block is another than in the last valid cycle.
-        slot: which total the pair adds to.
+        valid: a pair of blocks is at the ports.
+        new_weight: with ``valid``, the weight block differs from that of the last valid cycle.
+        slot: index of the total that the pair adds to.
         first: the pair begins a dot product.
         last: the pair ends one.
         total: the slot's new total, two's complement, :attr:`Datapath.latency` cycles later.
-        done: ``total`` is that of a pair that was marked ``last``.
+        done: ``total`` belongs to a pair marked ``last``.
 
-    Once elaborated, ``operands`` has the operand registers by the name of their unit.
+    After elaboration, ``operands`` holds the operand registers by the name of their unit.
     """
 
     def __init__(self, datapath: Datapath) -> None:
@@ -98,14 +98,14 @@ class Lane(wiring.Component):
                 dot.weight.eq(operands.weight_held),
                 dot.valid.eq(operands.held),
             ]
-            # At most one unit is done, so that or merges what the others are masked out of.
+            # At most one unit is done; the contributions of the others are masked to zero.
             contribution |= Mux(dot.done, dot.contribution.as_signed(), 0)
             done |= dot.done
         m.d.comb += [totals.contribution.eq(contribution), totals.valid.eq(done)]
         ends: Value = Cat(self.first, self.last)
         slot: Value = self.slot
         for step in reversed(range(self.datapath.latency - 1)):
-            # In front of the last register, the totals' select settles before they need it.
+            # One-hot before the last register, so that the select settles before it is used.
             slot = slot if step else Cat(slot == i for i in range(self.datapath.reuse))
             control = Signal(len(ends) + len(slot), name="control", reset_less=True)
             m.d.sync += control.eq(Cat(ends, slot))
@@ -118,7 +118,7 @@ class Lane(wiring.Component):
         return m
 
     def _selects(self, unit: Unit) -> Value:
-        """Whether the flags at the ports are those of ``unit``."""
+        """Whether the flags at the ports select ``unit``."""
         if len(self.datapath.formats) == 1:
             return Const(1)
         if self.datapath.exchanges(unit):
@@ -129,13 +129,13 @@ class Lane(wiring.Component):
 
 
 def _either(fmt: Minifloat, block: Any, other: Any, exchanged: Value) -> Value:
-    """What one side of a unit reads: ``block``, or ``other`` where the sides are exchanged."""
+    """Input of one side of a unit: ``block``, or ``other`` where the sides are exchanged."""
     usual = _narrowed(fmt, block)
     constant = isinstance(exchanged, Const)
     return usual if constant else Mux(exchanged, _narrowed(fmt, other), usual)
 
 
 def _narrowed(fmt: Minifloat, block: Any) -> Value:
-    """What a unit reads of a block at a port, as :func:`operand_layout` orders it."""
+    """Fields of a block that a unit reads, in the order of :func:`operand_layout`."""
     codes = Cat(block.codes[i][: fmt.bits] for i in range(BLOCK))
     return Cat(codes, block.scale) if fmt is E2M1 else codes

@@ -1,8 +1,8 @@
 """Registers between the steps of a calculation.
 
-A calculation is written step by step as if it were one formula; :meth:`Pipeline.next` begins one.
-A value that a later step reads is carried there by as many registers as that takes, each loading
-only when what is before it is valid.
+A calculation is written step by step as one formula; :meth:`Pipeline.next` begins the next step.
+:meth:`Pipeline.carry` carries a value to later steps, by one register per step. A register loads
+only when its input is valid.
 """
 
 from collections.abc import Sequence
@@ -26,27 +26,27 @@ class Pipeline:
 
     @property
     def step(self) -> int:
-        """How many steps have ended: the latency so far, in cycles."""
+        """Number of completed steps: the latency so far, in cycles."""
         return len(self._valid) - 1
 
     @property
     def valid(self) -> Value:
-        """Whether the values of this step are valid."""
+        """Whether the values of the present step are valid."""
         return self._valid[-1]
 
     def next(self) -> None:
-        """Begin the next step."""
+        """Begin the next step, behind a register."""
         passed = Signal(name=f"valid_{len(self._valid)}")
         with self._m.If(self._advance):
             self._m.d.sync += passed.eq(self.valid)
         self._valid.append(passed)
 
     def carry(self, values: Sequence[Value], name: str) -> "Carried":
-        """Values of this step that later ones will read."""
+        """Make values of the present step readable in later ones."""
         return Carried(self, values, name)
 
     def register(self, step: int, values: Sequence[Value], name: str) -> list[Signal]:
-        """What ``values`` of ``step`` are one step later."""
+        """Register ``values`` of ``step``: the same values one step later."""
         held = [Signal(v.shape(), name=f"{name}_{step + 1}", reset_less=True) for v in values]
         with self._m.If(self._advance & self._valid[step]):
             self._m.d.sync += [h.eq(v) for h, v in zip(held, values, strict=True)]
@@ -54,7 +54,7 @@ class Pipeline:
 
 
 class Carried:
-    """Values that travel with the calculation."""
+    """Values that move with the calculation."""
 
     def __init__(self, pipeline: Pipeline, values: Sequence[Value], name: str) -> None:
         self._pipeline, self._values, self._name = pipeline, list(values), name
@@ -62,7 +62,7 @@ class Carried:
 
     @property
     def now(self) -> list[Value]:
-        """The values in the present step. Steps are asked for in order."""
+        """The values in the present step; must be read in the order of steps."""
         while self._step < self._pipeline.step:
             self._values = list(self._pipeline.register(self._step, self._values, self._name))
             self._step += 1

@@ -1,6 +1,6 @@
-"""A lane's registers: the operands that hold a unit still, and the running totals.
+"""A lane's registers: operands, which keep an idle unit from toggling, and running totals.
 
-Only what says that data are valid is reset; the data themselves are not.
+Valid flags are reset; data registers are not.
 """
 
 from operator import or_
@@ -17,16 +17,16 @@ from fgmp.hardware.rtl.floats import fp32_sum, integer_to_fp32
 
 
 class Operands(wiring.Component):
-    """The operands of one unit; one cycle of latency.
+    """Operand registers of one unit; one cycle of latency.
 
     Ports:
         activation, weight: blocks in the unit's formats.
-        load: take the blocks; the operands change in no other cycle.
+        load: load the blocks; the operands change in no other cycle.
         selected: the blocks are for this unit.
         exchanged: ``weight`` comes from the activation's side and ``activation`` from the weight's.
-        new_weight: from now on the weight's side has another block.
+        new_weight: the weight's side has another block from this cycle on.
         activation_held, weight_held: the registers.
-        held: they hold a pair for this unit since the last cycle.
+        held: the registers loaded a pair for this unit in the last cycle.
     """
 
     def __init__(self, unit: Unit) -> None:
@@ -63,16 +63,16 @@ class Operands(wiring.Component):
 
 
 class Totals(wiring.Component):
-    """The running totals of a lane, exact integers or fp32; one cycle of latency.
+    """Running totals of a lane, exact integers or fp32; one cycle of latency.
 
     Ports:
-        contribution: what to add, two's complement.
-        valid: add it in this cycle,
-        first: to zero instead of what the slot holds,
-        select: in the slot whose bit is set,
-        last: and put the sum out.
+        contribution: the summand, two's complement.
+        valid: add it in this cycle.
+        first: add it to zero instead of the slot's total.
+        select: slot, one-hot.
+        last: put the sum out.
         total: the last sum that was put out.
-        done: it was in the last cycle.
+        done: it was put out in the last cycle.
     """
 
     def __init__(self, datapath: Datapath) -> None:

@@ -1,11 +1,11 @@
 """The order of work: which blocks meet in a cycle, and in which order totals leave.
 
     for each activation tile, for each weight tile:
-        Issue    for each block of K, for each slot         a cycle
-        Drain    for each slot, for each lane               a cycle
+        Issue    for each block of K, for each slot         one cycle
+        Drain    for each slot, for each lane               one cycle
 
-A tile of activation rows has ``reuse`` slots of ``rows`` rows, the last perhaps fewer; a weight
-tile has ``lanes`` rows, the last of a weight perhaps fewer.
+A tile of activation rows has ``reuse`` slots of ``rows`` rows; the last tile may have fewer. A
+weight tile has ``lanes`` rows; the last tile of a weight may have fewer.
 """
 
 from typing import Any
@@ -20,14 +20,14 @@ from fgmp.hardware.rtl.tiles import SHAPE, SIZE_BITS
 
 
 class Issue(wiring.Component):
-    """Counts pairs of blocks as they enter the lanes.
+    """Counter of pairs of blocks that enter the lanes.
 
     Ports:
         step: a pair enters in this cycle.
-        group, slot: which one.
+        group, slot: index of the pair.
         first, last: it begins, or ends, its dot products.
         weight_release, activation_release: with ``step``, it is the tile's last pair.
-        done: all have entered.
+        done: all pairs have entered.
         shape: of the linear.
         start: a linear begins.
     """
@@ -83,15 +83,15 @@ class Issue(wiring.Component):
 
 
 class Drain(wiring.Component):
-    """Counts totals as they leave for the epilogue.
+    """Counter of totals that leave for the epilogue.
 
     Ports:
         step: the totals of one lane and of all rows of a slot leave in this cycle.
-        lane: which lane.
-        row: the first of their rows.
-        column: their output feature.
-        next_column: what ``column`` will be in the next cycle.
-        last: no other lane's totals of this slot follow.
+        lane: index of the lane.
+        row: the first of the totals' rows.
+        column: the totals' output feature.
+        next_column: ``column`` of the next cycle.
+        last: these are the last totals of the slot.
         shape: of the linear.
         start: a linear begins.
     """

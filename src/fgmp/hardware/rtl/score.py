@@ -1,14 +1,14 @@
-"""The score's terms: the difference of a value's two versions, squared and weighted, in few bits.
+"""Terms of the score: the difference of a value's FP4 and FP8 versions, squared and weighted.
 
 In units of 2**-10, with ``sig`` and ``shift`` the parts of a code (``rtl.decode``),
 
     q4 = e2m1_int * sig_s << shift_s            q8 = 12 * e4m3_int = 3 * sig_8 << (2 + shift_8)
 
-Either lies anywhere in 22 bits, but their difference does not. Where the FP4 code is not zero, the
-value is near its scale: no bit of either version lies more than three below the last bit of sig_s.
-Where it is zero, the difference is q8 with its few bits. So ``|q4 - q8| = d << unit`` with a ``d``
-whose width :func:`difference_bounds` finds by walking all scales and codes: 9 bits. The square is
-a 9-bit one, its place and that of the sensitivity a single shift.
+Either version lies anywhere in 22 bits, but their difference does not. Where the FP4 code is not
+zero, the value is near its scale: no bit of either version lies more than three below the last bit
+of sig_s. Where it is zero, the difference is q8, which has few bits. So ``|q4 - q8| = d << unit``,
+where d has 9 bits: :func:`difference_bounds` enumerates all scales and codes. The square has a
+9-bit operand, and one shift places the product with the sensitivity.
 """
 
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from functools import cache
 
 from amaranth.hdl import Module, Mux, Value
 
-from fgmp.formats.activation import SCALES
 from fgmp.formats.codec import E2M1_MIDPOINTS
+from fgmp.formats.rules import SCALES
 from fgmp.formats.spec import E2M1, E4M3, FP8_FACTOR, SCALE_MIN_CODE
 from fgmp.hardware.datapath import FP8_GAIN, integer, integer_max
 from fgmp.hardware.rtl.decode import decode_magnitude, named, shifted
 from fgmp.hardware.rtl.search import weight
 
 _ALIGNED = 3
-"""How far below the last bit of the scale's significand a difference can reach."""
+"""Bits of a difference below the last bit of the scale's significand, at most."""
 
 _FP8_TWOS = (FP8_GAIN & -FP8_GAIN).bit_length() - 1
 _FP8_ODD = FP8_GAIN >> _FP8_TWOS
@@ -36,7 +36,7 @@ TERM_BITS = (integer_max(E4M3) << 2 * 19).bit_length()
 
 @dataclass(frozen=True)
 class DifferenceBounds:
-    """Widths in the difference of a value's two versions, over all scales and codes.
+    """Bounds of the difference of a value's two versions, over all scales and codes.
 
     Attributes:
         magnitude: largest ``d``.
@@ -51,10 +51,10 @@ class DifferenceBounds:
 
 @cache
 def difference_bounds(offsets: tuple[int, ...] = SCALES["max"]) -> DifferenceBounds:
-    """Walk every scale, every FP8 code in its block and every FP4 code that such a value can have.
+    """Bounds by enumeration of every scale, FP8 code and FP4 code that can meet in a block.
 
     Args:
-        offsets: how far the code of a scale may lie above that of the block's largest magnitude.
+        offsets: of the scale's code from that of the block's largest magnitude.
     """
     magnitude = largest = alignment = 0
     for scale in range(SCALE_MIN_CODE, E4M3.max_code + 1):
@@ -75,17 +75,17 @@ def difference_bounds(offsets: tuple[int, ...] = SCALES["max"]) -> DifferenceBou
 
 
 def _shift(code: int) -> int:
-    """The shift of ``rtl.decode``, for a code that Python knows."""
+    """The shift of ``rtl.decode`` for a constant code."""
     return max(code >> E4M3.mantissa_bits, 1) - 1
 
 
 def _fp4_codes(code: int, scale: int) -> range:
-    """FP4 codes of the values that round to ``code``, in a block of this scale."""
+    """FP4 codes, under this scale, of the values that round to the FP8 code ``code``."""
     ends = [E4M3.magnitude(max(code - 1, 0)), E4M3.magnitude(code + 1)]
     low, high = (
         (E4M3.magnitude(code) + end) / 2 * FP8_FACTOR / E4M3.magnitude(scale) for end in ends
     )
-    if code == E4M3.max_code:  # whatever saturates
+    if code == E4M3.max_code:  # values that saturate, too
         high = Fraction(FP8_FACTOR)
     passed = [sum(q > mid for mid in E2M1_MIDPOINTS) for q in (low, high)]
     return range(passed[0], sum(high >= mid for mid in E2M1_MIDPOINTS) + 1)
@@ -94,7 +94,7 @@ def _fp4_codes(code: int, scale: int) -> range:
 def difference(
     m: Module, fp4: Value, fp8: Value, scale: Value, offsets: tuple[int, ...]
 ) -> tuple[Value, Value]:
-    """``d`` and ``unit`` from the codes without their signs, which are the same."""
+    """``d`` and ``unit`` from the codes without their signs, which are equal."""
     bounds = difference_bounds(offsets)
     s = decode_magnitude(m, E4M3, scale)
     near, high = decode_magnitude(m, E2M1, fp4), decode_magnitude(m, E4M3, fp8)
@@ -114,7 +114,7 @@ def difference(
 
 
 def weighted(m: Module, d: Value, unit: Value, sensitivity: Value) -> tuple[Value, Value]:
-    """``g_int * difference**2`` as a value and how far it is to be shifted."""
+    """``g_int * difference**2`` as a value and its shift."""
     g = weight(m, sensitivity)
     square = named(m, "square", d * d)
     value = named(m, "weighted", square * g.significand)
@@ -122,6 +122,6 @@ def weighted(m: Module, d: Value, unit: Value, sensitivity: Value) -> tuple[Valu
 
 
 def placed(m: Module, value: Value, shift: Value) -> Value:
-    """The term itself."""
+    """The term: ``value`` at its place."""
     most = 2 * difference_bounds().unit + (1 << E4M3.exponent_bits) - 2
     return shifted(m, value, shift, most)[:TERM_BITS]

@@ -7,13 +7,13 @@ them contain ``sum g v**2``. Without it, q4 being an integer e of four bits time
     E4(s) - sum g v**2 = sum g q4 (q4 - 2 v) = s * (s * sum g e**2 - 2 * sum e g v)
     sum g v**2 - E8    = sum g q8 (2 v - q8)
 
-The first orders the scales, and both together are S. Of the products, ``g v`` is made once for all
-scales, ``e g v`` chooses among multiples of it, and s is common to a block. Beside these there
-are ``g q8``, of two significands, and its product with ``2 v - q8``. The sum of the squares itself
-needs 65 bits, but only differences are wanted.
+The first orders the scales, and both together are S. The product ``g v`` is computed once for all
+scales; ``e g v`` is one of few multiples of it; s is common to a block. Further products are ``g
+q8``, of two significands, and ``g q8 (2 v - q8)``. The sum of squares would need 65 bits, but only
+differences of such sums are needed.
 
 By the rule ``truncated`` v and q8 are integers of 8 bits, in units of the last bit of the lowest
-scale tried, and the sums are the same in that unit. So is its square the unit of what is left.
+scale tried. The sums are the same, in the square of that unit.
 """
 
 from amaranth.hdl import Const, Module, Mux, Value
@@ -24,21 +24,21 @@ from fgmp.hardware.rtl.decode import Decoded, decode_magnitude, named, shifted
 from fgmp.hardware.rtl.encode import QUARTERS_BITS
 
 SHIFT_MAX = (1 << E4M3.exponent_bits) - 2
-"""Of an E4M3 code: ``rtl.decode``."""
+"""Largest shift of an E4M3 code (``rtl.decode``)."""
 
 _UNSIGNED_SCORE = 60
 """S is below 2**60 in magnitude."""
 
 SCORE_BITS = _UNSIGNED_SCORE + 1
-"""S in two's complement; whatever is added up to it may wrap around."""
+"""Width of S in two's complement; partial sums may wrap around."""
 
 PRODUCT_BITS = SCORE_BITS - (FP8_GAIN & -FP8_GAIN).bit_length() + 1
-"""Terms of ``sum g q8 (2 v - q8)`` over :data:`~fgmp.hardware.datapath.FP8_GAIN`: its twos follow
-the sum."""
+"""Width of the terms of ``sum g q8 (2 v - q8)`` over :data:`~fgmp.hardware.datapath.FP8_GAIN`,
+whose powers of two are applied after the sum."""
 
 
 def candidate(m: Module, nearest: Value, offset: int) -> Value:
-    """The scale code ``nearest + offset``, clamped to those of scales."""
+    """The scale code ``nearest + offset``, clamped to valid codes of scales."""
     if offset < 0:
         low = SCALE_MIN_CODE - offset
         return named(m, "tried", Mux(nearest < low, SCALE_MIN_CODE, nearest + offset)[:7])
@@ -47,7 +47,7 @@ def candidate(m: Module, nearest: Value, offset: int) -> Value:
 
 
 def weight(m: Module, sensitivity: Value) -> Decoded:
-    """Parts of g: of a code of 7 bits, or of the exponent of a power of two, then as g over 8."""
+    """Parts of g from a 7-bit code; or of g / 8 from the exponent bits of a power of two."""
     if len(sensitivity) == E4M3.bits - 1:
         return decode_magnitude(m, E4M3, sensitivity)
     one = named(m, "one", sensitivity.any())
@@ -56,7 +56,7 @@ def weight(m: Module, sensitivity: Value) -> Decoded:
 
 
 def weighted_target(m: Module, fixed: Value, sensitivity: Value) -> Value:
-    """``v`` times the significand of g; v is ``encode.fixed_point`` to nearest even."""
+    """v times the significand of g; v is ``encode.fixed_point`` rounded to nearest even."""
     lost, half, whole = fixed[0], fixed[1], fixed[2:]
     v = named(m, "v", (whole + (half & (lost | whole[0])))[: len(whole)])
     g = weight(m, sensitivity)
@@ -88,14 +88,14 @@ def inner(m: Module, squares: Value, linear: Value, scale: Decoded) -> Value:
 
 
 def outer(m: Module, inner: Value, scale: Decoded, above: Value) -> Value:
-    """``s`` times that, in units of the lowest scale's last bit; ``above`` is the shift of s beyond
-    it, 0 or 1."""
+    """``s * inner`` in units of the lowest scale's last bit, from which s is shifted by ``above``,
+    0 or 1."""
     product = named(m, "product", inner * scale.significand)
     return named(m, "outer", Mux(above, product << 1, product))
 
 
 def fp8_target(m: Module, target: Value, sensitivity: Value, fp8: Value) -> Value:
-    """``2 v - q8`` times the significand of g; not negative, q8 being v to nearest."""
+    """``2 v - q8`` times the significand of g; not negative, because q8 is v to nearest."""
     g, e = weight(m, sensitivity), decode_magnitude(m, E4M3, fp8)
     product = named(m, "product", g.significand * e.significand)
     q8 = shifted(m, named(m, "q8", product * FP8_GAIN), e.shift, e.shift_max)
@@ -103,7 +103,7 @@ def fp8_target(m: Module, target: Value, sensitivity: Value, fp8: Value) -> Valu
 
 
 def fp8_product(m: Module, beyond: Value, fp8: Value) -> Value:
-    """That times the significand of q8."""
+    """:func:`fp8_target` times the significand of q8."""
     return named(m, "product", decode_magnitude(m, E4M3, fp8).significand * beyond)
 
 
@@ -115,28 +115,28 @@ def fp8_term(m: Module, product: Value, fp8: Value, sensitivity: Value) -> Value
 
 
 def short_target(m: Module, quarters: Value) -> Value:
-    """v to nearest by the rule ``truncated``, from ``encode.in_quarters``."""
+    """v by the rule ``truncated``: ``encode.in_quarters`` rounded to nearest."""
     halves = quarters[1:]
     return named(m, "v", (halves + 1)[1:])
 
 
 def short_fp8(m: Module, fp8: Value, lowest: Value) -> Value:
-    """q8 to nearest in the unit of ``2**lowest``, halves away from zero."""
+    """q8 rounded to nearest in units of ``2**lowest``, halves away from zero."""
     e = decode_magnitude(m, E4M3, fp8)
     down = named(m, "down", (lowest + 1 - e.shift)[: E4M3.exponent_bits])
-    # In halves of half the unit: what has a shift above the lowest is the block's largest.
+    # In halves of half the unit: only the block's largest has a shift above the lowest.
     halves = named(m, "halves", (e.significand * (4 * FP8_GAIN)) >> down)
     return named(m, "q8", (halves + 1)[1 : 1 + QUARTERS_BITS])
 
 
 def short_multiples(m: Module, v: Value, sensitivity: Value) -> tuple[Value, Value, Value]:
-    """:func:`multiples` of an unweighted v."""
+    """:func:`multiples` from an unweighted v."""
     target = named(m, "target", weight(m, sensitivity).significand * v)
     return multiples(m, target, sensitivity)
 
 
 def short_beyond(m: Module, v: Value, q8: Value, sensitivity: Value) -> Value:
-    """``2 v - q8`` times the significand of g; -1 times it where v rounds to 0 and q8 to 1."""
+    """``2 v - q8`` times the significand of g; negative where v rounds to 0 and q8 to 1."""
     beyond = named(m, "beyond", (v << 1) - q8)
     return named(m, "weighted", beyond * weight(m, sensitivity).significand)
 

@@ -1,4 +1,4 @@
-"""A table of constants that a stream fills and an address reads."""
+"""A table of constants: a stream fills it, an address reads it."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ from amaranth.lib.wiring import In, Out
 
 
 class Table(wiring.Component):
-    """``depth`` words; a read takes a cycle.
+    """A memory of ``depth`` words; a read takes one cycle.
 
     Ports:
         input: stream of the first ``count`` words, in order.
-        count: how many there are.
-        clear: forget them; a new table comes.
-        address: of the word to read in the next cycle.
-        data: the word that was addressed in the last cycle.
-        loaded: ``data`` is valid: all words are there and were in the last cycle.
+        count: number of words.
+        clear: discard the words; a new table follows.
+        address: the word to read in the next cycle.
+        data: the word addressed in the last cycle.
+        loaded: ``data`` is valid: all words were there in this cycle and the last.
     """
 
     def __init__(self, bits: int, depth: int) -> None:

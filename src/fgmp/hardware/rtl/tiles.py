@@ -1,8 +1,8 @@
-"""Where blocks wait for the lanes: banks of two tiles, and who fills them in the order of arrival.
+"""Buffers of blocks in front of the lanes: banks of two tiles, filled in the order of arrival.
 
 A bank feeds the lanes of one weight row or of one activation row. Each of its two tiles holds
 ``slots`` rows of blocks. While one tile is read the other is filled; while both are full, no
-further block is taken.
+further block is accepted.
 """
 
 from typing import Any
@@ -19,14 +19,14 @@ from fgmp.hardware.rtl.decode import named
 from fgmp.hardware.rtl.lane import block_layout
 
 SIZE_BITS = 20
-"""Of token, output and block counts."""
+"""Width of token, output and block counts."""
 
 SHAPE = data.StructLayout(dict.fromkeys(("outputs", "groups", "tokens"), SIZE_BITS))
 BLOCK = block_layout(Datapath())
 
 
 def place_layout(banks: int, slots: int, groups: int) -> data.StructLayout:
-    """Where in a tile a block lies."""
+    """Place of a block within a tile."""
     return data.StructLayout(
         {"group": ceil_log2(groups), "slot": ceil_log2(slots), "bank": ceil_log2(banks)}
     )
@@ -36,14 +36,14 @@ class Banks(wiring.Component):
     """Memories of blocks, two tiles each.
 
     Ports:
-        write: ``block`` goes to ``place`` of the tile that is being filled,
-        filled: and completes that tile.
-        full: both tiles are; nothing may be written.
-        ready: a tile is there to be read.
+        write: write ``block`` to ``place`` of the tile that is being filled.
+        filled: this write completes the tile.
+        full: both tiles are complete; nothing may be written.
+        ready: a complete tile can be read.
         read: the blocks of ``group`` and ``slot`` appear in the next cycle and stay. Without a
-            complete tile they are those of the one that is being filled.
-        release: this cycle's read was the tile's last.
-        clear: no tile is there.
+            complete tile they are those of the tile that is being filled.
+        release: this cycle's read is the tile's last.
+        clear: discard both tiles.
     """
 
     def __init__(self, banks: int, slots: int, groups: int) -> None:
@@ -91,17 +91,17 @@ class Banks(wiring.Component):
 
 
 class WeightTiles(wiring.Component):
-    """Counts the blocks of an image, row by row, and says where each goes.
+    """Counter of an image's blocks, row by row: the place of each.
 
-    A tile has a row for each bank, the last of a weight perhaps fewer. The image comes once for
-    each tile of activation rows.
+    A tile has one row per bank; the last tile of a weight may have fewer. The image is sent once
+    per tile of activation rows.
 
     Ports:
-        taken: a block comes in this cycle.
-        place: where it goes.
+        taken: a block arrives in this cycle.
+        place: its place.
         filled: it completes a tile.
         restart: it is the image's last.
-        done: the image came as often as needed; no more blocks.
+        done: the image was sent as often as needed; no more blocks.
         shape: of the linear.
         start: a linear begins.
     """
@@ -148,18 +148,19 @@ class WeightTiles(wiring.Component):
 
 
 class ActivationTiles(wiring.Component):
-    """Counts quantized blocks, row by row, and says where each goes.
+    """Counter of quantized blocks, row by row: the place of each.
 
-    Row i of a tile goes to bank ``i % rows`` and slot ``i // rows``; the last tile may have fewer.
+    Row i of a tile is in bank ``i % rows`` and slot ``i // rows``; the last tile may have fewer
+    rows.
 
     Ports:
-        taken: a block comes in this cycle.
-        finite: its values were.
-        place: where it goes.
+        taken: a block arrives in this cycle.
+        finite: all its values are finite.
+        place: its place.
         filled: it completes a tile.
-        open_groups: of the tile that is being filled, so many blocks of every row are there.
-        row_finite: whether the rows of ``slot`` of the tile that is read were finite.
-        slot, release: as they go to the banks.
+        open_groups: number of blocks present in every row of the tile that is being filled.
+        row_finite: whether the rows of ``slot`` of the tile that is read are finite.
+        slot, release: the inputs of the banks.
         shape: of the linear.
         start: a linear begins.
     """

@@ -1,8 +1,7 @@
-"""The streamed image (docs/format.md, section 5) to blocks as a lane takes them, one a cycle.
+"""The streamed image (docs/format.md, section 5) to blocks for the lanes, one block per cycle.
 
-The image comes in two streams, its flags a byte at a time and its blocks in words of 16 bytes, and
-its blocks have 9 or 16 bytes. A buffer of two words gives away the bytes of a block and takes a
-word whenever there is room, both in one cycle.
+The image arrives in two streams: flags, one byte at a time, and blocks of 9 or 16 bytes, in words
+of 16 bytes. In one cycle, a buffer of two words can output the bytes of a block and accept a word.
 """
 
 from typing import Any
@@ -23,15 +22,15 @@ WORDS = data.StructLayout({"data": 8 * WORD_BYTES, "last": 1})
 
 
 class Unpacker(wiring.Component):
-    """Image to blocks; a block a cycle, one cycle after its last byte.
+    """Image to blocks; one block per cycle, one cycle after its last byte.
 
     Ports:
         flags: stream of bytes; bit i of a byte belongs to its block i.
         words: stream of 16 bytes, the first in the low bits.
         output: stream of blocks.
-        restart: the last block has gone; what comes next is the beginning of an image.
+        restart: the last block was taken; a new image begins.
 
-    Either input marks its ``last`` item and is not read beyond it until ``restart``.
+    Both inputs mark their ``last`` item and are not read beyond it until ``restart``.
     """
 
     def __init__(self) -> None:

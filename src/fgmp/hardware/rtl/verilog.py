@@ -1,7 +1,7 @@
-"""Components as Verilog, and the list of their ports.
+"""Components as Verilog, and lists of their ports.
 
-Amaranth writes RTLIL and Yosys turns that into Verilog. Amaranth would look for a Yosys on the
-path; this uses the one that pip installed.
+Amaranth writes RTLIL, and Yosys converts that to Verilog. Amaranth would look for a Yosys on the
+path; this module uses the one that pip installed.
 """
 
 import re
@@ -16,8 +16,8 @@ from fgmp.hardware import yosys
 
 
 def verilog(rtlil: str) -> str:
-    """The Verilog of RTLIL text, that of :func:`rtlil_text`."""
-    # -nomux and -norom keep the processes, which read better than the cells they would become.
+    """Verilog of RTLIL text from :func:`rtlil_text`."""
+    # -nomux and -norom leave processes in place, which are more readable than cells.
     return yosys.run(
         f"read_rtlil <<end_of_rtlil\n{rtlil}\nend_of_rtlil\n"
         "proc -nomux -norom\nmemory_collect\nwrite_verilog -norename\n"
@@ -25,19 +25,19 @@ def verilog(rtlil: str) -> str:
 
 
 def rtlil_text(component: wiring.Component, name: str) -> str:
-    """A component and what it instantiates, as Yosys reads it; ``name`` is its module's."""
+    """RTLIL of a component and its submodules; ``name`` is that of the top module."""
     text: str = rtlil.convert(component, name=name, emit_src=False)
     return _shared(text)
 
 
 def _shared(text: str) -> str:
-    """The same design with one module for all of one content, so that it is mapped once."""
+    """Merge modules of equal content, so that each is mapped once."""
     modules = {_OPENING.search(m)[1]: m for m in text.split("\n" + _MARK)}  # type: ignore[index]
     while True:
         first: dict[str, str] = {}
-        kept = {n: first.setdefault(_OPENING.sub("", m), n) for n, m in modules.items()}
-        modules = {n: _CELL.sub(partial(_renamed, kept), modules[n]) for n in first.values()}
-        if len(modules) == len(kept):
+        names = {n: first.setdefault(_OPENING.sub("", m), n) for n, m in modules.items()}
+        modules = {n: _CELL.sub(partial(_renamed, names), modules[n]) for n in first.values()}
+        if len(modules) == len(names):
             return ("\n" + _MARK).join(modules.values())
 
 
@@ -48,12 +48,12 @@ def _renamed(names: dict[str, str], cell: re.Match[str]) -> str:
 _OPENING = re.compile(r"^module (\S+)$", re.MULTILINE)
 _CELL = re.compile(r"^(  cell )(\S+)(?= )", re.MULTILINE)
 _MARK = 'attribute \\generator "Amaranth"\n'
-"""What Amaranth begins each module with."""
+"""First line of each of Amaranth's modules."""
 
 
 @dataclass(frozen=True)
 class Port:
-    """One port of a module: ``input`` or ``output``, unsigned."""
+    """One port of a module, ``input`` or ``output``, unsigned."""
 
     name: str
     direction: str
@@ -61,12 +61,12 @@ class Port:
 
 
 def ports(component: wiring.Component) -> list[Port]:
-    """Ports in order, the clock and the reset first."""
-    found = [Port("clk", "input", 1), Port("rst", "input", 1)]
+    """Ports in order, clock and reset first."""
+    listed = [Port("clk", "input", 1), Port("rst", "input", 1)]
     for path, member, value in component.signature.flatten(component):
         direction = "input" if member.flow == wiring.In else "output"
-        found.append(Port("__".join(map(str, path)), direction, _bits(value)))
-    return found
+        listed.append(Port("__".join(map(str, path)), direction, _bits(value)))
+    return listed
 
 
 def _bits(value: Any) -> int:

@@ -1,16 +1,18 @@
-"""C++ kernels behind a plain C interface, called by ctypes: neither Python's headers nor
-PyTorch's are needed to compile them, and one library serves every version of both.
+"""C++ kernels behind a plain C interface, called by ctypes.
 
-build      compile the library; needs nothing but Python and a C++ compiler
-library    load it, mirror its records, call it
+Compiling them takes neither Python's headers nor PyTorch's, and one library serves every version of
+both.
 
-abi.h            the records that Python fills in
-block.h          sixteen numbers, and packed blocks to them: one version an instruction set
-quantize.h       activations to FGMP
-gemv.h           few tokens, any instruction set
-gemv_bf16.h      few tokens, AVX-512
-gemm.h           many tokens
-unpack.h         the whole weight
-kernels.cpp      entry points, compiled once an instruction set
-dispatch.cpp     which of them this processor can run
+build            compile the library; takes only Python and a C++ compiler
+library          load the library, mirror its structs, call it
+
+abi.h            structs that Python fills in
+block.h          vectors of 16 numbers and the decoding of packed blocks, per instruction set
+quantize.h       quantization of activations
+gemv.h           linear for few tokens, any instruction set
+gemv_bf16.h      linear for few tokens, AVX-512
+gemm.h           linear for many tokens
+unpack.h         decoding of a whole weight
+kernels.cpp      entry points, compiled once per instruction set
+dispatch.cpp     the widest instruction set that the processor supports
 """

@@ -1,16 +1,16 @@
-// What Python hands over. library.py mirrors these records with ctypes, and the sizes asserted
-// here are checked there too. Sizes count elements; every pointer is to a contiguous array.
+// Structs that Python fills in. library.py mirrors them with ctypes, and a test compares the sizes.
+// Sizes count elements, and every pointer is to a contiguous array.
 #pragma once
 #include <cstdint>
 
 namespace fgmp {
 
 constexpr int64_t kBlock = 16;     // values in a block along K
-constexpr int64_t kHalf = 8;       // bytes of a block in the planes `low` and `overflow`
+constexpr int64_t kHalf = 8;       // bytes per block in the planes `low` and `overflow`
 constexpr uint8_t kFp8Flag = 0x80; // this bit of a scale byte marks an FP8 block
-constexpr float kFp8Factor = 6;    // an FP8 element is worth 6 * e4m3 * t
+constexpr float kFp8Factor = 6;    // an FP8 element decodes to 6 * e4m3 * t
 
-// The planes of a weight (docs/format.md, section 2). kp is k rounded up to whole blocks.
+// Planes of a weight (n, k) (docs/format.md, section 2). kp is k rounded up to whole blocks.
 struct Weight {
   const uint8_t *low;      // (n, kp / 2), null in mode fp8
   const uint8_t *scale;    // (n, kp / 16), null in mode fp8
@@ -23,7 +23,7 @@ struct Weight {
 };
 static_assert(sizeof(Weight) == 64, "library.py mirrors it");
 
-// fp32 or bf16 numbers, row-major.
+// Matrix of fp32 or bf16 numbers, row-major.
 struct Matrix {
   void *data;
   int64_t rows, columns;
@@ -31,7 +31,8 @@ struct Matrix {
 };
 static_assert(sizeof(Matrix) == 32, "library.py mirrors it");
 
-// The record of an activation site (docs/numerics.md, sections 3 to 5).
+// Constants of an activation site (docs/numerics.md, sections 3 to 5). `rule` is a Rule of
+// quantize.h.
 struct Site {
   const uint8_t *sensitivity; // (k), E4M3 codes
   int64_t threshold;
@@ -40,15 +41,15 @@ struct Site {
 };
 static_assert(sizeof(Site) == 24, "library.py mirrors it");
 
-// The caller's thread pool: torch's OpenMP runtime, found by Python, so that no second pool
-// competes with it for the cores. `start` has the signature of GOMP_parallel.
+// Thread pool of the caller: PyTorch's OpenMP runtime, whose functions Python looks up, so that no
+// second pool competes for the cores. `start` has the signature of GOMP_parallel.
 struct Team {
   void (*start)(void (*)(void *), void *, unsigned, unsigned);
   int (*member)();
   int (*size)();
   int64_t threads;
 
-  // Calls body(member, size) on every thread of the team and waits.
+  // Calls body(member, size) on every thread of the team and waits for all of them.
   template <class Body> void run(Body &&body) const {
     if (threads <= 1)
       return body(0, 1);

@@ -1,12 +1,13 @@
-// One block of a packed weight as 16 fp32 numbers, in units of t: the only place that knows how
-// nibbles become values. Three versions of the same two functions, one an instruction set.
+// Decodes one block of a packed weight to 16 fp32 numbers, in units of t. No other file decodes
+// nibbles to fp32. There is one version of these functions per instruction set:
 //
 //   decode_fp4(low, s)         e2m1 * s
-//   decode_fp8(low, overflow)  6 * e4m3, of nibbles `s mmm` and `eeee`
-//   decode_fp8(codes)          6 * e4m3, of bytes
+//   decode_fp8(low, overflow)  6 * e4m3, from nibbles `s mmm` and `eeee`
+//   decode_fp8(codes)          6 * e4m3, from bytes
 //
-// All are exact: at most six significant bits. E4M3 goes through IEEE fp16, whose fields are
-// wider but lie alike: shifted into place, a code is worth 2^-8 of its value, subnormals too.
+// All results are exact: they have at most six significant bits. E4M3 is converted through IEEE
+// fp16, which has wider fields in the same order. Shifted into place, a code is an fp16 number of
+// 2^-8 times its value, also where it is subnormal.
 #pragma once
 #include "abi.h"
 #include <array>
@@ -30,7 +31,7 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
-// Sixteen fp32 numbers: a block. `minimum` and `maximum` return b where a is not a number.
+// F16 is a vector of 16 fp32 numbers, one block. `minimum` and `maximum` return b where a is NaN.
 #if defined(__AVX512F__)
 
 using F16 = __m512;
@@ -143,7 +144,7 @@ inline F16 or_bits(F16 a, F16 b) {
 
 #endif
 
-// Sum of 16 lanes: halves onto each other, in this order on every machine.
+// Sum of 16 lanes by halving, in the same order on every machine.
 inline float sum(F16 v) {
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
@@ -200,7 +201,7 @@ inline float largest(F16 v) {
 
 inline float from_bf16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
 
-// Nearest even; every NaN becomes the quiet one of its sign.
+// Rounds to nearest even; a NaN becomes the quiet NaN of its sign.
 inline uint16_t to_bf16(float value) {
   const uint32_t bits = bits_of(value);
   if ((bits & 0x7fffffff) > 0x7f800000)
@@ -208,7 +209,7 @@ inline uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Sixteen bf16 numbers widened, and numbers of at most eight significant bits narrowed.
+// Load 16 bf16 numbers as fp32, and store fp32 numbers of at most eight significant bits as bf16.
 inline F16 load_bf16(const uint16_t *p) {
 #if defined(__AVX2__)
   const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
@@ -245,7 +246,7 @@ inline void store_bf16(uint16_t *p, F16 v) {
 
 constexpr float kE2M1[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
 
-// E4M3 without its sign: block scales and sensitivities. Code 0x7f, not a number, is in neither.
+// Magnitudes of E4M3 by code, for block scales and sensitivities. Neither contains 0x7f, NaN.
 constexpr auto kE4M3 = [] {
   std::array<float, 128> values{};
   for (int code = 0; code < 128; ++code) {
@@ -261,7 +262,7 @@ inline float decode_e4m3(uint8_t code) { return kE4M3[code & 0x7f]; }
 
 #if defined(__AVX512VBMI__)
 
-// Bits 4j.. of the quadword at p in the low bits of 32-bit lane j.
+// Moves nibble j of the quadword at p to the low bits of 32-bit lane j; other bits remain above it.
 inline __m512i nibbles(const uint8_t *p) {
   const __m512i where = _mm512_set_epi64(0x3c3c3c3c38383838, 0x3434343430303030, 0x2c2c2c2c28282828,
                                          0x2424242420202020, 0x1c1c1c1c18181818, 0x1414141410101010,
@@ -277,16 +278,17 @@ inline F16 decode_fp4(const uint8_t *low, float s) {
   return _mm512_mul_ps(_mm512_permutexvar_ps(nibbles(low), values), _mm512_set1_ps(s));
 }
 
-// fp16 words of 16 elements of an FP8 block, 2^-8 of their value.
+// The 16 elements of an FP8 block as fp16 words of 2^-8 times their value.
 inline __m256i fp16_words(const uint8_t *low, const uint8_t *overflow) {
-  // `s mmm` by its value: s to bit 15, mmm to bits 7 to 9.
+  // Table indexed by `s mmm`: s at bit 15, mmm at bits 7 to 9.
   const __m512i parts = _mm512_set_epi16(
       -0x7c80, -0x7d00, -0x7d80, -0x7e00, -0x7e80, -0x7f00, -0x7f80, -0x8000, 0x380, 0x300, 0x280,
       0x200, 0x180, 0x100, 0x80, 0, -0x7c80, -0x7d00, -0x7d80, -0x7e00, -0x7e80, -0x7f00, -0x7f80,
       -0x8000, 0x380, 0x300, 0x280, 0x200, 0x180, 0x100, 0x80, 0);
   const __m256i low_at = _mm256_set_epi64x(0x3c3c383834343030, 0x2c2c282824242020,
                                            0x1c1c181814141010, 0x0c0c080804040000);
-  // The exponent goes to bits 10 to 13: bits 2 to 5 of the upper byte, hence two places early.
+  // The exponent goes to bits 10 to 13, which are bits 2 to 5 of the upper byte: the upper byte is
+  // taken two bits below the nibble.
   const __m256i high_at = _mm256_set_epi64x(0x3a00360032002e00, 0x2a00260022001e00,
                                             0x1a00160012000e00, 0x0a00060002003e00);
   int64_t a, b;
@@ -313,7 +315,7 @@ inline F16 decode_fp8(const uint8_t *codes) {
 
 #elif defined(__AVX2__)
 
-// 16 nibbles of the eight bytes at p, a byte each, in order.
+// The 16 nibbles of the eight bytes at p, in order, one per byte.
 inline __m128i nibbles(const uint8_t *p) {
   __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
   __m128i both = _mm_unpacklo_epi8(bytes, _mm_srli_epi16(bytes, 4));
@@ -321,7 +323,7 @@ inline __m128i nibbles(const uint8_t *p) {
 }
 
 inline F16 decode_fp4(const uint8_t *low, float s) {
-  // The two bytes of E2M1's values as bf16, the upper half of fp32.
+  // Upper and lower byte of E2M1's values as bf16, which is the upper half of fp32.
   const __m128i upper = _mm_setr_epi8(0x00, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, -0x80, -0x41,
                                       -0x41, -0x41, -0x40, -0x40, -0x40, -0x40);
   const __m128i lower = _mm_setr_epi8(0x00, 0x00, -0x80, -0x40, 0x00, 0x40, -0x80, -0x40, 0x00, 0x00,
@@ -389,11 +391,11 @@ inline F16 decode_fp8(const uint8_t *low, const uint8_t *overflow) {
 
 #endif
 
-constexpr int64_t kLine = 64;      // bytes that a cache fetches at once
-constexpr int64_t kSegment = 1024; // blocks whose FP8 ones are listed at a time
+constexpr int64_t kLine = 64;      // bytes of a cache line
+constexpr int64_t kSegment = 1024; // blocks searched for FP8 blocks at a time
 
-// Positions of the FP8 blocks among `count` scale bytes, at most kSegment, ascending; returns how
-// many. Without a branch: which blocks are FP8 is what a processor cannot predict.
+// Writes the positions of the FP8 blocks among `count` scale bytes, at most kSegment, in ascending
+// order, and returns their number. It has no branch on a flag, which a processor could not predict.
 struct Positions {
   uint16_t at[kSegment + 64];
 };
@@ -429,7 +431,7 @@ inline int64_t flagged(const uint8_t *scale, int64_t count, Positions &positions
   return found;
 }
 
-// FP8 blocks among `count` scale bytes.
+// Number of FP8 blocks among `count` scale bytes.
 inline int64_t count_flags(const uint8_t *scale, int64_t count) {
   int64_t found = 0;
   for (int64_t g = 0; g < count; ++g)
@@ -437,8 +439,8 @@ inline int64_t count_flags(const uint8_t *scale, int64_t count) {
   return found;
 }
 
-// Asks for blocks [begin, end) of row n before they are needed: a tile's rows lie too far apart for
-// the processor to guess the next.
+// Prefetches blocks [begin, end) of row n: the rows of a tile lie too far apart for the hardware
+// prefetcher.
 inline void prefetch_row(const Weight &w, int64_t n, int64_t begin, int64_t end) {
   auto ask = [](const uint8_t *first, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += kLine)
@@ -450,10 +452,11 @@ inline void prefetch_row(const Weight &w, int64_t n, int64_t begin, int64_t end)
   ask(w.scale + n * w.blocks() + begin, end - begin);
 }
 
-// Calls use(g, values) for blocks [begin, end) of row n: all as FP4, where an FP8 block counts as
-// zero because its scale byte does, then the FP8 ones again. So the long loop has no branch. False
-// where the planes contradict each other: `row_ptr` must count the flags of `scale`, or reading
-// `overflow` would leave it.
+// Calls use(g, values) for blocks [begin, end) of row n, for an FP8 block twice. The first pass
+// decodes all blocks as FP4; an FP8 block gives zeros there, since its scale byte decodes to zero.
+// The second pass decodes the FP8 blocks. The long loop thus has no branch. Returns false where the
+// planes contradict each other: where `row_ptr` does not count the flags of `scale`, `overflow`
+// would be read out of bounds.
 template <class Use>
 inline bool decode_row(const Weight &w, int64_t n, int64_t begin, int64_t end, Use &&use) {
   const int64_t blocks = w.blocks();
@@ -480,7 +483,7 @@ inline bool decode_row(const Weight &w, int64_t n, int64_t begin, int64_t end, U
   return end < blocks || !w.row_ptr || next == w.row_ptr[n + 1];
 }
 
-// The part of `count` items that belongs to one member of a team, in multiples of `grain`.
+// Range of `count` items that one member of a team processes, in multiples of `grain`.
 struct Share {
   int64_t begin, end;
 };

@@ -1,8 +1,9 @@
 """Compile the kernels: ``python src/fgmp/kernels/cpu/build.py``, or at install by hatch_build.py.
 
-One object an instruction set, all in one library; which one runs is decided when it runs, so a
-wheel works on processors that its builder never saw. No -march=native, no -ffast-math. Products
-and sums are contracted only where the source says so: quantizers must give the definition's bits.
+The library holds one object per instruction set and is linked once. The object is chosen at run
+time, so a wheel works on other processors than its builder's. There is no -march=native and no
+-ffast-math. Multiply-adds are fused only where the source says so, since quantizers must give the
+definition's bits.
 """
 
 import platform
@@ -18,7 +19,7 @@ LIBRARY = SOURCES / "_kernels.so"
 
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=default"),
-    # Comparisons become masks only where they may not trap; values are those of IEEE either way.
+    # Comparisons become masks only where they may not trap; results are IEEE's either way.
     *("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"),
     *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-unknown-pragmas"),
     # GCC's own headers leave the unused operand of a masked intrinsic undefined.
@@ -34,13 +35,13 @@ _AVX512 = (
 
 
 def instruction_sets(machine: str) -> dict[str, tuple[str, ...]]:
-    """Compiler flags by name of the instruction set, for a machine as Python names it."""
-    wide = {"avx2": _AVX2, "avx512": _AVX512}
-    return {"portable": ()} | (wide if machine in ("x86_64", "AMD64") else {})
+    """Compiler flags by instruction set, for a machine as ``platform.machine()`` names it."""
+    x86 = {"avx2": _AVX2, "avx512": _AVX512}
+    return {"portable": ()} | (x86 if machine in ("x86_64", "AMD64") else {})
 
 
 def compiler() -> str | None:
-    """The first C++ compiler on the path."""
+    """Name of the first C++ compiler on the path; None without one."""
     return next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
 
 
@@ -48,12 +49,15 @@ def build(target: Path = LIBRARY, extra: Sequence[str] = ()) -> Path:
     """Compile and link the library.
 
     Args:
-        target: where it goes; replaced in one step, so that nobody loads half a library.
+        target: path of the library; replaced in one step, so that nobody loads half a library.
         extra: more flags for every step, such as sanitizers.
+
+    Returns:
+        ``target``.
 
     Raises:
         FileNotFoundError: there is no compiler.
-        subprocess.CalledProcessError: it failed; its message is on standard error.
+        subprocess.CalledProcessError: the compiler failed; its message is on standard error.
     """
     cxx = compiler()
     if cxx is None:

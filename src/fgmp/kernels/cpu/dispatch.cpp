@@ -1,9 +1,9 @@
-// Which of the objects in this library the processor at hand can run.
+// Reports the widest instruction set in this library that the processor supports.
 #include <cstdint>
 
 extern "C" {
 
-// 0 portable, 1 AVX2, 2 AVX-512 with what Zen 4 and Sapphire Rapids have of it.
+// 0: portable; 1: AVX2; 2: AVX-512 with the extensions of Zen 4 and Sapphire Rapids.
 int32_t fgmp_instruction_set() {
 #if defined(__x86_64__)
   __builtin_cpu_init();

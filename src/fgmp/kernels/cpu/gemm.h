@@ -1,9 +1,10 @@
-// Many tokens: rows of the weight are decoded to a scratch tile and multiplied from there.
+// Linear for many tokens: rows of the weight are decoded to a scratch tile and multiplied from
+// there.
 //
-// Tokens are the vector lanes. A word is four bytes along K, one fp32 number or two of bf16, so
-// both kinds share everything but the instruction that multiplies and adds. A tile of kTileRows
-// rows by one panel of K is decoded once for up to kChunkTokens tokens and stays in the second
-// cache; the inner loop holds 24 vectors of sums in registers (12 half vectors on AVX2).
+// Tokens are the vector lanes. A word is four bytes along K, one fp32 number or two bf16 numbers,
+// so both types share everything but the instruction that multiplies and adds. A tile is kTileRows
+// rows by one panel of K. It is decoded once for up to kChunkTokens tokens and stays in the L2
+// cache. The inner loop holds 24 vectors of sums in registers (12 half vectors on AVX2).
 //
 // Every output adds its products in the order of K, whatever the number of threads.
 #pragma once
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int64_t kTileRows = 48;
 constexpr int64_t kPanelWords = 512;
-constexpr int64_t kLineWords = kPanelWords + 16; // rows of a tile in different sets of the first cache
+constexpr int64_t kLineWords = kPanelWords + 16; // rows of a tile in different sets of the L1 cache
 constexpr int64_t kRowsAhead = 8;
 constexpr int64_t kChunkTokens = 512;
 constexpr int64_t kLanes = 16;
@@ -57,8 +58,8 @@ struct Bf16 {
 };
 #endif
 
-// Tokens turned: (groups, words, lanes of the group), zero beyond the last token and beyond k. The
-// last group has no more vectors of lanes than it needs.
+// Tokens transposed to (groups, words, lanes of the group), zero beyond the last token and beyond
+// k. The last group has only as many vectors of lanes as it needs.
 template <class Op> class Turned {
 public:
   using Number = typename Op::Number;
@@ -100,7 +101,8 @@ private:
   std::vector<uint32_t> data;
 };
 
-// sums (rows, stride) += weight (rows, kLineWords) times tokens, for a few rows and 16 V tokens.
+// Computes sums (rows, stride) += weight (rows, kLineWords) * tokens, for a few rows and 16 V
+// tokens.
 template <class Op, int V>
 inline void multiply(const uint32_t *weight, const uint32_t *tokens, int64_t words, float *sums,
                      int64_t stride) {
@@ -110,7 +112,7 @@ inline void multiply(const uint32_t *weight, const uint32_t *tokens, int64_t wor
     for (int v = 0; v < V; ++v)
       sum[r][v] = load(sums + r * stride + v * kLanes);
   for (int64_t i = 0; i < words; ++i)
-#pragma GCC unroll 24 // or the sums would not stay in registers
+#pragma GCC unroll 24 // keeps the sums in registers
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v)
         sum[r][v] = Op::muladd(weight + r * kLineWords + i, tokens + (i * V + v) * kLanes, sum[r][v]);

@@ -1,9 +1,9 @@
-// Few tokens: every weight is read once, decoded, and multiplied with all of them.
+// Linear for few tokens: every weight is read once, decoded, and multiplied by all tokens.
 //
-// y[m][n] = sum_k x[m][k] * w[n][k] in units of t, fp32 accumulation. A row belongs to one thread
+// y[m][n] = sum_k x[m][k] * w[n][k] in units of t, accumulated in fp32. One thread computes a row,
 // and its order of additions is fixed, so the result does not depend on the number of threads.
 //
-// This version takes fp32 numbers block by block. The AVX-512 one for bf16 is gemv_bf16.h.
+// This version takes fp32 numbers block by block. gemv_bf16.h is the AVX-512 version for bf16.
 #pragma once
 #include "block.h"
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kFewTokens = 8;
 constexpr int64_t kRowGrain = 16;
 
-// The first row whose planes contradict each other, or -1; many threads report.
+// First row whose planes contradict each other, or -1; any thread may report one.
 class Fault {
 public:
   void report(int64_t row) {
@@ -29,13 +29,13 @@ private:
   std::atomic<int64_t> first{-1};
 };
 
-// The scale of the whole product, the bias, and the output: y = fl32(a * t) + bias.
+// Scales a sum, adds the bias and writes the output: y = fl32(a * t) + bias.
 struct Epilogue {
   Matrix y;
   const float *bias;
   float t;
 
-  // The same for outputs from token m on.
+  // The epilogue for outputs from token m on.
   Epilogue from(int64_t m) const {
     Epilogue rest = *this;
     rest.y.data = static_cast<char *>(y.data) + m * y.columns * (y.is_bf16 ? 2 : 4);
@@ -54,7 +54,7 @@ struct Epilogue {
   }
 };
 
-// Tokens as fp32 (M, kp), zero beyond k.
+// Converts tokens to fp32 (M, kp), zero beyond k.
 inline std::vector<float> widen(const Matrix &x, int64_t kp) {
   std::vector<float> wide(x.rows * kp);
   for (int64_t m = 0; m < x.rows; ++m)
@@ -70,7 +70,7 @@ template <int M>
 void gemv_rows(const Weight &w, const float *x, Share rows, const Epilogue &out, Fault &fault) {
   const int64_t blocks = w.blocks(), kp = blocks * kBlock;
   for (int64_t n = rows.begin; n < rows.end; ++n) {
-    F16 sums[2][M]; // two chains hide the latency of the additions
+    F16 sums[2][M]; // two independent chains hide the latency of additions
     for (int m = 0; m < M; ++m)
       sums[0][m] = sums[1][m] = zero();
     const bool sound = decode_row(w, n, 0, blocks, [&](int64_t g, F16 values) {

@@ -1,33 +1,33 @@
-// Few tokens in bf16 on AVX-512: products by vdpbf16ps, weights at the speed of memory.
+// Linear for few bf16 tokens on AVX-512: vdpbf16ps multiplies, and reading the weight is the limit.
 //
-// A row is read in three passes over one panel of K, whose tokens stay in the nearest cache:
-// where its FP8 blocks are (the sign bits of the scale bytes), all blocks as FP4 without a branch
-// (an FP8 block's scale reads as zero), and the FP8 blocks alone.
+// A row is read in three passes over one panel of K, whose tokens stay in the L1 cache. One pass
+// finds the FP8 blocks, by the sign bits of the scale bytes. One multiplies all blocks as FP4,
+// without a branch: an FP8 block's scale decodes to zero. One multiplies the FP8 blocks.
 //
-//   FP4: 64 bytes hold 8 blocks. As 32 words of four nibbles each, shifted by 0, 4, 8 and 12 bits,
-//        they index a table of bf16 numbers; vdpbf16ps adds four times 32 products onto 16 lanes,
-//        two lanes a block, which then take the block's scale. The tokens are dealt likewise:
-//        nibble c of word i meets element 4 i + c.
-//   FP8: the 16 elements of a block as bf16 words, mantissas by table and exponents by a shift, added
-//        two by two with vdpbf16ps. Subnormal ones have a table of their own.
+//   FP4: 64 bytes hold 8 blocks. They are 32 words of four nibbles. Shifted by 0, 4, 8 and 12 bits,
+//        the words index a table of bf16 numbers. vdpbf16ps adds four times 32 products onto 16
+//        lanes, two lanes per block, which are then multiplied by the block's scale. The tokens are
+//        reordered to match: nibble c of word i is multiplied by element 4 i + c.
+//   FP8: the 16 elements of a block become bf16 words, mantissas by table and exponents by a shift.
+//        vdpbf16ps adds their products in pairs. Subnormal elements have a table of their own.
 //
-// Scales enter as fp16 words and FP8 values likewise at 2^-8 of what they are worth; the end makes
-// it up.
+// Scales as fp16 words, and FP8 values as bf16 words, are 2^-8 times their value; the last step
+// multiplies by 2^8.
 #pragma once
 #include "gemv.h"
 
 #if defined(__AVX512BF16__)
 namespace {
 
-constexpr int64_t kChunk = 128;         // elements of one 64-byte load of the plane `low`
-constexpr int64_t kChunkBlocks = 8;     // their blocks
-constexpr int64_t kPanelNumbers = 4096; // tokens times elements that the first cache holds
-constexpr int64_t kPanelLeast = 2048;   // elements; shorter panels cost more than they spare
+constexpr int64_t kChunk = 128;         // elements in one 64-byte load of the plane `low`
+constexpr int64_t kChunkBlocks = 8;     // blocks in such a load
+constexpr int64_t kPanelNumbers = 4096; // tokens times elements that the L1 cache holds
+constexpr int64_t kPanelLeast = 2048;   // smallest number of elements for which panels save time
 constexpr int64_t kPanelRows = 64;
-constexpr int64_t kFewTokensBf16 = 12; // beyond, decoding once for all is faster
+constexpr int64_t kFewTokensBf16 = 12; // with more tokens, gemm.h is faster: it decodes once for all
 static_assert(kPanelNumbers / kBlock <= kSegment, "positions of a panel are listed at once");
 
-// Some tokens as the two passes want them: dealt for FP4, in order for FP8.
+// Some tokens in the orders of the two passes: reordered ("dealt") for FP4, plain for FP8.
 struct Few {
   const uint16_t *dealt, *plain;
   int64_t kp;
@@ -36,7 +36,7 @@ struct Few {
   const uint16_t *fp8(int64_t m, int64_t block) const { return plain + m * kp + block * kBlock; }
 };
 
-// All tokens so, zero beyond k.
+// All tokens in both orders, zero beyond k.
 class Tokens {
 public:
   Tokens(const Matrix &x, int64_t blocks)
@@ -51,7 +51,7 @@ public:
   Few from(int64_t m) const { return {dealt.data() + m * kp, plain.data() + m * kp, kp}; }
 
 private:
-  // Word 4 i + c of a chunk to place i of its part c.
+  // Moves word 4 i + c of a chunk to position i of its part c.
   void deal(const uint16_t *source, int64_t left, int64_t at) {
     __m512i words[4];
     for (int64_t i = 0; i < 4; ++i) {
@@ -62,7 +62,7 @@ private:
     }
     const __m512i fours = _mm512_set_epi16(124, 120, 116, 112, 108, 104, 100, 96, 92, 88, 84, 80, 76,
                                            72, 68, 64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16,
-                                           12, 8, 4, 0); // of which vpermt2w looks at six bits
+                                           12, 8, 4, 0); // vpermt2w uses the low six bits
     for (int16_t c = 0; c < 4; ++c) {
       const __m512i from = _mm512_add_epi16(fours, _mm512_set1_epi16(c));
       const __m512i low = _mm512_permutex2var_epi16(words[0], from, words[1]);
@@ -77,7 +77,7 @@ private:
 };
 
 inline __m512i bf16_table() {
-  alignas(64) uint16_t table[32]; // twice, since vpermw looks at five bits
+  alignas(64) uint16_t table[32]; // the values twice, since vpermw uses five bits of an index
   for (int i = 0; i < 32; ++i)
     table[i] = to_bf16(kE2M1[i & 15]);
   return _mm512_load_si512(table);
@@ -86,7 +86,7 @@ inline __m512i bf16_table() {
 template <int M> struct Accumulator {
   __m512 fp4[M];
   __m256 even[M], odd[M];
-  int64_t next; // the row's next FP8 block
+  int64_t next; // index of the row's next FP8 block
 
   void clear(int64_t first) {
     for (int m = 0; m < M; ++m) {
@@ -102,7 +102,7 @@ template <int M> struct Accumulator {
   }
 };
 
-// Adds one chunk; `here` masks the blocks of it that exist.
+// Adds one chunk; `here` masks the blocks that exist.
 template <int M>
 inline void add_fp4_chunk(const uint8_t *low, const uint8_t *scale, __mmask8 here, int64_t chunk,
                           const Few &x, __m512i table, Accumulator<M> &sum) {
@@ -125,14 +125,14 @@ inline void add_fp4_chunk(const uint8_t *low, const uint8_t *scale, __mmask8 her
   }
 }
 
-// Adds chunks [begin, end) of one row; `low` and `scale` are the row's.
+// Adds chunks [begin, end) of one row; `low` and `scale` point to the row.
 template <int M>
 inline void add_fp4(const uint8_t *low, const uint8_t *scale, int64_t blocks, int64_t begin,
                     int64_t end, int64_t ahead, const Few &x, __m512i table, Accumulator<M> &sum) {
   const int64_t whole = std::min(end, blocks / kChunkBlocks);
   for (int64_t chunk = begin; chunk < whole; ++chunk) {
     const int64_t g = chunk * kChunkBlocks;
-    // Into the second cache: the first can wait for too few lines to use the memory's bandwidth.
+    // To the L2 cache: L1 has too few outstanding misses to use the memory's bandwidth.
     _mm_prefetch(low + g * kHalf + ahead, _MM_HINT_T1);
     add_fp4_chunk<M>(low + g * kHalf, scale + g, 0xff, chunk, x, table, sum);
   }
@@ -143,7 +143,7 @@ inline void add_fp4(const uint8_t *low, const uint8_t *scale, int64_t blocks, in
   }
 }
 
-// Control bytes of vpmultishiftqb that bring nibble j to bits 7 to 10 of word j.
+// Control bytes of vpmultishiftqb that move nibble j to bits 7 to 10 of word j.
 constexpr auto kExponentAt = [] {
   std::array<int64_t, 4> control{};
   for (int j = 0; j < 16; ++j) {
@@ -153,7 +153,8 @@ constexpr auto kExponentAt = [] {
   return control;
 }();
 
-// Words 2^-8 * 6 * (1 + m / 8) * 2^-7 for exponent 0 and 2^-8 * 6 * (m / 8) * 2^-6 if that is subnormal.
+// Table of 2^-8 * 6 * (1 + m / 8) * 2^-7 for exponent 0, or of 2^-8 * 6 * (m / 8) * 2^-6 if
+// subnormal.
 inline __m512i mantissa_table(bool subnormal) {
   alignas(64) uint16_t table[32];
   for (int i = 0; i < 32; ++i) {
@@ -164,13 +165,15 @@ inline __m512i mantissa_table(bool subnormal) {
   return _mm512_load_si512(table);
 }
 
-// An FP8 block's elements as bf16, 2^-8 * 6 times their value. Normal numbers add their exponent to
-// a table of mantissas; subnormal ones have a table of their own.
+// The elements of an FP8 block as bf16 words of 2^-8 * 6 times their E4M3 value. For normal numbers
+// the exponent is added to an entry of a table of mantissas; subnormal ones have a table of their
+// own.
 inline __m256bh bf16_words(const uint8_t *low, const uint8_t *overflow, __m512i normal,
                            __m512i subnormal) {
   const __m256i low_at = _mm256_set_epi64x(0x3c3c383834343030, 0x2c2c282824242020,
                                            0x1c1c181814141010, 0x0c0c080804040000);
-  // The exponent goes to bits 7 to 10 of a word: byte 0 takes it seven bits early, byte 1 one later.
+  // The exponent goes to bits 7 to 10 of a word: byte 0 is taken seven bits below the nibble, byte
+  // 1 one bit above its start.
   const __m256i high_at = _mm256_set_epi64x(kExponentAt[3], kExponentAt[2], kExponentAt[1],
                                             kExponentAt[0]);
   int64_t a, b;
@@ -193,7 +196,7 @@ inline void add_fp8_block(const uint8_t *low, const uint8_t *overflow, int64_t g
         sum[m], v, (__m256bh)_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x.fp8(m, g))));
 }
 
-// Adds the FP8 blocks at `positions` after block `offset`, alternately to two chains of additions.
+// Adds the FP8 blocks at `offset` + `positions`, alternately to two chains of additions.
 template <int M>
 inline void add_fp8(const uint8_t *low, const uint8_t *overflow, const uint16_t *positions,
                     int64_t count, int64_t offset, const Few &x, __m512i normal,
@@ -208,7 +211,7 @@ inline void add_fp8(const uint8_t *low, const uint8_t *overflow, const uint16_t 
     add_fp8_block<M>(low, overflow + i * kHalf, offset + positions[i], x, normal, subnormal, sum.even);
 }
 
-// M tokens and at most kPanelRows rows.
+// Multiplies M tokens by at most kPanelRows rows.
 template <int M>
 void gemv_bf16_rows(const Weight &w, const Few &x, Share rows, const Epilogue &out, Fault &fault) {
   const int64_t blocks = w.blocks(), chunks = (blocks + kChunkBlocks - 1) / kChunkBlocks;
@@ -252,8 +255,8 @@ void gemv_bf16_rows(const Weight &w, const Few &x, Share rows, const Epilogue &o
   }
 }
 
-// Rows in tiles that the second cache holds, and each tile for four tokens at a time: more would not
-// leave their sums in registers.
+// Multiplies rows in tiles that fit in the L2 cache, by four tokens at a time: the sums of more
+// tokens would not fit in registers.
 inline int64_t gemv_bf16(const Weight &w, const Matrix &x, const Epilogue &out, const Team &team) {
   using Rows = void (*)(const Weight &, const Few &, Share, const Epilogue &, Fault &);
   constexpr int64_t kTogether = 4;

@@ -1,5 +1,5 @@
-// The entry points, compiled once an instruction set: FGMP_ISA is its name and their suffix.
-// Everything else is in anonymous namespaces, so that the linker cannot mix the versions up.
+// Entry points, compiled once per instruction set: FGMP_ISA is its name and the suffix of theirs.
+// Everything else is in anonymous namespaces, so that the linker cannot confuse the versions.
 #include "gemm.h"
 #include "gemv.h"
 #include "gemv_bf16.h"
@@ -32,26 +32,26 @@ int64_t FGMP_NAME(linear)(const fgmp::Weight *w, const fgmp::Matrix *x, const fg
   return gemm<Fp32>(*w, {wide.data(), x->rows, x->columns, 0}, out, *team);
 }
 
-// The weight in units of t, (n, k). Returns as linear does.
+// Decodes the weight to units of t, (n, k). Returns the first row whose planes are corrupt, or -1.
 int64_t FGMP_NAME(unpack)(const fgmp::Weight *w, const fgmp::Matrix *out, const fgmp::Team *team) {
   return unpack(*w, *out, *team);
 }
 
-// Units in bf16 and flags, a byte a block. Returns -1.
+// Writes units in bf16 and flags, one byte per block. Returns -1.
 int64_t FGMP_NAME(fake_quantize)(const fgmp::Matrix *x, const fgmp::Site *site, uint16_t *units,
                               uint8_t *is_fp8, const fgmp::Team *team) {
   fake_quantize(*x, *site, units, is_fp8, *team);
   return -1;
 }
 
-// Codes, a byte an element of whole blocks, and scale bytes. Returns -1.
+// Writes codes, one byte per element of whole blocks, and scale bytes. Returns -1.
 int64_t FGMP_NAME(quantize)(const fgmp::Matrix *x, const fgmp::Site *site, uint8_t *codes,
                          uint8_t *scale, const fgmp::Team *team) {
   quantize(*x, *site, codes, scale, *team);
   return -1;
 }
 
-// S, one number a block. Returns -1.
+// Writes S, one number per block. Returns -1.
 int64_t FGMP_NAME(scores)(const fgmp::Matrix *x, const fgmp::Site *site, int64_t *out,
                        const fgmp::Team *team) {
   scores(*x, *site, out, *team);

@@ -1,8 +1,10 @@
-"""Load the compiled kernels and call them. Tensors must have been checked: see kernels/check.py.
+"""Load the compiled kernels and call them.
 
-Threads are those of PyTorch's own OpenMP runtime, whose entry points are found in this process and
-handed to the kernels: a second pool would fight with it for the cores. Where there is no such
-runtime the kernels run on the caller's thread.
+Arguments must have passed the checks of ``kernels/check.py``; nothing here checks them again.
+
+The kernels run on the threads of PyTorch's own OpenMP runtime, whose entry points Python looks up
+in this process: a second thread pool would compete for the cores. Without such a runtime they run
+on the caller's thread.
 """
 
 import ctypes
@@ -16,15 +18,22 @@ import torch
 from torch import Tensor
 
 from fgmp.formats.activation import Site
+from fgmp.formats.rules import RULES
 from fgmp.formats.spec import BLOCK
 from fgmp.kernels.check import Planes
 from fgmp.kernels.cpu.build import LIBRARY
 
-RULES = {"difference": 0, "benefit": 1}
 SCALES = {"max": 0, "search": 2}
-"""Bits of ``Site.rule`` in abi.h, by the names of formats.activation."""
+"""Bits that ``Site.rule`` (abi.h) has beside a rule's code, by key of ``formats.rules.SCALES``."""
+
+
+def implements(rule: str) -> bool:
+    """Whether the C++ kernels implement a rule."""
+    return rule in RULES and RULES[rule].cpu is not None
+
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+"""Instruction sets, narrowest first."""
 
 
 class _Weight(Structure):
@@ -56,11 +65,11 @@ class _Team(Structure):
 
 
 class Kernels:
-    """The kernels of one instruction set.
+    """Kernels of one instruction set.
 
     Args:
-        path: the library that fgmp.kernels.cpu.build made.
-        instruction_set: one of :data:`INSTRUCTION_SETS` that this processor can run; default
+        path: the library that :func:`fgmp.kernels.cpu.build.build` compiled.
+        instruction_set: one of :data:`INSTRUCTION_SETS` that this processor supports; default:
             the widest.
 
     Raises:
@@ -92,29 +101,39 @@ class Kernels:
     def linear(
         self, units: Tensor, planes: Planes, t: float, bias: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, int]:
-        """Units (M, K), bf16 or fp32, times a packed weight.
+        """Multiply activations by a packed weight.
 
         Args:
-            t: the product of both tensor scales.
+            units: activations in units of t_x, bf16 or fp32 (M, K).
+            planes: of the weight (N, K).
+            t: product of both tensor scales.
             bias: fp32 (N,) or None.
             dtype: of the result, bf16 or fp32.
 
         Returns:
-            (M, N), and the first row whose planes contradict each other, or -1.
+            The output (M, N), and the first row whose planes contradict each other, or -1.
         """
         weight = _weight(planes, units.shape[1])
         y = torch.empty(units.shape[0], weight.n, dtype=dtype)
-        bias_at = None if bias is None else bias.data_ptr()
-        return y, self._linear(weight, _matrix(units), _matrix(y), bias_at, t, _team())
+        bias_address = None if bias is None else bias.data_ptr()
+        return y, self._linear(weight, _matrix(units), _matrix(y), bias_address, t, _team())
 
     def unpack(self, planes: Planes, k: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-        """A packed weight in units of t, bf16 or fp32 (N, K); returns as :meth:`linear` does."""
+        """Decode a packed weight to units of t, bf16 or fp32 (N, K).
+
+        Returns:
+            The decoded weight, and the first row whose planes contradict each other, or -1.
+        """
         weight = _weight(planes, k)
         units = torch.empty(weight.n, k, dtype=dtype)
         return units, self._unpack(weight, _matrix(units), _team())
 
     def quantize(self, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
-        """Tokens (M, K), bf16 or fp32, to codes uint8 (M, G, 16) and scale bytes uint8 (M, G)."""
+        """Quantize tokens (M, K), bf16 or fp32.
+
+        Returns:
+            Codes, uint8 (M, G, 16), and scale bytes, uint8 (M, G), 0x80 in FP8 blocks.
+        """
         m, groups = x.shape[0], _groups(x)
         codes = torch.empty(m, groups, BLOCK, dtype=torch.uint8)
         scale = torch.empty(m, groups, dtype=torch.uint8)
@@ -122,22 +141,26 @@ class Kernels:
         return codes, scale
 
     def fake_quantize(self, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
-        """Tokens (M, K), bf16 or fp32, to units bf16 (M, K) and flags bool (M, G)."""
+        """Quantize tokens (M, K), bf16 or fp32, and decode them.
+
+        Returns:
+            Units, bf16 (M, K), and which blocks are FP8, bool (M, G).
+        """
         units = torch.empty(x.shape, dtype=torch.bfloat16)
         flags = torch.empty(x.shape[0], _groups(x), dtype=torch.bool)
         self._fake_quantize(_matrix(x), _site(site), units.data_ptr(), flags.data_ptr(), _team())
         return units, flags
 
     def scores(self, x: Tensor, site: Site) -> Tensor:
-        """Tokens (M, K), bf16 or fp32, to S, int64 (M, G)."""
-        found = torch.empty(x.shape[0], _groups(x), dtype=torch.int64)
-        self._scores(_matrix(x), _site(site), found.data_ptr(), _team())
-        return found
+        """Integer scores S of the blocks of tokens (M, K), bf16 or fp32: int64 (M, G)."""
+        result = torch.empty(x.shape[0], _groups(x), dtype=torch.int64)
+        self._scores(_matrix(x), _site(site), result.data_ptr(), _team())
+        return result
 
 
 @cache
 def kernels() -> Kernels | None:
-    """The kernels for this processor, or None where none were compiled."""
+    """Kernels of the widest instruction set of this processor; None if none are compiled."""
     try:
         return Kernels()
     except OSError:
@@ -161,8 +184,10 @@ def _matrix(x: Tensor) -> _Matrix:
 
 
 def _site(site: Site) -> _Site:
-    rule = RULES[site.rule] | SCALES[site.scales]
-    return _Site(site.sensitivity.data_ptr(), site.threshold, site.r, rule)
+    code = RULES[site.rule].cpu
+    assert code is not None, f"no C++ for rule {site.rule}"
+    flags = code | SCALES[site.scales]
+    return _Site(site.sensitivity.data_ptr(), site.threshold, site.r, flags)
 
 
 @cache

@@ -1,10 +1,10 @@
-// Activations to FGMP, a block at a time (docs/numerics.md, sections 3 to 5).
+// Quantizes activations block by block (docs/numerics.md, sections 3 to 5).
 //
-// Bit for bit the definition in formats/activation.py, on the sixteen numbers of block.h. The sign
-// of x waits until the end. No multiply-add is contracted.
+// Reproduces the definition in formats/activation.py bit for bit, on the vectors of block.h. It
+// works on magnitudes and puts the sign of x back at the end. No multiply-add is fused.
 //
-// Errors and scores are sums of 16 squares. In fp32 they are good to 2^-19 of themselves, in
-// whatever order; what such an estimate cannot decide, integers do.
+// Errors and scores are sums of 16 squares. An fp32 estimate has a relative error below 2^-19 in
+// any order of additions; where that cannot decide, integers do.
 #pragma once
 #include "block.h"
 #include <algorithm>
@@ -13,20 +13,21 @@
 
 namespace {
 
-enum Rule : int32_t { kDifference = 0, kBenefit = 1, kSearch = 2 }; // kSearch is or-ed onto a rule
+enum Rule : int32_t { kDifference = 0, kBenefit = 1, kSearch = 2 }; // a rule, or a rule | kSearch
 
 constexpr float kScaleMax = 448;
 constexpr int kScaleMaxCode = 0x7e, kScaleMinCode = 0x01;
 constexpr float kUnit = 1024;             // decoded values are multiples of t / kUnit
-constexpr float kUnitMax = 2688;          // the largest of them
+constexpr float kUnitMax = 2688;          // the largest decoded value over t
 constexpr float kSensitivityUnit = 512;   // sensitivities are multiples of 1 / kSensitivityUnit
-constexpr double kEstimateBand = 0x1p-18; // twice what two estimates can be off
-constexpr int kSearchOffsets[4] = {5, 4, 0, -1}; // candidate codes from the largest scale down
-constexpr int64_t kAllFp8 = -1; // every other threshold needs no case of its own: S < 2^60
+constexpr double kEstimateBand = 0x1p-18; // twice the relative error of an estimate
+constexpr int kSearchOffsets[4] = {5, 4, 0, -1}; // candidate scale codes, descending
+constexpr int64_t kAllFp8 = -1; // the only threshold that needs a case of its own, since S < 2^60
 
-// Magnitudes to a minifloat's grid, nearest even, saturating: `smallest` is the least normal number,
-// `fraction` the mantissa's bits. Adding 2^23 steps rounds to steps, by IEEE's own rule; where that
-// overflows, the difference is not a number and the minimum takes `most`.
+// Rounds magnitudes to a minifloat's grid, to nearest even, saturating. `smallest` is the smallest
+// normal number, `fraction` the number of mantissa bits, `most` the largest value. Adding 2^23
+// steps of the grid makes the addition round to a step; where the sum overflows, the difference is
+// NaN and the minimum returns `most`.
 inline F16 round_to(F16 magnitude, float smallest, int fraction, float most) {
   const F16 exponent = and_bits(magnitude, broadcast(float_of(0x7f800000)));
   const F16 power = maximum(exponent, broadcast(smallest));
@@ -37,16 +38,16 @@ inline F16 round_to(F16 magnitude, float smallest, int fraction, float most) {
 inline F16 round_e4m3(F16 magnitude) { return round_to(magnitude, 0x1p-6f, 3, kScaleMax); }
 inline F16 round_e2m1(F16 magnitude) { return round_to(magnitude, 1, 1, 6); }
 
-// The code of a value on E4M3's grid, without sign.
+// E4M3 code of a non-negative value on E4M3's grid.
 inline int code_of(float value) {
   const int normal = static_cast<int>(bits_of(value) >> 20) - (120 << 3);
   return value < 0x1p-6f ? static_cast<int>(value * 512) : normal;
 }
 
-// Magnitudes of a block on its way, in units of t: an element's two versions have the sign of x.
+// Intermediate values of a block, magnitudes in units of t. Both formats have the sign of x.
 struct Block {
   F16 u;      // |x| r, zero where x is not finite
-  F16 target; // 6 u on the grid of 1 / kUnit, which is v
+  F16 target; // v: 6 u rounded to multiples of 1 / kUnit
   F16 fp8, fp4;
   float scale;
   bool finite;
@@ -62,7 +63,7 @@ inline double sum_of_squares(F16 a, F16 b, const Sensitivity &g) {
   return sum(multiply(multiply(d, d), load(g.estimating)));
 }
 
-// The same in integers: d is a multiple of 1 / kUnit, and everything is below 2^60.
+// The same sum in integers: d is a multiple of 1 / kUnit, and the sum is below 2^60.
 inline int64_t exact_sum_of_squares(F16 a, F16 b, const Sensitivity &g) {
   float difference[kBlock];
   store(difference, subtract(a, b));
@@ -74,19 +75,20 @@ inline int64_t exact_sum_of_squares(F16 a, F16 b, const Sensitivity &g) {
   return total;
 }
 
-// E2M1 of the quotient 6 u / s, whose one rounding no tie survives wrongly (docs/numerics.md).
+// Decoded FP4 values for 6 u / s. The quotient is rounded to fp32 before it is rounded to E2M1; no
+// case exists where this changes the code (docs/numerics.md, section 3).
 inline F16 round_fp4(F16 u, float scale) {
   const F16 s = broadcast(scale);
   return multiply(round_e2m1(divide(multiply(u, broadcast(kFp8Factor)), s)), s);
 }
 
-// `a` or `b`, without a branch.
+// Returns `a` if `first`, else `b`, without a branch.
 inline F16 choose(bool first, F16 a, F16 b) {
   const uint32_t mask = 0u - first;
   return or_bits(and_bits(a, broadcast(float_of(mask))), and_bits(b, broadcast(float_of(~mask))));
 }
 
-// The scale of least weighted error among the candidates; the larger of equals.
+// Chooses the candidate scale of least weighted error; ties go to the larger scale.
 inline void search_scale(Block &block, int nearest, const Sensitivity &g) {
   double least = INFINITY;
   int chosen = nearest;
@@ -106,8 +108,8 @@ inline void search_scale(Block &block, int nearest, const Sensitivity &g) {
   block.scale = kE4M3[chosen];
 }
 
-// Whether the block is FP8: S > T. Which it will be is what a processor cannot predict, so the
-// usual way ends in a comparison whose result is used as a number.
+// Whether the block is FP8: S > T. A processor could not predict a branch on that, so in the common
+// case the result of a comparison is used as a number.
 inline bool decide(const Block &block, const Site &site, const Sensitivity &g) {
   const bool benefit = site.rule & kBenefit;
   const F16 other = benefit ? block.target : block.fp8;
@@ -124,7 +126,7 @@ inline bool decide(const Block &block, const Site &site, const Sensitivity &g) {
   return fp8;
 }
 
-// S itself; the largest integer for a block that is not finite.
+// Score S of a block; the largest int64 for a block that is not finite.
 inline int64_t score(const Block &block, const Site &site, const Sensitivity &g) {
   if (!block.finite)
     return INT64_MAX;
@@ -134,7 +136,7 @@ inline int64_t score(const Block &block, const Site &site, const Sensitivity &g)
                                   exact_sum_of_squares(block.fp8, block.target, g));
 }
 
-// Both formats of one block of `x`, bf16 values in fp32.
+// Quantizes one block `x`, bf16 values in fp32, in both formats.
 inline Block quantize_block(F16 x, const Site &site, const Sensitivity &g) {
   Block block;
   F16 magnitude = and_bits(x, broadcast(float_of(0x7fffffff)));
@@ -148,7 +150,7 @@ inline Block quantize_block(F16 x, const Site &site, const Sensitivity &g) {
   }
   block.u = multiply(magnitude, broadcast(site.r));
   block.fp8 = multiply(round_e4m3(block.u), broadcast(kFp8Factor));
-  // Rounding keeps the order: the largest rounded is the rounded largest.
+  // Rounding is monotone: the largest rounded magnitude is the largest magnitude, rounded.
   block.scale = std::max(largest(block.fp8) / kFp8Factor, 0x1p-9f);
   if (site.rule & (kBenefit | kSearch)) {
     const F16 v = multiply(block.u, broadcast(kFp8Factor * kUnit)), whole = broadcast(0x1p23f);
@@ -162,7 +164,7 @@ inline Block quantize_block(F16 x, const Site &site, const Sensitivity &g) {
   return block;
 }
 
-// 16 elements of row m from column `at` as bf16 values in fp32, zero beyond the last column.
+// Reads 16 elements of row m from column `at` as bf16 values in fp32, zero beyond the last column.
 inline F16 read_block(const Matrix &x, int64_t m, int64_t at) {
   const int64_t from = m * x.columns + at, left = x.columns - at;
   uint16_t narrow[kBlock] = {};
@@ -179,7 +181,7 @@ inline F16 read_block(const Matrix &x, int64_t m, int64_t at) {
   return load_bf16(narrow);
 }
 
-// Sensitivities of all blocks of a site, decoded once a call.
+// Decodes the sensitivities of all blocks of a site, once per call.
 inline std::vector<Sensitivity> sensitivities(const Site &site, int64_t k) {
   std::vector<Sensitivity> all((k + kBlock - 1) / kBlock);
   for (int64_t i = 0; i < k; ++i) {
@@ -190,7 +192,8 @@ inline std::vector<Sensitivity> sensitivities(const Site &site, int64_t k) {
   return all;
 }
 
-// Calls use(m, g, x, block, sensitivity) for every block of the tokens x, shared among the team.
+// Calls use(m, g, x, block, sensitivity) for every block of the tokens x, distributed over the
+// team.
 template <class Use>
 void quantize_tokens(const Matrix &x, const Site &site, const Team &team, Use &&use) {
   const std::vector<Sensitivity> weights = sensitivities(site, x.columns);
@@ -208,7 +211,7 @@ void quantize_tokens(const Matrix &x, const Site &site, const Team &team, Use &&
   });
 }
 
-// Decoded values as bf16 (rows, k) and flags (rows, blocks).
+// Writes decoded values as bf16 (rows, k) and flags (rows, blocks).
 inline void fake_quantize(const Matrix &x, const Site &site, uint16_t *units, uint8_t *is_fp8,
                           const Team &team) {
   const int64_t blocks = (x.columns + kBlock - 1) / kBlock;
@@ -230,7 +233,7 @@ inline void fake_quantize(const Matrix &x, const Site &site, uint16_t *units, ui
   });
 }
 
-// Codes (rows, blocks, 16) and scale bytes (rows, blocks), 0x80 where the block is FP8.
+// Writes codes (rows, blocks, 16) and scale bytes (rows, blocks), 0x80 where the block is FP8.
 inline void quantize(const Matrix &x, const Site &site, uint8_t *codes, uint8_t *scale,
                      const Team &team) {
   const int64_t blocks = (x.columns + kBlock - 1) / kBlock;
@@ -257,7 +260,7 @@ inline void quantize(const Matrix &x, const Site &site, uint8_t *codes, uint8_t 
   });
 }
 
-// S of every block (rows, blocks).
+// Writes S of every block (rows, blocks).
 inline void scores(const Matrix &x, const Site &site, int64_t *out, const Team &team) {
   const int64_t blocks = (x.columns + kBlock - 1) / kBlock;
   quantize_tokens(x, site, team, [&](int64_t m, int64_t g, F16, const Block &block,

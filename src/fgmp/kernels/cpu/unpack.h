@@ -1,4 +1,4 @@
-// The whole weight as numbers: what a matrix product of one's own needs, and what tests compare.
+// Decodes a whole weight, for callers with their own matrix product and for tests.
 #pragma once
 #include "gemv.h"
 

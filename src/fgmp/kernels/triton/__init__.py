@@ -1,13 +1,13 @@
-"""The ops of ``kernels.ops`` for CUDA tensors, in Triton.
+"""The operators of ``kernels.ops`` for CUDA tensors, in Triton.
 
-bits      single values and pairs of them: encode, decode; device functions
-planes    tiles of a packed weight: load, count, decode; device functions
-launch    on which device, with which arithmetic
-quantize  activations to codes, or to the values that the codes stand for
+bits      device functions: encode and decode single values and pairs
+planes    device functions: load and decode tiles of a packed weight
+launch    launching a kernel: device and floating-point options
+quantize  activations to codes, or to decoded values
 unpack    a packed weight to a matrix
 linear    the packed linear: one kernel for small batches, unpack and GEMM for large ones
 
-A launch function has the signature of its op and trusts its arguments: the op has checked them.
-Nothing here waits for the GPU. Under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors,
-which is how they are tested where no GPU is.
+A launch function has the signature of its operator and does not check its arguments again. Nothing
+here waits for the GPU. Under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors; tests use
+that where there is no GPU.
 """

@@ -1,19 +1,20 @@
-"""Device functions: E2M1, E4M3 and bf16, encoded and decoded.
+"""Device functions that encode and decode E2M1, E4M3 and bf16.
 
-Integers do the work, and fp32 operations whose result is exact or rounded once by IEEE. No cast
-to or from an 8- or 16-bit float appears: Triton's interpreter truncates fp32 to bf16, rounds
-fp32 to fp8 wrongly and loses subnormals, and a kernel that needed those casts could not be
-tested without a GPU. Division is absent too, since ``/`` on a GPU is not IEEE's.
+They use integers, and fp32 operations whose result is exact or rounded once by IEEE. There is no
+cast to or from an 8- or 16-bit float: Triton's interpreter truncates fp32 to bf16, rounds fp32 to
+fp8 wrongly and loses subnormals, so a kernel with such casts could not be tested without a GPU.
+There is no division either, since ``/`` on a GPU is not IEEE's.
 
-Two forms of a value occur. An *integer* is in units of 2**-9 for E4M3 and 2**-1 for E2M1, their
-smallest magnitudes. A *lane* is one half of an int32, so that one operation decodes two weights:
+A code is decoded to one of two forms. Its *integer* is its value as a multiple of the format's
+smallest magnitude, 2**-9 for E4M3 and 2**-1 for E2M1. Its *pattern* is a bf16 number. Codes and
+patterns are stored in *lanes*, the two halves of an int32, so that one operation decodes two:
 
     codes       lane = ... s ee m, ... s mmm or ... s eeee mmm, with other bits above
     patterns    lane = bf16 with the code's exponent and mantissa in place, bias uncorrected
 
-An exponent field of zero means subnormal in bf16 as in E2M1 and E4M3, so an uncorrected pattern
-is the value times a power of two, for every code and without a case distinction: 2**-126 for
-E2M1, 2**-120 for E4M3. Whoever multiplies by the block's scale multiplies by the reciprocal too.
+An exponent field of zero means subnormal in bf16 as in E2M1 and E4M3. An uncorrected pattern is
+therefore the value times a power of two for every code: 2**-126 for E2M1, 2**-120 for E4M3. The
+multiplication by the block's scale corrects it.
 """
 
 import torch
@@ -45,7 +46,7 @@ _ONE_IS_LAST_BIT = tl.constexpr(2.0**_FP32_MANTISSA)
 _BITS_OF_ONE_IS_LAST_BIT = tl.constexpr(_FP32_MANTISSA + _BIAS << _FP32_MANTISSA)
 
 _M0, _M1, _M2, _M3, _M4, _M5, _M6 = (tl.constexpr(m) for m in E2M1_MIDPOINTS)
-# Eight nibbles in an int32 that happens to be negative: 0xC8643210.
+# Twice the magnitudes of E2M1, eight nibbles: 0xC8643210, which is negative as an int32.
 _HALVES = tl.constexpr(
     sum(int(2 * m) << 4 * code for code, m in enumerate(E2M1.magnitudes)) - (1 << 32)
 )
@@ -69,18 +70,18 @@ _PLACE_EXPONENT = tl.constexpr(1 << _BF16_MANTISSA)
 UNIT_LIFT = tl.constexpr(2.0**16)
 _E2M1_MULTIPLIER = tl.constexpr(2.0 ** (_BIAS - E2M1.bias - 16))
 _E4M3_MULTIPLIER = tl.constexpr(FP8_FACTOR * 2.0 ** (_BIAS - E4M3.bias - 16))
-"""A pattern times its block's multiplier is the decoded value over UNIT_LIFT. With the whole of
-2**126 a multiplier would leave bf16 where its scale is large."""
+"""A pattern times its block's multiplier is the decoded value over UNIT_LIFT. A multiplier with the
+whole of 2**126 would overflow bf16 for large scales."""
 
 VALUES = tl.constexpr(BLOCK)
 NIBBLE_WORDS = tl.constexpr(BLOCK // 8)
 BYTE_WORDS = tl.constexpr(BLOCK // 4)
-"""Values in a block, and words where a value is a nibble or a byte."""
+"""Per block: values, 32-bit words of nibbles, and 32-bit words of bytes."""
 
 
 @triton.jit
 def bf16_bits(x):
-    """fp32 to bf16 bits in an int32: to nearest even; NaN to 0x7FC0."""
+    """Round fp32 to bf16, to nearest even, NaN to 0x7FC0; the bits in an int32."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where(x != x, 0x7FC0, rounded & 0xFFFF)
@@ -88,12 +89,12 @@ def bf16_bits(x):
 
 @triton.jit
 def from_bf16_bits(bits):
-    """bf16 bits in an int32, whatever its high half, to fp32."""
+    """Convert bf16 bits in the low half of an int32 to fp32; the high half is ignored."""
     return (bits << 16).to(tl.float32, bitcast=True)
 
 
 def as_loaded(x: Tensor) -> Tensor:
-    """What :func:`load_rounded` takes for ``x``: bf16 as its bits, float64 rounded to that."""
+    """View of ``x`` for :func:`load_rounded`: bf16 as its bits, float64 rounded to bf16 first."""
     if x.dtype == torch.float64:
         x = x.to(torch.bfloat16)
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
@@ -101,7 +102,7 @@ def as_loaded(x: Tensor) -> Tensor:
 
 @triton.jit
 def load_rounded(pointers, mask):
-    """Floats of any type, rounded to bf16, as fp32; zeros where masked."""
+    """Load floats of any dtype, rounded to bf16, as fp32; zeros where masked."""
     x = tl.load(pointers, mask=mask, other=0)
     if x.dtype == tl.int16:
         return from_bf16_bits(x.to(tl.int32))
@@ -110,13 +111,13 @@ def load_rounded(pointers, mask):
 
 
 def as_stored(x: Tensor) -> Tensor:
-    """What :func:`store_float` takes for ``x``: bf16 as its bits."""
+    """View of ``x`` for :func:`store_float`: bf16 as its bits."""
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
 
 
 @triton.jit
 def store_exact(pointers, x, mask):
-    """fp32 values that the pointers' type holds exactly."""
+    """Store fp32 values that the pointers' dtype represents exactly."""
     if pointers.dtype.element_ty == tl.int16:
         tl.store(pointers, (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16), mask=mask)
     else:
@@ -125,7 +126,7 @@ def store_exact(pointers, x, mask):
 
 @triton.jit
 def store_float(pointers, x, mask):
-    """fp32 to floats of the pointers' type, rounded once to nearest even."""
+    """Store fp32 values in the pointers' dtype, rounded once to nearest even."""
     if pointers.dtype.element_ty == tl.int16:
         tl.store(pointers, bf16_bits(x).to(tl.int16), mask=mask)
     else:
@@ -134,16 +135,17 @@ def store_float(pointers, x, mask):
 
 @triton.jit
 def round_to_integer(x):
-    """fp32 from 0 to 2**22 to the nearest int32, ties to even: the adder rounds."""
+    """Round fp32 from 0 to 2**22 to the nearest int32, ties to even, by an fp32 addition."""
     return (x + _ONE_IS_LAST_BIT).to(tl.int32, bitcast=True) - _BITS_OF_ONE_IS_LAST_BIT
 
 
 @triton.jit
 def encode_e4m3(magnitude):
-    """Non-negative fp32 to (E4M3 code, its integer), int32: to nearest even, saturating.
+    """Encode non-negative fp32 as (E4M3 code, its integer), int32: to nearest even, saturating.
 
-    Adding a power of two whose last bit is the code's last bit makes the adder round: what it
-    adds to that power's own bits counts the steps, 0 to 8 in the subnormal octave, 8 to 16 above.
+    The addition of a power of two whose last bit is the code's last bit rounds to the code's grid.
+    The bits of the sum, less those of that power, count the steps of the grid: 0 to 8 in the
+    subnormal octave, 8 to 16 above.
     """
     clamped = tl.minimum(magnitude, _E4M3_MAX)
     octave = tl.maximum(clamped.to(tl.int32, bitcast=True) & _EXPONENT_FIELD, _LOWEST_OCTAVE)
@@ -156,7 +158,7 @@ def encode_e4m3(magnitude):
 
 @triton.jit
 def e4m3_integer(code):
-    """E4M3 code without sign, int32, to its integer."""
+    """Integer of an E4M3 code without its sign bit, int32."""
     exponent = code >> _MANTISSA_BITS
     mantissa = code & _MANTISSA
     return tl.where(exponent > 0, mantissa | _IMPLICIT, mantissa) << tl.maximum(exponent - 1, 0)
@@ -164,16 +166,17 @@ def e4m3_integer(code):
 
 @triton.jit
 def e4m3_value(code):
-    """E4M3 code without sign, int32, to fp32: in place, then the bias corrected."""
+    """Value of an E4M3 code without its sign bit, int32, in fp32."""
     return (code << _TO_FP32).to(tl.float32, bitcast=True) * _E4M3_BIAS
 
 
 @triton.jit
 def encode_e2m1(magnitude, scale):
-    """The E2M1 code, int32, of the exact quotient of two non-negative fp32 values.
+    """Encode the exact quotient of two non-negative fp32 values as an E2M1 code, int32.
 
-    Three compares with midpoint * scale, which is exact, find the code by bisection. Ties go to
-    the even code: all midpoints of a level lie above an odd code, or all above an even one.
+    Three comparisons with midpoint * scale, which is exact, find the code by bisection. Ties go to
+    the even code: at each level of the bisection, either all midpoints lie above an odd code or
+    all above an even one.
     """
     high = magnitude >= scale * _M3
     middle = magnitude >= tl.where(high, scale * _M5, scale * _M1)
@@ -185,13 +188,13 @@ def encode_e2m1(magnitude, scale):
 
 @triton.jit
 def e2m1_integer(code):
-    """E2M1 code without sign, int32, to its integer: a table of eight nibbles."""
+    """Integer of an E2M1 code without its sign bit, int32, from a table of eight nibbles."""
     return (tl.full([], _HALVES, tl.int32) >> (code << 2)) & 0xF
 
 
 @triton.jit
 def multipliers(scale):
-    """Scale bytes, int32, to the multipliers of patterns, fp32 and exact in bf16."""
+    """Multipliers of a block's patterns for its scale byte, int32; fp32, exact in bf16."""
     fp4 = e4m3_value(scale & _E4M3_CODE) * _E2M1_MULTIPLIER
     return tl.where(scale == _FP8_BLOCK, _E4M3_MULTIPLIER, fp4)
 
@@ -204,10 +207,10 @@ def is_fp8_block(scale):
 
 @triton.jit
 def nibble_lanes(words):
-    """Words of 8 nibbles (...) to lanes (..., 2, 2), the last axis for the larger step.
+    """Spread words of 8 nibbles (...) over lanes (..., 2, 2).
 
-    Word j0, j1 has nibble 2 j1 + j0 at the bottom of its low lane and the fourth from there at
-    the bottom of its high lane; whatever is above them stays and must be masked.
+    The word at [j0, j1] has nibble 2 j1 + j0 at the bottom of its low lane, and the fourth nibble
+    after it at the bottom of its high lane. The bits above a nibble must be masked.
     """
     shifted = tl.join(words, words >> 4)
     return tl.join(shifted, shifted >> 8)
@@ -215,25 +218,31 @@ def nibble_lanes(words):
 
 @triton.jit
 def byte_lanes(words):
-    """Words of 4 bytes (...) to lanes (..., 2), byte j and byte j + 2; to be masked as above."""
+    """Spread words of 4 bytes (...) over lanes (..., 2), byte j and byte j + 2; to be masked."""
     return tl.join(words, words >> 8)
 
 
 @triton.jit
 def e2m1_patterns(low):
-    """Lanes of E2M1 codes to patterns."""
+    """Patterns of lanes of E2M1 codes."""
     return (low & _NIBBLE_SIGNS) * _SIGN_OF_NIBBLE + (low & _NIBBLE_MAGNITUDES) * _PLACE_E2M1
 
 
 @triton.jit
 def e4m3_patterns(codes):
-    """Lanes of E4M3 codes to patterns."""
+    """Patterns of lanes of E4M3 codes."""
     return (codes & _BYTE_SIGNS) * _SIGN_OF_BYTE + (codes & _BYTE_MAGNITUDES) * _PLACE_E4M3
 
 
 @triton.jit
 def mixed_patterns(low, overflow, place):
-    """Lanes of both planes to patterns; ``overflow`` is 0 and ``place`` another in FP4 blocks."""
+    """Patterns of lanes of the planes low and overflow, in FP4 and FP8 blocks.
+
+    Args:
+        low: lanes of the low plane.
+        overflow: lanes of the overflow plane, 0 in FP4 blocks.
+        place: of the block's format, from :func:`places`.
+    """
     signs = (low & _NIBBLE_SIGNS) * _SIGN_OF_NIBBLE
     magnitudes = (low & _NIBBLE_MAGNITUDES) * place
     return signs + magnitudes + (overflow & _NIBBLES) * _PLACE_EXPONENT
@@ -241,12 +250,12 @@ def mixed_patterns(low, overflow, place):
 
 @triton.jit
 def places(scale):
-    """Scale bytes, int32, to what moves a nibble's magnitude bits where a pattern has them."""
+    """Factors that shift a nibble's magnitude bits to their place in a pattern, by scale byte."""
     return tl.where(scale == _FP8_BLOCK, _PLACE_E4M3, _PLACE_E2M1)
 
 
 @triton.jit
 def halves(pairs):
-    """Two lanes of bf16 bits to the low and the high value, fp32."""
+    """Low and high value, fp32, of two lanes of bf16 bits."""
     low = (pairs << 16).to(tl.float32, bitcast=True)
     return low, (pairs & _HIGH_LANE).to(tl.float32, bitcast=True)

@@ -1,16 +1,16 @@
 """The packed linear (docs/numerics.md, section 6): y = fl32(acc * fl32(t_w t_x)) + bias.
 
-Up to 16 rows of activations, one kernel reads the planes once and multiplies in the tensor core.
-It is bound by their bytes only if a weight takes few instructions, so two are decoded and scaled
-at a time. A program owns some rows of the weight over all of K; its warps each take a part of
-every tile, and what they have is added in a fixed order. K is not split between programs, there
-are no atomics and no autotuner: a sum has one order, and its last bit depends on nothing else.
+For up to 16 rows of activations, one kernel reads the planes once and multiplies in the tensor
+core. Its time is that of reading them only if decoding takes few instructions per weight, so
+weights are decoded and scaled in pairs. A program computes some rows of the weight over all of K.
+Each of its warps takes a part of every tile; their sums are added in a fixed order. K is not split
+between programs, and there are no atomics and no autotuner, so the order of additions is fixed.
 
-Beyond, arithmetic is the limit: rows are unpacked to a bf16 scratch and multiplied by cuBLAS, in
-slices of the weight that leave scratch and product in a cache of 50 MB.
+For larger batches arithmetic is the limit. Rows are unpacked to a bf16 scratch and multiplied by
+cuBLAS, in slices of the weight whose scratch and product fit in a cache of 50 MB.
 
-fp32 activations are split into three bf16 terms whose sum they are, three rows instead of one:
-every product is exact then too, and TF32 cannot happen.
+fp32 activations are split into three bf16 terms with the same sum, three rows instead of one. Every
+product is then exact too, and TF32 is never used.
 """
 
 from itertools import pairwise
@@ -25,20 +25,21 @@ from fgmp.kernels.triton.launch import launch
 from fgmp.kernels.triton.unpack import unpack_rows
 
 DECODE_ROWS = 16
-"""Largest batch, in bf16 terms, of the kernel that reads planes."""
+"""Largest batch, in rows of bf16 terms, for the kernel that reads planes."""
 
 SLICE = 4096
-"""Rows of a weight that the other path unpacks at a time: 32 MB of bf16 at K = 4096."""
+"""Rows of a weight that larger batches unpack at a time: 32 MB of bf16 at K = 4096."""
 
 _FINISH = 1024
 _INTERPRETED = triton.knobs.runtime.interpret
 
 
 def _tile(n: int, batch: int) -> dict[str, int]:
-    """Tile of the decode kernel: ROWS by GROUPS blocks, BATCH columns, K in PARTS by its warps.
+    """Tile of the decode kernel: ROWS by GROUPS blocks, BATCH columns, K split over PARTS warps.
 
-    Wide tiles cost fewer instructions a weight, narrow ones make more programs: 256 of a weight of
-    4096 rows, for the 132 processors of an H200. ``benchmarks/gpu_compiled.py`` counts both.
+    Wide tiles take fewer instructions per weight; narrow ones give more programs: 256 for a weight
+    of 4096 rows, for the 132 multiprocessors of an H200. ``benchmarks/gpu_compiled.py`` counts
+    both.
     """
     rows, groups = (16, 32) if n < 8192 else (32, 16)
     columns = 8 if batch <= 8 else 16
@@ -54,12 +55,12 @@ def _operand(
     VALUES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Weights over UNIT_LIFT, (PARTS, ROWS, VALUES), blocks in the order of lanes.
+    """Weights over UNIT_LIFT, (PARTS, ROWS, VALUES), values of a block in the order of lanes.
 
-    Both factors and the product are exact in bf16. Both halves of a word are multiplied at once
-    (a sum with -0, for sm_80 has no such product); Triton's own bf16 product takes them apart and
-    together again, an instruction a weight more. The interpreter knows neither, and its dot
-    multiplies the raw bits of bf16: it gets the same values as fp32.
+    Both factors and the product are exact in bf16. One instruction multiplies both halves of a
+    word: a fused multiply-add with -0, since sm_80 has no packed product. Triton's own bf16 product
+    unpacks and packs the halves, one instruction more per weight. The interpreter supports neither
+    inline assembly nor a bf16 dot (it multiplies the raw bits), so it gets the same values in fp32.
     """
     multipliers = bits.multipliers(scale)[:, :, None, None, None]
     if INTERPRETED:
@@ -83,11 +84,11 @@ def _operand(
 
 
 @triton.jit
-def _finish(total, t_x_ptr, t_w_ptr, bias_ptr, column, here, HAS_BIAS: tl.constexpr):
-    """fl32(total * fl32(t_w t_x)) + bias."""
+def _finish(total, t_x_ptr, t_w_ptr, bias_ptr, column, valid, HAS_BIAS: tl.constexpr):
+    """Scale sums and add the bias: fl32(total * fl32(t_w t_x)) + bias."""
     y = total * (tl.load(t_w_ptr) * tl.load(t_x_ptr))
     if HAS_BIAS:
-        y += tl.load(bias_ptr + column, mask=here, other=0).to(tl.float32)
+        y += tl.load(bias_ptr + column, mask=valid, other=0).to(tl.float32)
     return y
 
 
@@ -120,7 +121,7 @@ def _decode_kernel(
     item = tl.arange(0, BATCH)
     before = planes.first_positions(row_ptr, row, n, MODE)
     total = tl.zeros((PARTS, ROWS, BATCH), tl.float32)
-    # Loads run ahead: scales by two tiles, since they say where overflow is, planes by one.
+    # Loads run ahead: planes by one tile, scales by two, since they give positions in overflow.
     scale = planes.load_scale(scale_ptr, row, n, 0, groups, MODE, ROWS, GROUPS)
     words = planes.load_words(words_ptr, row, n, 0, groups, MODE, ROWS, GROUPS)
     over, before = planes.load_overflow(overflow_ptr, scale, before, fp8_blocks, MODE, ROWS, GROUPS)
@@ -135,8 +136,8 @@ def _decode_kernel(
             scale_ptr, row, n, ahead + GROUPS, groups, MODE, ROWS, GROUPS
         )
         column = first * bits.VALUES + tl.arange(0, GROUPS * bits.VALUES)
-        x_here = (item < batch)[:, None] & (column < k)[None, :]
-        x = tl.load(x_ptr + item[:, None] * k + column[None, :], x_here, other=0)
+        x_valid = (item < batch)[:, None] & (column < k)[None, :]
+        x = tl.load(x_ptr + item[:, None] * k + column[None, :], x_valid, other=0)
         patterns = planes.patterns(words, over, scale, MODE, ROWS, GROUPS)
         weights = _operand(patterns, scale, PARTS, ROWS, GROUPS * bits.VALUES // PARTS, INTERPRETED)
         words, over, scale, next_scale = next_words, next_over, next_scale, last_scale
@@ -145,10 +146,10 @@ def _decode_kernel(
         x = tl.permute(tl.reshape(x, (BATCH, PARTS, GROUPS * bits.VALUES // PARTS)), (1, 2, 0))
         total = tl.dot(weights, x, total)
     y = tl.permute(tl.sum(total, axis=0), (1, 0)) * bits.UNIT_LIFT
-    here = (item < batch)[:, None] & (row < n)[None, :]
+    valid = (item < batch)[:, None] & (row < n)[None, :]
     if FINISH:
         y = _finish(y, t_x_ptr, t_w_ptr, bias_ptr, row[None, :], (row < n)[None, :], HAS_BIAS)
-    bits.store_float(y_ptr + item[:, None] * n + row[None, :], y, here)
+    bits.store_float(y_ptr + item[:, None] * n + row[None, :], y, valid)
 
 
 @triton.jit
@@ -165,16 +166,16 @@ def _finish_kernel(
     HAS_BIAS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Columns ``start`` to ``start + width`` of y from sums, fp32 (terms, batch, width)."""
+    """Write columns ``start`` to ``start + width`` of y from sums, fp32 (terms, batch, width)."""
     item = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    here = column < width
+    valid = column < width
     total = tl.zeros((COLUMNS,), tl.float32)
     for term in range(terms):
-        at = (term * tl.num_programs(0) + item) * width + column
-        total += tl.load(sums_ptr + at, mask=here, other=0)
-    y = _finish(total, t_x_ptr, t_w_ptr, bias_ptr, start + column, here, HAS_BIAS)
-    bits.store_float(y_ptr + item * n + start + column, y, here)
+        offsets = (term * tl.num_programs(0) + item) * width + column
+        total += tl.load(sums_ptr + offsets, mask=valid, other=0)
+    y = _finish(total, t_x_ptr, t_w_ptr, bias_ptr, start + column, valid, HAS_BIAS)
+    bits.store_float(y_ptr + item * n + start + column, y, valid)
 
 
 def packed_linear(
@@ -189,15 +190,15 @@ def packed_linear(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The linear of activations in units of t_x, (..., K), to ``dtype`` (..., N).
+    """Output of the packed linear, ``dtype`` (..., N); see ``kernels.ops``.
 
-    See ``kernels.ops``. Activations are bf16 or fp32; products with fp32 ones are exact as long as
-    their magnitudes lie between 2**-60 and 2**112, or are 0.
+    ``units`` are activations in units of t_x, bf16 or fp32 (..., K). Products with fp32 activations
+    are exact if their magnitudes are 0 or between 2**-60 and 2**112.
     """
     weight = (low, scale, overflow, row_ptr, fp8)
-    some = fp8 if low is None else low
-    assert some is not None
-    n, k = some.shape[0], units.shape[-1]
+    dense = fp8 if low is None else low
+    assert dense is not None
+    n, k = dense.shape[0], units.shape[-1]
     terms = _terms(units.reshape(-1, k))
     batch = terms.shape[1]
     y = torch.empty(*units.shape[:-1], n, dtype=dtype, device=units.device)
@@ -218,7 +219,10 @@ def packed_linear(
 
 
 def _terms(units: Tensor) -> Tensor:
-    """bf16 (1 or 3, M, K) whose sum is ``units`` exactly: 8 bits of an fp32 value each."""
+    """Split ``units`` (M, K) into bf16 terms (1 or 3, M, K) with exactly this sum.
+
+    Each term holds 8 bits of an fp32 value.
+    """
     if units.dtype == torch.bfloat16:
         return units.contiguous().unsqueeze(0)
     terms = []
@@ -229,7 +233,7 @@ def _terms(units: Tensor) -> Tensor:
 
 
 def _multiply(x: Tensor, weight: planes.Planes, start: int, stop: int) -> Tensor:
-    """x @ W[start:stop].T in fp32, through a bf16 scratch."""
+    """Compute x @ W[start:stop].T in fp32, through a bf16 scratch."""
     scratch = torch.empty(stop - start, x.shape[1], dtype=torch.bfloat16, device=x.device)
     unpack_rows(weight, start, scratch)
     if _INTERPRETED:

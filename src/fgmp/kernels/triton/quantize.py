@@ -1,13 +1,14 @@
-"""Activations to codes, or to the values they stand for (docs/numerics.md, sections 3, 5, 7).
+"""Activations to codes, or to decoded values (docs/numerics.md, sections 3, 5, 7).
 
-A program takes 64 blocks side by side of one or a few rows; the channels' sensitivities stay in
-registers from row to row. What a block needs is one device function, :func:`_encode`; the two
-kernels differ in what they store. All errors are summed in int64, on every block: an fp32
-estimate would have to be followed by the integer for the few blocks near the threshold, and a
-GPU runs both sides of that branch for all of them.
+A program processes 64 adjacent blocks of one or a few rows; the per-channel sensitivities stay in
+registers from row to row. One device function, :func:`_encode`, does the arithmetic; the two
+kernels differ in what they store.
 
-In ``_encode`` and below, ``u`` and the integers are magnitudes: a code's sign is that of x in
-both formats, so differences between formats do not see it.
+All errors are summed in int64, for every block. An fp32 estimate would need the integers too for
+the few blocks near the threshold, and a GPU runs both sides of such a branch for all blocks.
+
+In ``_encode`` and below, ``u`` and the integers are magnitudes. A code has the sign of x in both
+formats, so the sign does not enter differences between formats.
 """
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fgmp.formats.activation import SCALES
+from fgmp.formats.rules import RULES, SCALES
 from fgmp.formats.spec import (
     BLOCK,
     E2M1,
@@ -31,16 +32,20 @@ from fgmp.kernels.check import require
 from fgmp.kernels.triton import bits
 from fgmp.kernels.triton.launch import launch
 
-RULES = ("difference", "benefit", "random")
-"""What these kernels know of ``formats.activation.RULES``."""
+
+def implements(rule: str) -> bool:
+    """Whether the Triton kernels implement a rule."""
+    return rule in RULES and RULES[rule].triton
+
 
 _GROUPS = 64
-"""Blocks of a row that a program takes: 2 KB of bf16, 8 elements a thread."""
+"""Blocks per row that a program processes: 2 KB of bf16, 8 elements per thread."""
 
 _WARPS = 4
 
 _ROWS = ((64, 1), (1024, 4), (1 << 62, 8))
-"""Rows of a program by rows of the tensor: first fill the GPU, then reuse the sensitivities."""
+"""(largest number of rows of the tensor, rows per program): first fill the GPU, then reuse the
+sensitivities."""
 
 _NAN_CODE = tl.constexpr(E4M3.nan_code)
 _INFINITY = tl.constexpr(float("inf"))
@@ -63,14 +68,14 @@ _HASH = tl.constexpr((1 << 60) - 1)
 
 @triton.jit
 def _error(a, b, sensitivity):
-    """sum g_int (a - b)**2 in int64, (B, 16) to (B,); below 2**60."""
+    """Sum of g_int (a - b)**2 over each block, in int64, (B, 16) to (B,); below 2**60."""
     difference = (a - b).to(tl.int64)
     return tl.sum(difference * difference * sensitivity, axis=1)
 
 
 @triton.jit
 def _hash(fp8):
-    """The score of the rule ``random``, from signed FP8 codes."""
+    """Score of the rule ``random``, from FP8 codes with sign."""
     index = (tl.arange(0, bits.VALUES) + 1).to(tl.int64)
     multipliers = ((index * _GOLDEN) | 1) & _POSITIVE
     mixed = tl.sum(fp8.to(tl.int64) * multipliers[None, :], axis=1)
@@ -80,7 +85,7 @@ def _hash(fp8):
 
 @triton.jit
 def _fp4(u, scale):
-    """FP4 codes and q4, int32 (B, 16), of magnitudes under E4M3 scale codes (B,)."""
+    """FP4 codes and q4, int32 (B, 16), for magnitudes ``u`` under E4M3 scale codes (B,)."""
     value = bits.e4m3_value(scale)[:, None]
     code = bits.encode_e2m1(tl.minimum(u, _E4M3_MAX) * _FACTOR, value)
     return code, bits.e2m1_integer(code) * bits.e4m3_integer(scale)[:, None]
@@ -88,10 +93,10 @@ def _fp4(u, scale):
 
 @triton.jit
 def _best_fp4(u, largest, target, sensitivity, OFFSETS: tl.constexpr, CHOICES: tl.constexpr):
-    """FP4 codes, q4, scale codes and errors under the best of the scales ``largest`` + offset.
+    """FP4 codes, q4, scale code and error under the best of the scales ``largest`` + offset.
 
-    Offsets descend, so that the larger of two equally good scales comes first and stays. With
-    one offset there is nothing to choose, and the compiler drops errors that nobody reads.
+    Offsets descend, so of two equally good scales the larger comes first and stays. With one
+    offset there is nothing to choose, and the compiler removes the unused errors.
     """
     scale = tl.minimum(tl.maximum(largest + OFFSETS[0], _SCALE_MIN), _SCALE_MAX)
     code, q4 = _fp4(u, scale)
@@ -112,18 +117,20 @@ def _best_fp4(u, largest, target, sensitivity, OFFSETS: tl.constexpr, CHOICES: t
 def _encode(
     x, r, sensitivity, threshold, RULE: tl.constexpr, OFFSETS: tl.constexpr, CHOICES: tl.constexpr
 ):
-    """Blocks in both formats, and the decision.
+    """Encode blocks in both formats and decide between them.
 
     Args:
-        x: fp32 (B, 16), any values that bf16 holds.
+        x: bf16 values in fp32, (B, 16).
         r: fp32 multiplier.
-        sensitivity: integers of the channels, int32 (B, 16).
+        sensitivity: integers of the per-channel sensitivities, int32 (B, 16).
         threshold: T_site, int64.
 
     Returns:
-        which of x is finite, bool (B, 16);
-        codes and integers in units of 2**-10 t of FP4, then of FP8, int32 (B, 16), no signs;
-        E4M3 codes of the FP4 scales, int32 (B,); the decision, bool (B,).
+        Which elements of x are finite, bool (B, 16).
+        FP4 codes, q4, FP8 codes and q8 without sign, int32 (B, 16) each; q4 and q8 are decoded
+        values as multiples of 2**-10 t.
+        E4M3 codes of the FP4 scales, int32 (B,).
+        Which blocks are FP8, bool (B,).
     """
     finite = tl.abs(x) < _INFINITY
     u = tl.abs(tl.where(finite, x, 0.0) * r)
@@ -150,7 +157,7 @@ def _load_sensitivity(sensitivity_ptr, channel, k):
 
 @triton.jit
 def _channels(GROUPS: tl.constexpr):
-    """The blocks that a program takes, (B,), and their channels, (B, 16)."""
+    """Indices of the blocks that a program processes, (B,), and of their channels, (B, 16)."""
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     return group, group[:, None] * bits.VALUES + tl.arange(0, bits.VALUES)[None, :]
 
@@ -184,11 +191,11 @@ def _codes_kernel(
         negative = (x < 0).to(tl.int32)
         fp8 = tl.where(finite, code8 + negative * _E4M3_SIGN, _NAN_CODE)
         codes = tl.where(is_fp8[:, None], fp8, code4 + negative * _E2M1_SIGN)
-        here = group < groups
-        at = row * groups * bits.VALUES + channel
-        tl.store(codes_ptr + at, codes.to(tl.uint8), mask=here[:, None])
+        valid = group < groups
+        offsets = row * groups * bits.VALUES + channel
+        tl.store(codes_ptr + offsets, codes.to(tl.uint8), mask=valid[:, None])
         scale = tl.where(is_fp8, _FP8_BLOCK, scale)
-        tl.store(scale_ptr + row * groups + group, scale.to(tl.uint8), mask=here)
+        tl.store(scale_ptr + row * groups + group, scale.to(tl.uint8), mask=valid)
 
 
 @triton.jit
@@ -213,29 +220,29 @@ def _units_kernel(
     r, threshold = tl.load(r_ptr), tl.load(threshold_ptr)
     first = tl.program_id(0).to(tl.int64) * ROWS
     for row in range(first, tl.minimum(first + ROWS, rows)):
-        at = row * k + channel
-        x = bits.load_rounded(x_ptr + at, channel < k)
+        offsets = row * k + channel
+        x = bits.load_rounded(x_ptr + offsets, channel < k)
         finite, _, q4, _, q8, _, is_fp8 = _encode(
             x, r, sensitivity, threshold, RULE, OFFSETS, CHOICES
         )
         magnitude = tl.where(is_fp8[:, None], q8, q4).to(tl.float32) * _UNIT
         units = tl.where(finite, tl.where(x < 0, -magnitude, magnitude), float("nan"))
-        bits.store_exact(units_ptr + at, units, channel < k)
+        bits.store_exact(units_ptr + offsets, units, channel < k)
         tl.store(is_fp8_ptr + row * groups + group, is_fp8.to(tl.uint8), mask=group < groups)
 
 
 def quantize_activation(
     x: Tensor, r: Tensor, sensitivity: Tensor, threshold: Tensor, rule: str, scales: str = "max"
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scales of an activation; see ``kernels.ops``.
+    """Quantize an activation to codes and scale bytes; see ``kernels.ops``.
 
     Args:
         x: (..., K), any float dtype.
         r: multiplier, fp32 ().
         sensitivity: E4M3 codes, uint8 (K,).
         threshold: T_site, int64 ().
-        rule: what the score is, one of :data:`RULES`.
-        scales: what FP4 scales are chosen from, a key of ``formats.activation.SCALES``.
+        rule: decision rule, one that :func:`implements` accepts.
+        scales: candidates for FP4 block scales, a key of ``formats.rules.SCALES``.
 
     Returns:
         codes, uint8 (..., G, 16), E4M3 in FP8 blocks and E2M1 elsewhere;
@@ -253,10 +260,10 @@ def quantize_activation(
 def fake_quantize_activation(
     x: Tensor, r: Tensor, sensitivity: Tensor, threshold: Tensor, rule: str, scales: str = "max"
 ) -> tuple[Tensor, Tensor]:
-    """The values of :func:`quantize_activation`, of the same arguments.
+    """Decoded values of :func:`quantize_activation`; the same arguments.
 
     Returns:
-        units of t, bf16 (..., K), exact; which blocks are FP8, bool (..., G).
+        Units, bf16 (..., K), exact; which blocks are FP8, bool (..., G).
     """
     units = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     groups = triton.cdiv(x.shape[-1], BLOCK)
@@ -276,15 +283,16 @@ def _launch(
     scales: str,
     outputs: dict[str, Tensor],
 ) -> None:
-    require(rule in RULES, "quantize", "rule", f"be one of {', '.join(RULES)}", rule)
+    implemented = ", ".join(filter(implements, RULES))
+    require(implements(rule), "quantize", "rule", f"be one of {implemented}", rule)
     if x.numel() == 0:
         return
     k = x.shape[-1]
     rows, groups = x.numel() // k, triton.cdiv(k, BLOCK)
-    rows_each = next(each for limit, each in _ROWS if rows <= limit)
+    rows_per_program = next(each for limit, each in _ROWS if rows <= limit)
     launch(
         kernel,
-        (triton.cdiv(rows, rows_each), triton.cdiv(groups, _GROUPS)),
+        (triton.cdiv(rows, rows_per_program), triton.cdiv(groups, _GROUPS)),
         on=x,
         x_ptr=bits.as_loaded(x.contiguous()),
         r_ptr=r,
@@ -296,7 +304,7 @@ def _launch(
         RULE=rule,
         OFFSETS=SCALES[scales],
         CHOICES=len(SCALES[scales]),
-        ROWS=rows_each,
+        ROWS=rows_per_program,
         GROUPS=_GROUPS,
         num_warps=_WARPS,
         **outputs,

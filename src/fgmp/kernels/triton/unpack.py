@@ -1,7 +1,7 @@
-"""A packed weight to a matrix in units of t (docs/format.md, section 2).
+"""Decode a packed weight to a matrix in units of t (docs/format.md, section 2).
 
-A program walks some rows from left to right, since the place of an FP8 block's overflow is known
-by counting. Rows are independent, and there are enough of them to fill a GPU.
+A program reads its rows from left to right, since the position of an FP8 block in the overflow
+plane is found by counting. Rows are independent, and there are enough of them to fill a GPU.
 """
 
 import torch
@@ -42,13 +42,13 @@ def _unpack_kernel(
             overflow_ptr, scale, before, fp8_blocks, MODE, ROWS, GROUPS
         )
         low, high = bits.halves(planes.patterns(words, over, scale, MODE, ROWS, GROUPS))
-        worth = bits.multipliers(scale)[:, :, None, None, None]
-        units = tl.join(low * worth * bits.UNIT_LIFT, high * worth * bits.UNIT_LIFT)
+        factor = bits.multipliers(scale)[:, :, None, None, None]
+        units = tl.join(low * factor * bits.UNIT_LIFT, high * factor * bits.UNIT_LIFT)
         units = tl.reshape(planes.swap_lanes(units, MODE), (ROWS, GROUPS * bits.VALUES))
         column = first * bits.VALUES + tl.arange(0, GROUPS * bits.VALUES)
-        here = (row < stop)[:, None] & (column < k)[None, :]
-        at = (row - start).to(tl.int64)[:, None] * k + column[None, :]
-        bits.store_exact(out_ptr + at, units, here)
+        valid = (row < stop)[:, None] & (column < k)[None, :]
+        offsets = (row - start).to(tl.int64)[:, None] * k + column[None, :]
+        bits.store_exact(out_ptr + offsets, units, valid)
 
 
 def unpack_weight(
@@ -60,16 +60,16 @@ def unpack_weight(
     k: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight in units of t, (N, K), exact in any float dtype; see ``kernels.ops``."""
-    some = fp8 if low is None else low
-    assert some is not None
-    out = torch.empty(some.shape[0], k, dtype=dtype, device=some.device)
+    """Decode a weight to units of t, (N, K), exact in any float dtype; see ``kernels.ops``."""
+    dense = fp8 if low is None else low
+    assert dense is not None
+    out = torch.empty(dense.shape[0], k, dtype=dtype, device=dense.device)
     unpack_rows((low, scale, overflow, row_ptr, fp8), 0, out)
     return out
 
 
 def unpack_rows(weight: planes.Planes, start: int, out: Tensor) -> None:
-    """Rows from ``start`` on into ``out``, (rows, K): as many as it has."""
+    """Decode rows from ``start`` on into ``out``, (rows, K), as many as ``out`` has."""
     rows, k = out.shape
     launch(
         _unpack_kernel,

@@ -1,0 +1,324 @@
+"""The command line: parse, call, print. Progress goes to stderr, results to stdout.
+
+``fgmp hw`` is in ``app.hw``. Imports that take seconds are in the functions that need them.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from fgmp.app.console import Json, print_lines, printable, show, stderr
+from fgmp.app.hw import app as hardware
+from fgmp.app.reporter import terminal_reporter
+from fgmp.errors import FGMPError
+
+if TYPE_CHECKING:
+    from fgmp.app.records import Comparison, Quickstart
+    from fgmp.evaluation.compare import Row
+    from fgmp.evaluation.inspect import Inspection
+
+
+class _Commands(TyperGroup):
+    """Runs a command; an error of ours is one line, an interruption a short one.
+
+    Here and not around ``app()``, because Typer turns an interruption into an exit of its own.
+    """
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except FGMPError as error:
+            text = f"[bold red]error:[/] {printable(str(error))}"
+            stderr.print(text, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as interruption:
+            stderr.print("interrupted")
+            raise typer.Exit(130) from interruption
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help=(
+        "Fine-grained mixed-precision quantization of language models.\n\n"
+        "Every block of 16 weights or activations along the dot product is NVFP4 or FP8. "
+        "Fisher-weighted impact decides which: one threshold for all weights, one for all "
+        "activations. MODEL is a folder or a hub name of a Hugging Face causal LM; DIR is a "
+        "folder that `quantize` wrote. TEXT is a text file, JSON lines with a `text` field, or "
+        "the name of a Hugging Face dataset."
+    ),
+    epilog="Start with `fgmp quickstart`: it needs no network and takes minutes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+app.add_typer(hardware, name="hw")
+
+Text = Annotated[str, typer.Option("--data", help="Evaluation text: file, JSON lines or dataset.")]
+SeqLen = Annotated[
+    int | None,
+    typer.Option(help="Tokens in a window. [default: the model's context, at most 2048]"),
+]
+KvCache = Annotated[
+    str | None,
+    typer.Option(help="Keep keys and values packed: fp8, nvfp4 or mixed, 70% of it in FP4."),
+]
+
+# Options of `quantize`.
+Model = Annotated[str, typer.Argument(help="Hugging Face causal LM: folder or hub name.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
+Fp4 = Annotated[
+    float | None, typer.Option(help="Share of blocks kept in FP4, 0 to 1. [default: 0.7]")
+]
+Fp4Activations = Annotated[
+    float | None, typer.Option(help="The same for activations. [default: as --fp4]")
+]
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        help="A budget instead of shares: mean of the formats' bits of a weight and of an "
+        "activation value, 4.5 (all FP4) to 8 (all FP8)."
+    ),
+]
+MaxBytes = Annotated[
+    str | None,
+    typer.Option(help="A budget: bytes of the checkpoint's tensors, such as 3.5M or 4G."),
+]
+MaxIncrease = Annotated[
+    str | None,
+    typer.Option(
+        help="A budget: perplexity on held-out text over all-FP8's, such as 1%. Packs and "
+        "measures about eight times."
+    ),
+]
+MaxEnergy = Annotated[
+    str | None,
+    typer.Option(
+        help="A budget: energy of matrix products over all-FP8's on hardware as in "
+        "docs/energy.md, such as 75%."
+    ),
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option(help="YAML file with any recipe keys; options override it.")
+]
+CalibrationText = Annotated[
+    str | None,
+    typer.Option(help="Calibration TEXT. [default: docstrings of the Python library]"),
+]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="File that keeps the calibration: written if missing, else used, which saves most of "
+        "the time under another recipe. Must be of this model and text."
+    ),
+]
+Samples = Annotated[int | None, typer.Option(help="Calibration sequences. [default: 512]")]
+CalibrationSeqLen = Annotated[
+    int | None, typer.Option(help="Tokens in a calibration sequence. [default: 512]")
+]
+Seed = Annotated[int | None, typer.Option(help="Chooses the sequences. [default: 0]")]
+Policy = Annotated[
+    str | None, typer.Option(help="fisher, fisher-per-layer, error, random, fp8 or nvfp4.")
+]
+Clip = Annotated[
+    str | None, typer.Option(help="Search FP4 block scales: auto, on or off. [default: auto]")
+]
+Tune = Annotated[
+    int | None, typer.Option(help="Passes that tune norms, embeddings and biases. [default: 0]")
+]
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Output,
+    fp4: Fp4 = None,
+    fp4_activations: Fp4Activations = None,
+    bits: Bits = None,
+    max_bytes: MaxBytes = None,
+    max_increase: MaxIncrease = None,
+    max_energy: MaxEnergy = None,
+    recipe: RecipeFile = None,
+    calib: CalibrationText = None,
+    calibration: CalibrationFile = None,
+    samples: Samples = None,
+    seq_len: CalibrationSeqLen = None,
+    seed: Seed = None,
+    policy: Policy = None,
+    clip: Clip = None,
+    tune: Tune = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL and write a packed checkpoint.
+
+    Calibrates (one forward and backward pass over the calibration text), chooses the format of
+    every block, and packs. Interrupt it with Ctrl-C and run the same command again: it resumes
+    where it stopped.
+    """
+    options = {
+        "fp4": fp4,
+        "fp4_activations": fp4_activations,
+        "bits": bits,
+        "max_bytes": max_bytes,
+        "max_increase": max_increase,
+        "max_energy": max_energy,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "policy": policy,
+        "clip": clip,
+        "tune": tune,
+    }
+    from fgmp.app.commands import quantize_to
+    from fgmp.recipe import Recipe
+
+    chosen = Recipe.from_yaml(recipe) if recipe else Recipe()
+    chosen = chosen.with_options({k: v for k, v in options.items() if v is not None})
+    summary = quantize_to(model, output, chosen, calib, terminal_reporter(), calibration)
+    show(summary, as_json, lambda result: print_lines(result.lines()))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_DIR", help="Any causal LM.")],
+    data: Text,
+    seq_len: SeqLen = None,
+    kv_cache: KvCache = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a model on TEXT.
+
+    Windows do not overlap; the mean is over all predicted tokens. With --kv-cache every token
+    attends to packed keys and values.
+    """
+    from fgmp.app.commands import evaluate_model
+
+    evaluation = evaluate_model(model, data, seq_len, terminal_reporter(), kv_cache)
+    show(evaluation, as_json, lambda result: print_lines(result.lines()))
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="The original model.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Its fgmp checkpoint.")],
+    data: Text,
+    seq_len: SeqLen = None,
+    as_json: Json = False,
+) -> None:
+    """Original, all-FP8, all-NVFP4 and FGMP side by side on TEXT.
+
+    The gap is all-NVFP4 minus all-FP8, in perplexity and in KL from the original; "recovered" is
+    how much of it FGMP closes.
+    """
+    from fgmp.app.commands import compare_models
+
+    comparison = compare_models(model, directory, data, seq_len, terminal_reporter())
+    show(comparison, as_json, _print_comparison)
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An fgmp checkpoint.")],
+    as_json: Json = False,
+) -> None:
+    """Check a checkpoint byte by byte and show where its FP8 blocks are."""
+    from fgmp.evaluation.inspect import inspect_checkpoint
+
+    show(inspect_checkpoint(directory), as_json, _print_inspection)
+
+
+@app.command()
+def generate(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="An fgmp checkpoint or a model.")],
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to make.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    kv_cache: KvCache = None,
+    as_json: Json = False,
+) -> None:
+    """Continue PROMPT, token by token as they come."""
+    from fgmp.app.commands import generate_text
+
+    stream = None if as_json else _write
+    text = generate_text(directory, prompt, max_new_tokens, temperature, seed, stream, kv_cache)
+    show(text, as_json, lambda _: _write("\n"))
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path(
+        "fgmp-quickstart"
+    ),
+    as_json: Json = False,
+) -> None:
+    """The whole job on the model that ships with the package, offline.
+
+    Quantizes it at 70% FP4, compares it with FP8 and NVFP4 on the interpreter's own language
+    reference, and writes a checkpoint and a one-page report.
+    """
+    from fgmp.app.quickstart import run
+
+    def print_result(result: "Quickstart") -> None:
+        _print_rows(result.comparison.rows)
+        print_lines(result.lines())
+
+    show(run(output, terminal_reporter()), as_json, print_result)
+
+
+def main() -> None:
+    """Run a command and exit: 0 done, 1 refused, 2 wrong usage, 130 interrupted or terminated."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as batch systems end what runs
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    app()
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _print_comparison(comparison: "Comparison") -> None:
+    _print_rows(comparison.rows)
+    print_lines(comparison.lines())
+
+
+def _print_rows(rows: "list[Row]") -> None:
+    from fgmp.evaluation.compare import table
+
+    console = Console()
+    header, *lines = table(rows)
+    wide = console.width >= 110
+    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    columns = [i for i, name in enumerate(header) if wide or name not in _WIDE_COLUMNS]
+    for i in columns:
+        shown.add_column(header[i], justify="right" if i else "left")
+    for line in lines:
+        shown.add_row(*(line[i] for i in columns))
+    console.print(shown)
+
+
+_WIDE_COLUMNS = ("95% interval", "compression", "FP4 act")
+"""Columns that only a wide terminal shows; ``--json`` and the report have all."""
+
+
+def _print_inspection(inspection: "Inspection") -> None:
+    from fgmp.app.records import inspection_lines
+
+    print_lines(inspection_lines(inspection))
+    shares = inspection.fp8_share
+    for title, by in (("layer", shares.by_layer), ("kind of layer", shares.by_kind)):
+        shown = Table(title, "FP8 blocks", "")
+        for name, share in by.items():
+            shown.add_row(printable(name), f"{share:.1%}", "█" * round(40 * share))
+        Console().print(shown)

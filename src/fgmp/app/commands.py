@@ -1,0 +1,388 @@
+"""What the commands do, from names of models and texts to typed results.
+
+Each public function is one command without its parsing and printing.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TextStreamer
+
+from fgmp.app.records import (
+    CacheUse,
+    Comparison,
+    Coverage,
+    Evaluation,
+    Generation,
+    Online,
+    QuantizeSummary,
+)
+from fgmp.assign.frontier import Fractions
+from fgmp.data import (
+    CalibrationText,
+    choose_windows,
+    digest,
+    evaluation_windows,
+    overlap_with,
+    read_documents,
+    tokenize,
+)
+from fgmp.demo.text import docstrings, standard_library
+from fgmp.errors import FGMPError, InputError
+from fgmp.evaluation import compare as comparison
+from fgmp.evaluation.perplexity import batches
+from fgmp.evaluation.perplexity import evaluate as evaluate_windows
+from fgmp.model.cache import PackedCache, packed_cache, require_kind
+from fgmp.model.convert import sharing_copy
+from fgmp.model.linear import sites
+from fgmp.model.source import Source, context_length
+from fgmp.model.store import config_of, save
+from fgmp.pack import checkpoint
+from fgmp.pack.checkpoint import QUANT_METHOD
+from fgmp.progress import Progress, silent
+from fgmp.quantization.budget import least_bytes
+from fgmp.quantization.pipeline import prepare, run
+from fgmp.quantization.uniform import uniform
+from fgmp.recipe import Recipe
+from fgmp.storage.resume import forget
+
+_LONGEST_WINDOW = 2048
+_DRIFT_WARNING = 0.03
+"""Difference between the FP4 fraction of a site and its calibrated one that is worth a warning.
+Chosen, not measured: sites move by less on text of the calibration's kind (docs/results.md)."""
+_CACHE_SAMPLES, _CACHE_SEQ_LEN = 8, 256
+"""Calibration of a KV cache, which needs only largest magnitudes and one quantile."""
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Where progress and messages go; by default nowhere."""
+
+    progress: Progress = silent
+    message: Callable[[str], None] = lambda text: None
+
+
+SILENT = Reporter()
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """What of a packed model is quantized."""
+    result = config_of(model).result
+    return Coverage(result.get("quantized_share"), result.get("unquantized", []))
+
+
+def quantize_to(
+    model_name: str,
+    output: Path,
+    recipe: Recipe,
+    calibration_text: str | None = None,
+    reporter: Reporter = SILENT,
+    calibration: Path | None = None,
+) -> QuantizeSummary:
+    """Quantize a model by name and write the checkpoint.
+
+    Args:
+        model_name: folder or hub name.
+        output: folder to write.
+        recipe: what the checkpoint shall be.
+        calibration_text: file or data set; default: docstrings of the Python library.
+        reporter: where progress goes.
+        calibration: file that keeps the Fisher information, for other recipes on the same model
+            and text.
+    """
+    started = time.perf_counter()
+    _require_targets(output, calibration)
+    source = Source(model_name)
+    if source.is_packed:
+        raise InputError(f"model {model_name}: already quantized, by {QUANT_METHOD!r}")
+    # The text comes before the model, whose loading may take minutes.
+    documents = _calibration_documents(calibration_text)
+    tokenizer = source.tokenizer()
+    stream = tokenize(documents, tokenizer)
+    model = source.load()
+    text = _calibration_windows(stream, model, recipe, calibration_text, reporter)
+    resume = output.absolute().parent / f".{output.absolute().name}.unfinished"
+    with _resumable(resume, reporter):
+        prepared = prepare(
+            model,
+            text.samples,
+            recipe,
+            held_out=text.held_out,
+            resume=resume,
+            progress=reporter.progress,
+            report=reporter.message,
+        )
+        checkpoint.require_space(output, least_bytes(model, prepared.task.linears))
+        run(prepared, calibration=calibration)
+        config = config_of(model)
+        config.calibration.update(
+            text=Path(calibration_text).name if calibration_text else "docstrings",
+            fingerprint=text.fingerprint,
+            seq_len=text.samples.shape[1],
+            # The held-out slice decided too, so a figure on it would be flattered as well.
+            digest=digest(torch.cat([text.samples, text.held_out]), tokenizer),
+        )
+        save(model, output, tokenizer)
+    forget(resume)
+    return _summary(model, output, time.perf_counter() - started)
+
+
+def _require_targets(output: Path, calibration: Path | None) -> None:
+    """Refuse targets that cannot be written, before any work."""
+    checkpoint.require_free(output)
+    if calibration is not None and not calibration.exists():
+        checkpoint.require_writable(calibration)
+        if output.absolute() in (calibration.absolute(), *calibration.absolute().parents):
+            raise InputError(f"{calibration}: lies in {output}, which must be empty until the end")
+
+
+def _calibration_documents(name: str | None) -> list[str]:
+    return read_documents(name) if name else list(docstrings(standard_library()))
+
+
+def _calibration_windows(
+    stream: torch.Tensor,
+    model: nn.Module,
+    recipe: Recipe,
+    name: str | None,
+    reporter: Reporter,
+) -> CalibrationText:
+    seq_len = min(recipe.seq_len, context_length(model))
+    text = choose_windows(
+        stream,
+        samples=recipe.samples,
+        seq_len=seq_len,
+        seed=recipe.seed,
+        source=name or "docstrings of the Python library",
+    )
+    if len(text.samples) < text.asked:
+        reporter.message(
+            f"the calibration text gives {len(text.samples)} sequences of {seq_len} tokens, "
+            f"fewer than the {text.asked} asked for"
+        )
+    return text
+
+
+@contextmanager
+def _resumable(folder: Path, reporter: Reporter) -> Iterator[None]:
+    """After an interruption or error, say that partial results are kept."""
+    try:
+        yield
+    except (KeyboardInterrupt, FGMPError):
+        if folder.exists():
+            reporter.message(f"partial results are kept in {folder}: the same command resumes")
+        raise
+
+
+def _summary(model: nn.Module, output: Path, seconds: float) -> QuantizeSummary:
+    result = config_of(model).result
+    return QuantizeSummary(
+        output=str(output),
+        fp4_fraction=Fractions(result["fp4_weights"], result["fp4_activations"]),
+        coverage=coverage(model),
+        bits_per_weight=result["bits_per_weight"],
+        bytes=sum(f.stat().st_size for f in checkpoint.tensor_files(output)),
+        tensor_bytes=result["tensor_bytes"],
+        budget=result["budget"],
+        clip=result["clip"],
+        uniform=result["uniform"],
+        tune=result.get("tune", {}),
+        seconds=seconds,
+        peak_bytes=result["peak_bytes"],
+    )
+
+
+def evaluate_model(
+    name: str,
+    data: str,
+    seq_len: int | None = None,
+    reporter: Reporter = SILENT,
+    kv_cache: str | None = None,
+) -> Evaluation:
+    """Perplexity of a model or checkpoint by name, with a packed KV cache if one is named."""
+    if kv_cache:
+        require_kind(kv_cache)
+    documents = read_documents(data)  # before the model, whose loading may take minutes
+    source = Source(name)
+    tokenizer, model = source.tokenizer(), source.load()
+    windows = evaluation_windows(data, tokenizer, _window_length(model, seq_len), documents)
+    cache = _packed_cache(model, tokenizer, kv_cache) if kv_cache else None
+    stored = 0
+
+    comparison.start_counting(model)
+    with reporter.progress("evaluating", len(batches(windows))) as advance:
+
+        def count() -> None:
+            nonlocal stored
+            stored += cache.nbytes if cache else 0
+            advance()
+
+        losses = evaluate_windows(model, windows, count, cache)
+    quantized = bool(sites(model))
+    return Evaluation(
+        perplexity=losses.perplexity,
+        nll=losses.nll,
+        tokens=losses.predicted_tokens,
+        fp4_activations=comparison.activation_fraction(model) if quantized else None,
+        cache=_cache_use(kv_cache, stored / windows.numel(), cache),
+        online=_online(model, windows, tokenizer, reporter) if quantized else None,
+    )
+
+
+def _online(model: nn.Module, windows: torch.Tensor, tokenizer: Any, reporter: Reporter) -> Online:
+    """What the activation sites did since counting started; warns of surprises."""
+    _warn_of_drift(model, reporter)
+    return Online(
+        saturated=comparison.saturated_elements(model),
+        drift=comparison.drift(model, _calibrated_fractions(model)),
+        calibration_overlap=_warn_of_overlap(model, windows, tokenizer, reporter),
+        coverage=coverage(model),
+    )
+
+
+def compare_models(
+    model_name: str,
+    directory: Path,
+    data: str,
+    seq_len: int | None = None,
+    reporter: Reporter = SILENT,
+) -> Comparison:
+    """Original, all-FP8, all-NVFP4 and the checkpoint in ``directory``, on the same windows."""
+    checkpoint.read_config(directory)
+    source = Source(model_name)
+    if source.is_packed:
+        raise InputError(f"model {model_name}: the original must not be quantized")
+    documents = read_documents(data)
+    tokenizer = source.tokenizer()
+    original, mixed = source.load(), Source(str(directory)).load()
+    windows = evaluation_windows(data, tokenizer, _window_length(original, seq_len), documents)
+    models = {
+        "fp8": uniform(sharing_copy(original), mixed, "fp8"),
+        "nvfp4": uniform(sharing_copy(original), mixed, "nvfp4"),
+        "fgmp": mixed,
+    }
+    rows = comparison.compare(original, models, windows, reporter.progress)
+    _warn_of_drift(mixed, reporter)
+    repeated = _warn_of_overlap(mixed, windows, tokenizer, reporter)
+    return Comparison(rows, coverage(mixed), calibration_overlap=repeated)
+
+
+def generate_text(
+    name: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stream: Callable[[str], None] | None = None,
+    kv_cache: str | None = None,
+) -> Generation:
+    """Continue a prompt; ``stream`` gets the text as it comes.
+
+    The KV cache keeps the model's precision unless ``kv_cache`` names a packed one.
+    """
+    if kv_cache:
+        require_kind(kv_cache)
+    source = Source(name)
+    tokenizer, model = source.tokenizer(), source.load()
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    length = inputs["input_ids"].shape[1]
+    room = context_length(model) - length
+    if length == 0 or room < 1:
+        raise InputError(f"the prompt has {length} tokens; it must have 1 to {length + room - 1}")
+    cache = _packed_cache(model, tokenizer, kv_cache) if kv_cache else None
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    started = time.perf_counter()
+    ids = model.generate(  # type: ignore[operator]
+        **inputs,
+        max_new_tokens=min(max_new_tokens, room),
+        streamer=_Streamer(tokenizer, stream) if stream else None,
+        pad_token_id=tokenizer.eos_token_id,
+        **({"past_key_values": cache} if cache else {}),
+        **(sampling or {"do_sample": False}),
+    )
+    seconds = time.perf_counter() - started
+    new = ids[0, length:]
+    return Generation(
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        tokens=len(new),
+        tokens_per_second=len(new) / seconds,
+        cache=_cache_use(kv_cache, cache.bytes_per_token if cache else 0.0, cache),
+    )
+
+
+def _packed_cache(model: nn.Module, tokenizer: Any, kind: str) -> PackedCache:
+    """An empty packed KV cache, calibrated on docstrings of the Python library."""
+    stream = tokenize(list(docstrings(standard_library())), tokenizer)
+    length = min(_CACHE_SEQ_LEN, context_length(model))
+    text = choose_windows(
+        stream, samples=_CACHE_SAMPLES, seq_len=length, seed=0, source="docstrings"
+    )
+    return packed_cache(model, text.samples, kind)
+
+
+def _cache_use(
+    kind: str | None, bytes_per_token: float, cache: PackedCache | None
+) -> CacheUse | None:
+    if kind is None or cache is None:
+        return None
+    return CacheUse(kind, bytes_per_token, cache.values_per_token * torch.bfloat16.itemsize)
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """Passes finished words to a function."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=False, skip_special_tokens=True)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._write(text)
+
+
+def _window_length(model: nn.Module, asked: int | None) -> int:
+    if asked is not None and asked < 2:
+        raise InputError(f"seq-len must be at least 2, got {asked}")
+    context = context_length(model)
+    if asked is not None and asked > context:
+        raise InputError(f"seq-len must fit the model's context of {context}, got {asked}")
+    return asked or min(context, _LONGEST_WINDOW)
+
+
+def _calibrated_fractions(model: nn.Module) -> dict[str, float]:
+    return {owner: site.fp4_fraction for owner, site in config_of(model).sites.items()}
+
+
+def _warn_of_drift(model: nn.Module, reporter: Reporter) -> None:
+    """Warn of sites whose fraction of FP4 blocks is far from its value at calibration."""
+    drift = comparison.drift(model, _calibrated_fractions(model))
+    moved = {n: by for n, by in drift.items() if abs(by) > _DRIFT_WARNING and math.isfinite(by)}
+    if moved:
+        worst = max(moved, key=lambda name: abs(moved[name]))
+        reporter.message(
+            f"warning: the FP4 fraction of {len(moved)} sites is more than 3 points off its value "
+            f"at calibration; {worst} is furthest, {100 * moved[worst]:+.1f} points"
+        )
+
+
+def _warn_of_overlap(
+    model: nn.Module, windows: torch.Tensor, tokenizer: Any, reporter: Reporter
+) -> float | None:
+    """Share of windows that repeat calibration text, with a warning; None if unknown."""
+    known = config_of(model).calibration.get("digest")
+    if not isinstance(known, str):
+        return None
+    share = overlap_with(known, windows, tokenizer)
+    if share:
+        reporter.message(
+            f"warning: at least {share:.1%} of the evaluation windows repeat calibration text; "
+            "their figures flatter the model"
+        )
+    return share

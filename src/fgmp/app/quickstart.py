@@ -1,0 +1,40 @@
+"""The whole job, offline, in minutes: what ``fgmp quickstart`` runs.
+
+Quantizes the model in this package at 70% FP4, compares it with FP8 and NVFP4 on the
+interpreter's own language reference, checks the checkpoint, and writes a one-page report.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import fgmp.demo
+from fgmp.app.commands import SILENT, Reporter, compare_models, quantize_to
+from fgmp.app.records import Quickstart
+from fgmp.app.report import write_report
+from fgmp.demo.text import docstrings, standard_library, topics
+from fgmp.evaluation.inspect import inspect_checkpoint
+from fgmp.pack import checkpoint
+from fgmp.recipe import Recipe
+
+MODEL = Path(fgmp.demo.__file__).parent / "model"
+RECIPE = Recipe(fp4=0.7, samples=48, clip="on")
+_EVALUATION_CHARACTERS = 160_000
+_CALIBRATION_CHARACTERS = 600_000
+
+
+def run(output: Path, reporter: Reporter = SILENT) -> Quickstart:
+    """Quantize, compare, inspect, report: writes ``checkpoint/`` and ``report.html``."""
+    started = time.perf_counter()
+    target, report = output / "checkpoint", output / "report.html"
+    checkpoint.require_free(target)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        calibration, evaluation = Path(folder) / "docstrings.txt", Path(folder) / "topics.txt"
+        text = "\n\n".join(docstrings(standard_library()))
+        calibration.write_text(text[:_CALIBRATION_CHARACTERS])
+        evaluation.write_text(topics()[:_EVALUATION_CHARACTERS])
+        summary = quantize_to(str(MODEL), target, RECIPE, str(calibration), reporter)
+        comparison = compare_models(str(MODEL), target, str(evaluation), None, reporter)
+    write_report(report, "fgmp quickstart", comparison.rows, summary, inspect_checkpoint(target))
+    return Quickstart(output, target, report, time.perf_counter() - started, summary, comparison)

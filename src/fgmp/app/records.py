@@ -1,0 +1,281 @@
+"""Results of the commands: typed records, each with its JSON form and its labelled lines.
+
+``to_dict`` is what ``--json`` prints; its keys are stable. ``lines`` is what the terminal and the
+report show: label to text, in order. A label is written here and nowhere else.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fgmp.assign.frontier import Fractions
+from fgmp.evaluation.compare import Row
+from fgmp.evaluation.inspect import Inspection
+
+Lines = dict[str, str]
+"""Label to text, in order."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Share of matmul parameters that is quantized, and the matrices that are not.
+
+    The share is None where a checkpoint does not record it.
+    """
+
+    quantized_share: float | None
+    unquantized: list[str]
+
+    def __str__(self) -> str:
+        if self.quantized_share is None:
+            return "the checkpoint does not say"
+        rest = ", ".join(self.unquantized) or "none"
+        return f"{self.quantized_share:.1%} of matmul parameters; not: {rest}"
+
+
+@dataclass(frozen=True)
+class QuantizeSummary:
+    """What ``fgmp quantize`` wrote.
+
+    Attributes:
+        output: the checkpoint folder.
+        fp4_fraction: fractions of blocks in FP4.
+        coverage: what is quantized.
+        bits_per_weight: of packed weights, every byte counted.
+        bytes, tensor_bytes: of the safetensors files, and of their tensors.
+        budget, clip, uniform, tune: the run's decisions, as the checkpoint stores them.
+        seconds: of the whole command.
+        peak_bytes: largest memory held.
+    """
+
+    output: str
+    fp4_fraction: Fractions
+    coverage: Coverage
+    bits_per_weight: float
+    bytes: int
+    tensor_bytes: int
+    budget: dict[str, float]
+    clip: dict[str, Any]
+    uniform: dict[str, Any]
+    tune: dict[str, Any]
+    seconds: float
+    peak_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        values = dict(vars(self))
+        del values["coverage"]
+        return {**values, "fp4_fraction": self.fp4_fraction._asdict(), **asdict(self.coverage)}
+
+    def lines(self) -> Lines:
+        """Labelled lines."""
+        return {
+            "checkpoint": self.output,
+            "FP4 blocks": f"{self.fp4_fraction.weights:.1%} of weights, "
+            f"{self.fp4_fraction.activations:.1%} of activations",
+            "bits per weight": f"{self.bits_per_weight:.3f}",
+            "size": f"{self.bytes:,} bytes, tensors {self.tensor_bytes:,}",
+            "quantized": str(self.coverage),
+            **_budget_lines(self.budget),
+            "clipping": "on" if self.clip["used"] else "off",
+            **_tuning_lines(self.tune),
+            "time": f"{self.seconds:.1f} s",
+            "peak memory": f"{self.peak_bytes / 1e9:.2f} GB",
+        }
+
+
+def _budget_lines(budget: Mapping[str, float]) -> Lines:
+    lines = {}
+    if "bits" in budget:
+        lines["budget"] = f"{budget['bits']:.3f} bits, mean of weight and activation formats"
+    if "energy_percent" in budget:
+        lines["energy"] = f"{budget['energy_percent']:.1f}% of all-FP8's"
+    if "increase_percent" in budget:
+        lines["increase"] = (
+            f"{budget['increase_percent']:+.2f}% of all-FP8's perplexity on held-out text "
+            f"({budget['increase_low']:+.2f}% to {budget['increase_high']:+.2f}%)"
+        )
+    return lines
+
+
+def _tuning_lines(tune: Mapping[str, Any]) -> Lines:
+    if not tune:
+        return {}
+    kl = tune["held_out_kl"]
+    effect = f"KL on held-out text {kl['without']:.5f} without, {kl['with']:.5f} with"
+    return {"tuning": effect if tune["used"] else f"not used: {effect}"}
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """A packed KV cache: its kind, and bytes per token in it and in bf16."""
+
+    kv_cache: str
+    kv_bytes_per_token: float
+    kv_bytes_per_token_bf16: int
+
+    def lines(self) -> Lines:
+        """Labelled lines."""
+        return {
+            "kv cache": self.kv_cache,
+            "kv bytes per token": f"{self.kv_bytes_per_token:.6g}",
+            "kv bytes per token bf16": f"{self.kv_bytes_per_token_bf16}",
+        }
+
+
+@dataclass(frozen=True)
+class Online:
+    """What a quantized model's activation sites did during an evaluation.
+
+    Attributes:
+        saturated: elements beyond the largest FP8 value.
+        drift: by site, the fraction of FP4 blocks less its value at calibration.
+        calibration_overlap: share of windows that repeat calibration text; None if unknown.
+        coverage: what is quantized.
+    """
+
+    saturated: int
+    drift: dict[str, float]
+    calibration_overlap: float | None
+    coverage: Coverage
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        values = dict(vars(self))
+        del values["coverage"]
+        return {**values, **asdict(self.coverage)}
+
+    def lines(self) -> Lines:
+        """Labelled lines."""
+        lines = {"saturated": f"{self.saturated:,}"}
+        if self.calibration_overlap is not None:
+            lines["calibration overlap"] = f"{self.calibration_overlap:.1%} of windows"
+        site = max(self.drift, key=lambda name: abs(self.drift[name]), default=None)
+        if site is not None:
+            points = 100 * self.drift[site]
+            lines["furthest from calibration"] = f"{site}, {points:+.1f} points of FP4"
+        return {**lines, "quantized": str(self.coverage)}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``fgmp eval`` measured.
+
+    Attributes:
+        perplexity, nll: exp of the mean loss, and the mean loss in nats per token.
+        tokens: predicted tokens.
+        fp4_activations: fraction of activation blocks that ran in FP4; None if not quantized.
+        cache: of a packed KV cache.
+        online: of a quantized model.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    fp4_activations: float | None
+    cache: CacheUse | None = None
+    online: Online | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        values = dict(vars(self))
+        del values["cache"], values["online"]
+        cache = asdict(self.cache) if self.cache else {}
+        return {**values, **cache, **(self.online.to_dict() if self.online else {})}
+
+    def lines(self) -> Lines:
+        """Labelled lines."""
+        lines = {
+            "perplexity": f"{self.perplexity:.6g}",
+            "nll": f"{self.nll:.6g}",
+            "tokens": f"{self.tokens:,}",
+        }
+        if self.fp4_activations is not None:
+            lines["fp4 activations"] = f"{self.fp4_activations:.1%} of blocks"
+        lines |= self.cache.lines() if self.cache else {}
+        return lines | (self.online.lines() if self.online else {})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What ``fgmp compare`` measured: rows, coverage, and the share of windows that repeat
+    calibration text, where the checkpoint records it."""
+
+    rows: list[Row]
+    coverage: Coverage
+    calibration_overlap: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "rows": [row.to_dict() for row in self.rows],
+            **asdict(self.coverage),
+            "calibration_overlap": self.calibration_overlap,
+        }
+
+    def lines(self) -> Lines:
+        """Labelled lines, beside the table of rows."""
+        return {"quantized": str(self.coverage)}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What ``fgmp generate`` wrote: text, its tokens, speed, and a packed KV cache's size."""
+
+    text: str
+    tokens: int
+    tokens_per_second: float
+    cache: CacheUse | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        values = dict(vars(self))
+        del values["cache"]
+        return {**values, **(asdict(self.cache) if self.cache else {})}
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """What ``fgmp quickstart`` wrote and measured."""
+
+    output: Path
+    checkpoint: Path
+    report: Path
+    seconds: float
+    summary: QuantizeSummary
+    comparison: Comparison
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "output": str(self.output),
+            "checkpoint": str(self.checkpoint),
+            "report": str(self.report),
+            "seconds": self.seconds,
+            "summary": self.summary.to_dict(),
+            "rows": [row.to_dict() for row in self.comparison.rows],
+        }
+
+    def lines(self) -> Lines:
+        """Labelled lines, beside the table of rows."""
+        return {
+            **self.summary.lines(),
+            "report": str(self.report),
+            "whole run": f"{self.seconds:.0f} s",
+        }
+
+
+def inspection_lines(inspection: Inspection) -> Lines:
+    """Labelled lines of ``fgmp inspect``."""
+    bits, size = inspection.bits_per_weight, inspection.bytes
+    coverage = Coverage(inspection.quantized_share, inspection.unquantized)
+    return {
+        "checkpoint": inspection.path,
+        "integrity": f"{inspection.tensors} tensors, {inspection.file_bytes:,} bytes verified",
+        "linears": f"{inspection.linears}, {inspection.quantized_weights:,} weights",
+        "planes": f"{bits.planes:.3f} bits per weight, {size.planes:,.0f} bytes",
+        "streamed image": f"{bits.streamed_image:.3f} bits per weight, "
+        f"{size.streamed_image:,.0f} bytes",
+        "quantized": str(coverage),
+    }

@@ -1,0 +1,235 @@
+"""How much memory a run will take, before it starts, and what it took.
+
+The peak is what the process holds already (the model), and on top the largest of three: in
+calibration, the sums that F_w is made of and the working set of one sequence; in packing, those
+sums, what compensation holds, the block scores and packed planes, and what scoring one weight
+takes; last, the planes, what tuning holds and a working set again. A working set is the tensors
+that a backward pass keeps, measured on a short prefix of one sequence and scaled up, the copies of
+its logits beside them and, where one is formed, a weight gradient. F_w takes four bytes a quantized
+parameter, or if it is factored four a row and a column.
+"""
+
+import os
+import resource
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from fgmp.errors import MemoryLimitError
+from fgmp.formats.spec import BLOCK
+from fgmp.model.losses import Loss
+from fgmp.model.observe import differentiable_inputs, frozen
+from fgmp.sensitivity.histogram import HISTOGRAM_BYTES
+
+_PROBE_TOKENS = 64
+_FISHER_BYTES = 4
+_SCORING_BYTES = 64
+"""Of float64 copies of a weight, its Fisher information and its errors, an element: measured."""
+_SCORE_BYTES = 8 / BLOCK
+_DEQUANTIZED_BYTES = 4
+_LOGITS_COPIES = 5
+"""Of a sequence's logits in fp32, beside what backward keeps: themselves, a draw of labels or the
+original's, gradients of log-probabilities and of logits: measured."""
+_TUNING_BYTES, _TUNING_COPIES = 12, 2
+"""Of a tuned parameter, an element: its fp32 copy and two moments; and how often it is held in its
+own dtype: tuned, and its gradient. If that is not fp32 the gradient is held in fp32, too."""
+_STEP_BYTES, _STEP_COPIES = 4, 2
+"""Of the largest, likewise: the root that a step divides by, and gradients before they are added
+up."""
+_RANKING = 3
+"""Copies of the scores while a budget ranks them: in one row, sorted, and their order."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes: ``held`` already, ``fisher``, ``packed`` planes, scores and histograms, ``working``
+    set, and what scoring and packing hold beside the planes: ``compensation``, and ``scoring`` of
+    the largest weight. ``logits`` are copies of one sequence's. ``tuning`` comes last, when F_w is
+    gone.
+    """
+
+    held: int
+    fisher: int
+    packed: int
+    working: int
+    compensation: int = 0
+    scoring: int = 0
+    logits: int = 0
+    tuning: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The largest amount that is held at once: calibration's, packing's, or what follows."""
+        return self.held + max(self._early, self._late)
+
+    @property
+    def tuning_is_the_peak(self) -> bool:
+        """Whether it would be lower without."""
+        return bool(self.tuning) and self._late > self._early
+
+    @property
+    def _early(self) -> int:
+        packing = self.packed + self.compensation + self.scoring
+        return self.fisher + max(packing, self.working + self.logits)
+
+    @property
+    def _late(self) -> int:
+        tuning = self.tuning + self.working if self.tuning else 0
+        return self.packed + tuning + self.logits
+
+
+def estimate(
+    model: nn.Module,
+    linears: dict[str, nn.Linear],
+    sample: Any,
+    loss: Loss,
+    packed_bytes_per_parameter: float,
+    *,
+    variants: int = 1,
+    ranked: bool = False,
+    fisher: str = "exact",
+    compensation: int = 0,
+    tuned: bool = False,
+    vocabulary: int = 0,
+) -> MemoryEstimate:
+    """Predict the peak of quantizing ``model``; ``sample`` is one calibration sequence.
+
+    ``vocabulary``: words that logits of each of its tokens are for, of a causal language model.
+    Weights are scored under each of ``variants`` choices of scales and, for a budget, ``ranked``.
+    Which linears share a site, and so a histogram, is not known yet: each is taken to have its own.
+    """
+    parameters = sum(linear.weight.numel() for linear in linears.values())
+    device = next(model.parameters()).device
+    largest = max(linear.weight.numel() for linear in linears.values())
+    # The probe comes first: what its passes load and cache stays, and counts as held.
+    working = _working_set(model, linears, sample, loss)
+    scores = (variants + _RANKING * ranked) * _SCORE_BYTES
+    weights = {id(linear.weight) for linear in linears.values()}
+    rest = [p for p in model.parameters() if id(p) not in weights]
+    tuning = sum(_TUNING_BYTES * p.numel() + _TUNING_COPIES * p.nbytes for p in rest)
+    tuning += sum(4 * p.numel() for p in rest if p.dtype != torch.float32)
+    tuning += max((_STEP_BYTES * p.numel() + _STEP_COPIES * p.nbytes for p in rest), default=0)
+    if fisher == "exact":
+        working += 2 * _FISHER_BYTES * largest
+    return MemoryEstimate(
+        held=held_bytes(device),
+        fisher=fisher_bytes(linears, fisher),
+        packed=int((packed_bytes_per_parameter + scores) * parameters)
+        + HISTOGRAM_BYTES * len(linears),
+        working=working,
+        compensation=compensation,
+        scoring=_SCORING_BYTES * largest,
+        logits=_LOGITS_COPIES * 4 * len(sample) * vocabulary if vocabulary else 0,
+        tuning=tuning + _DEQUANTIZED_BYTES * largest if tuned else 0,
+    )
+
+
+def require(estimate: MemoryEstimate, device: torch.device) -> None:
+    """Refuse a run that cannot fit."""
+    extra, free = estimate.peak - estimate.held, free_bytes(device)
+    if extra > free:
+        ways = "" if not estimate.tuning_is_the_peak else "tune: 0, "
+        raise MemoryLimitError(
+            f"quantizing needs {extra / 1e9:.2f} GB more on {device}, {free / 1e9:.2f} GB are "
+            f"free; use {ways}a shorter seq_len, fisher: factored, compensate: false, or a machine "
+            "with more memory"
+        )
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes this process holds now: resident set, or allocated memory of a GPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be had: also within a container's limit, where there is one."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    for limit, used, cached in _CGROUPS:
+        try:
+            most, now = int(Path(limit).read_text()), int(Path(used).read_text())
+            stat = dict(line.split() for line in Path(cached[0]).read_text().splitlines())
+        except (OSError, ValueError):  # no such file, or no limit
+            continue
+        # Of what counts as used, files that were read and not since can be dropped.
+        free = min(free, most - now + int(stat.get(cached[1], 0)))
+    return free
+
+
+_CGROUPS = (
+    (
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory.current",
+        ("/sys/fs/cgroup/memory.stat", "inactive_file"),
+    ),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ("/sys/fs/cgroup/memory/memory.stat", "total_inactive_file"),
+    ),
+)
+"""Of control groups, version 2 and 1: the limit, what is used, and what of that is cache."""
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak so far, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The largest amount held since :func:`reset_peak`."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def fisher_bytes(linears: dict[str, nn.Linear], fisher: str) -> int:
+    """Of the sums that F_w is made of."""
+    if fisher == "exact":
+        return _FISHER_BYTES * sum(linear.weight.numel() for linear in linears.values())
+    return _FISHER_BYTES * sum(sum(linear.weight.shape) for linear in linears.values())
+
+
+def _working_set(model: nn.Module, linears: dict[str, nn.Linear], sample: Any, loss: Loss) -> int:
+    """Bytes that one sequence's backward pass keeps, were it calibration's."""
+    short, ratio = sample, 1.0
+    if isinstance(sample, Tensor) and sample.ndim == 1 and len(sample) > _PROBE_TOKENS:
+        short, ratio = sample[:_PROBE_TOKENS], len(sample) / _PROBE_TOKENS
+    saved: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage
+        return tensor
+
+    # As in calibration, parameters take no gradients; inputs of linears do, and are saved.
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        stack.enter_context(differentiable_inputs(linears.values(), count))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor))
+        total, _ = loss(model, short)
+        for parameter in model.parameters():
+            saved.pop(parameter.untyped_storage().data_ptr(), None)
+        size = sum(storage.nbytes() for storage in saved.values())
+        saved.clear()
+        if total.requires_grad:
+            total.backward()
+    return int(size * ratio)

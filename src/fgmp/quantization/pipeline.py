@@ -1,0 +1,337 @@
+"""The run from end to end: calibrate, score, assign, pack, choose.
+
+:func:`quantize` reads from top to bottom as the paper does, and each step is one function of
+another file. :func:`prepare` does what must come first and is cheap: it checks the arguments,
+selects the linears and predicts the memory. A caller that wants to know the size of the result
+before hours of work calls :func:`prepare` and :func:`run` itself.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fgmp.assign.methods import DEFAULT_METHODS, Methods
+from fgmp.errors import InputError
+from fgmp.formats.activation import sensitivity_codes
+from fgmp.formats.spec import E2M1, E4M3, FP4_BITS
+from fgmp.formats.weight import check_finite
+from fgmp.model.linear import mixed_linears
+from fgmp.model.losses import Loss, causal_lm_loss
+from fgmp.model.select import linearize, matrices, output_head, quantizable
+from fgmp.progress import Progress, silent
+from fgmp.quantization import memory
+from fgmp.quantization.budget import require_possible, solve
+from fgmp.quantization.candidates import choose, measure_fp8, pack_candidates
+from fgmp.quantization.install import install
+from fgmp.quantization.memory import MemoryEstimate
+from fgmp.quantization.scoring import score
+from fgmp.quantization.sequential import bytes_needed
+from fgmp.quantization.task import OperatingPoint, Task
+from fgmp.quantization.tune import tune
+from fgmp.recipe import Recipe
+from fgmp.sensitivity.fisher import Calibration, SiteStatistics, calibrate
+
+
+def quantize(
+    model: nn.Module,
+    samples: Sequence[Any] | Tensor,
+    recipe: Recipe | None = None,
+    *,
+    loss: Loss = causal_lm_loss,
+    held_out: Sequence[Any] | Tensor | None = None,
+    groups: dict[str, list[str]] | None = None,
+    calibration: Path | Calibration | None = None,
+    resume: Path | None = None,
+    methods: Methods = DEFAULT_METHODS,
+    progress: Progress = silent,
+    report: Callable[[str], None] = lambda line: None,
+) -> nn.Module:
+    """Quantize a model in place, weights and activations.
+
+    Args:
+        model: a causal LM of Transformers, or any module if ``loss`` is given.
+        samples: calibration sequences: int64 (B, L) token windows for a causal LM, else whatever
+            ``loss`` takes, one at a time.
+        recipe: what the result shall be. ``samples`` overrides its number and length of sequences.
+        loss: (model, sequence) to (summed loss in nats, number of predictions).
+        held_out: sequences on which candidates are compared with the original. Default: the last
+            eighth of ``samples``, which under ``clip="auto"``, ``max_increase`` or ``tune`` then
+            takes no part in calibration.
+        groups: activation sites that override those found by tensor identity.
+        calibration: a file that keeps the Fisher information for other recipes: written if it does
+            not exist, else used, and refused if it belongs to another model, text or sites. Or a
+            :class:`Calibration`, used as it is; such a run stores no partial results.
+        resume: folder for partial results, from which the same call resumes after an interruption.
+            The caller deletes it once the result is safe.
+        methods: steps of assignment to replace, for research.
+        progress: reports on long stages; see ``fgmp.progress``.
+        report: gets a line of text now and then.
+
+    Returns:
+        ``model``, its linears replaced by packed ones. They are of a uniform format if that takes
+        no more bits and is closer to the original on held-out text.
+        ``fgmp.model.store.config_of(model)`` holds what was reached.
+
+    Raises:
+        InputError: no linear to quantize, a weight or activation that is not finite, too few
+            samples, a budget that cannot be met, ``tune`` with another loss.
+        MemoryLimitError: the run would not fit.
+    """
+    prepared = prepare(
+        model,
+        samples,
+        recipe or Recipe(),
+        loss=loss,
+        held_out=held_out,
+        resume=resume,
+        methods=methods,
+        progress=progress,
+        report=report,
+    )
+    return run(prepared, groups=groups, calibration=calibration)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A checked task, the elements of every matmul parameter by name, and the memory it needs."""
+
+    task: Task
+    matrices: dict[str, int]
+    memory: MemoryEstimate
+
+
+def prepare(
+    model: nn.Module,
+    samples: Sequence[Any] | Tensor,
+    recipe: Recipe,
+    *,
+    loss: Loss = causal_lm_loss,
+    held_out: Sequence[Any] | Tensor | None = None,
+    resume: Path | None = None,
+    methods: Methods = DEFAULT_METHODS,
+    progress: Progress = silent,
+    report: Callable[[str], None] = lambda line: None,
+) -> Prepared:
+    """Check everything that can be checked without calibration; arguments as for :func:`quantize`.
+
+    The model is linearized, in place.
+    """
+    if loss is causal_lm_loss:
+        _require_tokens("samples", samples)
+        _require_tokens("held_out", () if held_out is None else held_out)
+    elif recipe.tune:
+        raise InputError(
+            f"tune needs the predictions of a causal language model, got another loss and tune "
+            f"{recipe.tune}"
+        )
+    samples, held_out = _split(samples, held_out, recipe)
+    linears = _select(model, recipe)
+    require_possible(recipe, model, linears)
+    task = Task(model, linears, samples, held_out, loss, recipe, methods, progress, report, resume)
+    return Prepared(task, matrices(model), _require_memory(task))
+
+
+def run(
+    prepared: Prepared,
+    *,
+    groups: dict[str, list[str]] | None = None,
+    calibration: Path | Calibration | None = None,
+) -> nn.Module:
+    """Quantize a prepared model in place; arguments and result as for :func:`quantize`."""
+    task, recipe = prepared.task, prepared.task.recipe
+    started = time.perf_counter()
+    if isinstance(calibration, Calibration):  # no fingerprint says where its numbers come from
+        task = replace(task, resume=None)
+    else:
+        calibration = _calibrate(task, groups, calibration)
+    _report_unreached(task, calibration)
+    calibrated = time.perf_counter()
+    scores = score(task, calibration)
+    fp8 = None if recipe.max_increase is None else measure_fp8(task, scores)
+    point = solve(task, scores, calibration.weights, fp8)
+    _report_point(task, point)
+    candidates = pack_candidates(
+        task, scores, calibration.weights, point.fractions, scores.variants
+    )
+    predictions, floored = calibration.predictions, _floored_share(calibration.sites.values())
+    del calibration  # F_w is as large as the model in fp32; tuning needs the room
+    choice = choose(task, scores, point, candidates, fp8)
+    del candidates
+    if recipe.tune:
+        choice = tune(task, choice, fp8)
+    config = install(task.model, choice.assignment, recipe, prepared.matrices)
+    config.calibration.update(sequences=len(task.samples), predictions=predictions)
+    config.result.update(
+        choice.to_dict(),
+        sensitivities_floored=floored,
+        seconds={
+            "total": time.perf_counter() - started,
+            "calibration": calibrated - started,
+        },
+        peak_bytes=memory.peak_bytes(next(task.model.parameters()).device),
+        peak_bytes_predicted=prepared.memory.peak,
+    )
+    return task.model
+
+
+def _require_tokens(name: str, sequences: Sequence[Any] | Tensor) -> None:
+    """Refuse sequences that are not token ids, before hours of calibration."""
+    for index, tokens in enumerate(sequences):
+        if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+            got = f"{tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        elif tokens.ndim != 1 or len(tokens) < 2:
+            got = f"shape {[*tokens.shape]}"
+        else:
+            continue
+        raise InputError(
+            f"{name} must be token ids, int64 (B, L) with L 2 or more, where no other loss is "
+            f"given; got {got} as sequence {index}"
+        )
+
+
+def _split(
+    samples: Sequence[Any] | Tensor, held_out: Sequence[Any] | Tensor | None, recipe: Recipe
+) -> tuple[Any, Any]:
+    """Sequences to calibrate on, and sequences to compare candidates on."""
+    if len(samples) == 0:
+        raise InputError("quantize needs at least one calibration sequence, got none")
+    least = 1 if recipe.max_increase is None else 2  # one sequence gives no standard error
+    if held_out is not None:
+        if len(held_out) == 0:
+            raise InputError("held_out needs at least one sequence, got none")
+        if len(held_out) < least:
+            raise InputError(
+                f"max_increase needs at least {least} held-out sequences, an eighth of "
+                f"{8 * least} samples, got {len(held_out)}"
+            )
+        return samples, held_out
+    count = max(least, len(samples) // 8)
+    needed_by = {
+        "max_increase": recipe.max_increase is not None,
+        "clip=auto": recipe.clip == "auto",
+        "tune": bool(recipe.tune),
+    }
+    if not any(needed_by.values()):
+        return samples, samples[-count:]
+    if len(samples) <= count:
+        option = next(name for name, needed in needed_by.items() if needed)
+        raise InputError(f"{option} needs at least {least + 1} sequences, got {len(samples)}")
+    return samples[:-count], samples[-count:]
+
+
+def _select(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
+    """Linearize the model and select the linears to quantize; weights must be finite."""
+    linearize(model)
+    if mixed_linears(model):
+        raise InputError(f"{type(model).__name__} is quantized already; quantize its original")
+    linears = quantizable(model, recipe.include, recipe.exclude)
+    if not linears:
+        raise InputError(
+            f"no linear layer to quantize: include {list(recipe.include)} and exclude "
+            f"{list(recipe.exclude)} leave none of {type(model).__name__}'s"
+        )
+    for name, linear in linears.items():
+        check_finite(f"{name}.weight", linear.weight)
+    return linears
+
+
+def _variants(recipe: Recipe) -> int:
+    """Number of ways to choose FP4 scales that are scored and packed."""
+    return 2 if recipe.clip == "auto" else 1
+
+
+def _packed_bytes_per_parameter(recipe: Recipe) -> float:
+    """Bytes of the packed weights held at once: every variant, and the all-NVFP4 model."""
+    fp8_share = 1.0 if recipe.budget else 1 - recipe.fp4
+    return (FP4_BITS + _variants(recipe) * (FP4_BITS + E2M1.bits * fp8_share)) / 8
+
+
+def _require_memory(task: Task) -> MemoryEstimate:
+    """Predict the peak, report it, and refuse a run that does not fit."""
+    device = next(task.model.parameters()).device
+    compensation = 0
+    if task.recipe.compensate:
+        compensation = bytes_needed(task.model, task.linears, task.samples, task.loss)
+    needed = memory.estimate(
+        task.model,
+        task.linears,
+        task.samples[0],
+        task.fisher_loss,
+        _packed_bytes_per_parameter(task.recipe),
+        variants=_variants(task.recipe),
+        ranked=task.recipe.budget is not None,
+        fisher=task.recipe.fisher,
+        compensation=compensation,
+        tuned=bool(task.recipe.tune),
+        vocabulary=_vocabulary(task),
+    )
+    memory.require(needed, device)
+    task.report(f"peak memory will be about {needed.peak / 1e9:.2f} GB")
+    memory.reset_peak(device)
+    return needed
+
+
+def _vocabulary(task: Task) -> int:
+    """Vocabulary size of a causal language model that names its output head, else 0."""
+    head = output_head(task.model)
+    weight = None if head is None else head.weight
+    return len(weight) if task.loss is causal_lm_loss and isinstance(weight, Tensor) else 0
+
+
+def _calibrate(task: Task, groups: dict[str, list[str]] | None, file: Path | None) -> Calibration:
+    """Collect Fisher information and activation ranges."""
+    reused = file is not None and file.exists()
+    fisher = task.recipe.fisher
+    resume = None
+    if file is None:
+        resume = task.partial_results("calibration", fisher, groups or {}, task.fisher_loss)
+    with task.progress("calibrating", len(task.samples)) as advance:
+        calibration = calibrate(
+            task.model,
+            task.linears,
+            task.samples,
+            task.fisher_loss,
+            fisher=fisher,
+            groups=groups,
+            file=file,
+            resume=resume,
+            advance=advance,
+        )
+    if reused:
+        task.report(
+            f"using the gradients in {file}; scores of activations and moments of inputs depend on "
+            "the recipe and take passes forward"
+        )
+    return calibration
+
+
+def _report_unreached(task: Task, calibration: Calibration) -> None:
+    unreached = [site.linears[0] for site in calibration.sites.values() if site.tokens == 0]
+    if unreached:
+        task.report(
+            f"{len(unreached)} sites saw no calibration token; they get default scales and all "
+            f"blocks in FP4: {', '.join(unreached)}"
+        )
+
+
+def _report_point(task: Task, point: OperatingPoint) -> None:
+    if task.recipe.budget:
+        task.report(
+            f"{task.recipe.budget} comes to {point.budget.bits:.3f} bits: "
+            f"{point.fractions.weights:.1%} of weight blocks and "
+            f"{point.fractions.activations:.1%} of activation blocks in FP4"
+        )
+
+
+def _floored_share(statistics: Iterable[SiteStatistics]) -> float:
+    """Share of channels whose sensitivity lies below the smallest code and is raised to it."""
+    floored, channels = 0, 0
+    for site in statistics:
+        _, gamma = sensitivity_codes(site.g2)
+        floored += int((site.g2 < gamma * E4M3.smallest / 2).sum())
+        channels += len(site.g2)
+    return floored / channels

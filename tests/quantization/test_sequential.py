@@ -1,0 +1,310 @@
+"""Every stage is packed on moments of the right inputs: the original's, and the quantized so far.
+
+The judge knows no stages and no shortcuts: it runs whole copies of the original, one of them with
+all that is packed so far, and sums moments in float64.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+from torch import Tensor, nn
+
+import fgmp
+from fgmp import InputError, Recipe
+from fgmp.assign.policy import POLICIES
+from fgmp.assign.weights import pack_weights, score_weights
+from fgmp.formats.activation import fake_quantize
+from fgmp.model.convert import install
+from fgmp.model.linear import sites
+from fgmp.model.select import linearize, quantizable, routers
+from fgmp.model.store import config_of
+from fgmp.pack.planes import PackedWeight
+from fgmp.sensitivity.fisher import Loss, causal_lm_loss
+from fgmp.sensitivity.moments import Moments, add_moments, new_moments
+from fgmp.quantization.sequential import Stage, block_of, bytes_needed, pack_in_turn, stages
+from fgmp.storage.resume import Unfinished
+
+
+class Setting:
+    """A linearized model whose sites keep everything in FP4, and what packs its weights."""
+
+    def __init__(self, model: nn.Module, samples: Any, loss: Loss) -> None:
+        linearize(model)
+        self.model, self.samples, self.loss = model, samples, loss
+        quantized = fgmp.quantize(
+            copy.deepcopy(model), samples, Recipe(fp4=1.0, clip="off", compensate=False), loss=loss
+        )
+        self.records = {owner: site.record for owner, site in sites(quantized).items()}
+        self.linears_of = {o: s.linears for o, s in config_of(quantized).sites.items()}
+        self.weights = {n: m.weight.detach() for n, m in quantizable(model).items()}
+
+    def pack(self, groups: Any, moments: dict[str, Moments]) -> dict[str, PackedWeight]:
+        policy = POLICIES["error"]
+        scored = score_weights(
+            self.weights, self.weights, groups, policy, rule="benefit", clipped=True
+        )
+        none = {n: torch.zeros_like(s, dtype=torch.bool) for n, s in scored.scales.items()}
+        return pack_weights(self.weights, self.weights, groups, policy, scored, none, moments)
+
+    def in_turn(
+        self,
+        pack: Callable[..., dict[str, PackedWeight]] | None = None,
+        kept: Unfinished | None = None,
+    ) -> dict:
+        return pack_in_turn(
+            self.model,
+            self.linears_of,
+            self.records,
+            self.samples,
+            self.loss,
+            pack or self.pack,
+            kept=kept,
+        )
+
+    def with_weights(self, packed: dict[str, PackedWeight]) -> nn.Module:
+        """A copy with these weights and their sites."""
+        model = copy.deepcopy(self.model)
+        done = {o: names for o, names in self.linears_of.items() if o in packed}
+        install(model, packed, self.records, done)
+        return model
+
+    @torch.no_grad()
+    def inputs(self, model: nn.Module, owner: str, choices: Iterator[Any] | None) -> Tensor:
+        """All that a site reads, float64 (tokens, K); routers repeat ``choices``."""
+        seen: list[Tensor] = []
+        with ExitStack() as stack:
+            hook = model.get_submodule(owner).register_forward_pre_hook(
+                lambda _, args: seen.append(args[0].flatten(0, -2).clone())
+            )
+            stack.callback(hook.remove)
+            if choices is not None:
+                for name in routers(model):
+                    router = model.get_submodule(name)
+                    repeat = router.register_forward_hook(lambda *_: next(choices))
+                    stack.callback(repeat.remove)
+            for sample in self.samples:
+                self.loss(model, sample)
+        return torch.cat(seen) if seen else torch.zeros(0, len(self.records[owner].sensitivity))
+
+    @torch.no_grad()
+    def choices(self) -> list[Any]:
+        """What the original's routers give, call by call."""
+        found: list[Any] = []
+        hooks = [
+            self.model.get_submodule(name).register_forward_hook(
+                lambda _, __, out: found.append(out)
+            )
+            for name in routers(self.model)
+        ]
+        for sample in self.samples:
+            self.loss(self.model, sample)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+
+def judged(setting: Setting) -> Callable[..., dict[str, PackedWeight]]:
+    """Packs as the setting does, after every moment was found right."""
+    packed: dict[str, PackedWeight] = {}
+    choices = setting.choices()
+
+    def pack(groups: Any, moments: dict[str, Moments]) -> dict[str, PackedWeight]:
+        quantized = setting.with_weights(packed)
+        for owner, found in moments.items():
+            x = setting.inputs(setting.model, owner, None)
+            own = setting.inputs(quantized, owner, iter(choices))
+            site = setting.records[owner]
+            q = (fake_quantize(own, site)[0] * site.t).double() if len(own) else own.double()
+            # Sums in fp32, of a few hundred tokens.
+            close = {"rtol": 1e-5, "atol": 1e-5 * float(q.square().sum() / q.shape[1])}
+            torch.testing.assert_close(found.h.double(), q.T @ q, **close)
+            torch.testing.assert_close(found.c.double(), x.double().T @ q, **close)
+        packed.update(setting.pack(groups, moments))
+        return {name: packed[name] for names in groups for name in names}
+
+    return pack
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
+def test_moments_are_those_of_two_whole_models(family: str, tokens: Tensor) -> None:
+    setting = Setting(make_model(family), tokens[:3], causal_lm_loss)
+    packed = setting.in_turn(judged(setting))
+    assert packed.keys() == setting.weights.keys()
+
+
+class Chain(nn.Module):
+    """Blocks that add to what they read; ``skip`` sends the first one's output past the others."""
+
+    def __init__(self, blocks: int = 4, *, skip: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 32)) for _ in range(blocks)
+        )
+        self.head, self.skip = nn.Linear(32, 16), skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = None
+        for block in self.blocks:
+            x = x + block(x)
+            if first is None:
+                first = x
+            if self.skip:
+                x = x + 0.5 * first
+        return self.head(x)
+
+
+def squares(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    return model(x).square().sum(), len(x)
+
+
+def twice(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """A loss that runs the model on two halves, as those of pairs do."""
+    return (model(x[:5]).sum() - model(x[5:]).sum()).square(), len(x)
+
+
+@pytest.mark.parametrize("loss", [squares, twice])
+@pytest.mark.parametrize("skip", [False, True])
+def test_any_module_and_any_loss(loss: Loss, skip: bool) -> None:
+    """Blocks here do not hand on all there is, so that shortcuts would be wrong."""
+    samples = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(1))
+    setting = Setting(Chain(skip=skip), samples, loss)
+    setting.in_turn(judged(setting))
+
+
+def test_a_stage_is_of_one_block_and_one_kind() -> None:
+    model = make_model("mixtral")
+    linearize(model)
+    names = list(quantizable(model))
+    assert block_of(model, names[0]) == "model.layers.0"
+    found = stages(model, names)
+    first = [stage for stage in found if stage.block == "model.layers.0"]
+    experts = "model.layers.0.mlp.experts"
+    assert first[-2:] == [
+        Stage("model.layers.0", [f"{experts}.{e}.gate_up_proj" for e in range(4)]),
+        Stage("model.layers.0", [f"{experts}.{e}.down_proj" for e in range(4)]),
+    ]
+    assert [len(stage.owners) for stage in first] == [1, 1, 1, 1, 4, 4]
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert stages(plain, ["0", "1"]) == [Stage("", ["0"]), Stage("", ["1"])]
+
+
+def test_each_block_runs_once_a_stage_of_its_own_and_once_more(tokens: Tensor) -> None:
+    """In both models and for every sample; the first sample runs whole once besides."""
+    setting = Setting(make_model("llama"), tokens, causal_lm_loss)
+    layers = setting.model.model.layers
+    runs = [0] * len(layers)
+
+    def count(index: int) -> None:
+        runs[index] += 1
+
+    for index, layer in enumerate(layers):
+        layer.self_attn.register_forward_pre_hook(lambda *_, index=index: count(index))
+    setting.in_turn()
+    assert len(stages(setting.model, list(setting.linears_of))) == 8
+    assert runs == [2 * len(tokens) * 5 + 1, 2 * len(tokens) * 4 + 1]
+
+
+def test_beats_moments_of_the_original_alone() -> None:
+    """In the output's error, on inputs it has not seen: 0.73 of it, where errors pass through."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 400, 4, generator=g) @ torch.randn(4, 32, generator=g) / 2
+    seen, unseen = x + torch.randn(x.shape, generator=g) * 0.03
+    weights = torch.randn(7, 32, 32, generator=g) / 32**0.5
+    net = nn.Sequential(*(m for _ in weights for m in (nn.Linear(32, 32), nn.Tanh())))
+    for linear, weight in zip(net[::2], weights, strict=True):
+        linear.weight.data.copy_(weight)
+    setting = Setting(net, seen.view(4, 100, 32), squares)
+    alone = {}
+    for owner, names in setting.linears_of.items():
+        x, site = setting.inputs(net, owner, None), setting.records[owner]
+        moments = new_moments(32, x.device)
+        add_moments(moments, x, fake_quantize(x, site)[0] * site.t)
+        alone |= setting.pack([names], {owner: moments})
+
+    @torch.no_grad()
+    def error(packed: dict[str, PackedWeight]) -> float:
+        return (setting.with_weights(packed)(unseen) - net(unseen)).square().mean().item()
+
+    assert error(setting.in_turn()) < 0.85 * error(alone)
+
+
+@pytest.mark.parametrize("call", [1, 2, 7, 30])
+def test_an_interrupted_run_leaves_the_model_alone(call: int, tokens: Tensor) -> None:
+    calls = 0
+
+    def loss(model: nn.Module, sample: Tensor) -> tuple[Tensor, int]:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return causal_lm_loss(model, sample)
+
+    setting = Setting(make_model("mixtral").train(), tokens[:2], causal_lm_loss)
+    before = dict(setting.model.named_modules())
+    setting.loss = loss
+    with pytest.raises(KeyboardInterrupt):
+        setting.in_turn()
+    assert dict(setting.model.named_modules()) == before and setting.model.training
+    for module in before.values():
+        assert "forward" not in module.__dict__
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("stop", [1, 5, -1])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+def test_an_interrupted_run_goes_on(family: str, stop: int, tokens: Tensor, tmp_path: Path) -> None:
+    """Wherever it stopped, also a block on: the same bits, and no stage is packed twice."""
+    setting = Setting(make_model(family), tokens, causal_lm_loss)
+    wanted = setting.in_turn()
+    count = len(stages(setting.model, list(setting.linears_of)))
+    kept, packed, allowed = Unfinished(tmp_path, "a" * 16), 0, stop % count
+
+    def pack(groups: Any, moments: dict[str, Moments]) -> dict[str, PackedWeight]:
+        nonlocal packed
+        if packed == allowed:
+            raise KeyboardInterrupt
+        packed += 1
+        return setting.pack(groups, moments)
+
+    with pytest.raises(KeyboardInterrupt):
+        setting.in_turn(pack, kept)
+    allowed = count + 1
+    found = setting.in_turn(pack, kept)
+    assert packed == count
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        own = found[name].tensors()
+        assert all(torch.equal(own[key], plane) for key, plane in weight.tensors().items())
+
+
+@pytest.mark.parametrize("damage", ["another linear", "no shape"])
+def test_a_stage_that_is_not_what_was_kept_is_told(
+    damage: str, tokens: Tensor, tmp_path: Path
+) -> None:
+    setting = Setting(make_model("llama"), tokens[:2], causal_lm_loss)
+    kept = Unfinished(tmp_path, "a" * 16)
+    setting.in_turn(setting.pack, kept)
+    found = kept.load("stage 00003")
+    assert found is not None
+    name = next(n for n in found if n.endswith(".shape"))
+    shape = found.pop(name)
+    if damage == "another linear":
+        found[f"another.{name}"] = shape
+    kept.store("stage 00003", found)
+    with pytest.raises(InputError, match=r"-00003.safetensors: not stage 00003 of this run .*; de"):
+        setting.in_turn(setting.pack, kept)
+
+
+def test_bytes_are_moments_of_a_stage_and_outputs_of_a_block() -> None:
+    model, samples = Chain(), torch.zeros(3, 20, 32)
+    needed = bytes_needed(model, quantizable(model), samples, squares)
+    moments, factors = 8 * 48**2, 5 * 8 * 48**2
+    outputs = 2 * 3 * (20 * 32 * 4)
+    assert needed == moments + factors + outputs

@@ -1,0 +1,21 @@
+"""The tables and plots of docs/results.md are those of the results beside it."""
+
+import figures
+import pytest
+
+
+def test_tables_and_plots_are_those_of_the_results() -> None:
+    models = figures.results()
+    page = (figures.DOCS / "results.md").read_text()
+    assert page.count("<!-- end -->") == len(models) + 7
+    filled = figures.filled(page, models, figures.results_beside())
+    assert filled == page, "run python runs/figures.py"
+    for model, facts in models.items():
+        drawn = (figures.DOCS / "results" / f"accuracy-{model}.svg").read_text()
+        assert drawn == figures.plot(model, facts), "run python runs/figures.py"
+
+
+def test_a_table_without_results_is_an_error() -> None:
+    page = "<!-- accuracy-none -->\n<!-- end -->"
+    with pytest.raises(KeyError, match="accuracy-none"):
+        figures.filled(page, figures.results(), figures.results_beside())
