@@ -39,6 +39,8 @@ from fgmp.progress import bars
 from fgmp.quantization.uniform import UNIFORM, uniform
 from fgmp.recipe import PAPER
 
+NAME = "all-MiniLM-L6-v2"
+
 RECIPES = {
     **{f"paper {fp4:.0%}": Recipe(fp4=fp4, clip="on", **PAPER) for fp4 in (0.7, 0.9)},
     **{f"ours {fp4:.0%}": Recipe(fp4=fp4, clip="on") for fp4 in (0.7, 0.9, 1.0)},

@@ -8,15 +8,15 @@ its Fisher information, over its elements. Scores and packed planes, which stay,
 ``logits_copies``: what a step of quantizing a tiny Llama with a large vocabulary takes beside what
 the prediction counts apart, over the bytes of one sequence's logits in fp32.
 
-Both are resident memory by the kernel's count: the peak of the step less what was held before. The
-defaults make every tensor of interest larger than 32 MB, which the C library returns to the system
-when it is freed.
+Both are resident memory by the kernel's count: the peak of the step less what was held before.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -48,9 +48,16 @@ CPU = torch.device("cpu")
 NAME = "weight"
 
 
+def return_free_memory() -> None:
+    """Let the C library return freed memory to the system, where it can."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def extra_bytes(step: Callable[[], Any]) -> tuple[int, Any]:
     """Peak resident bytes of a step less those held before, and its result."""
     gc.collect()
+    return_free_memory()
     memory.reset_peak(CPU)
     before = memory.held_bytes(CPU)
     result = step()

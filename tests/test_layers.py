@@ -1,6 +1,7 @@
-"""Who may import whom: every part knows only parts that come before it."""
+"""Who may import whom, what depends on what, and that tests mirror the source."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,87 +11,77 @@ import pytest
 import fgmp
 
 ROOT = Path(fgmp.__file__).parent
+TESTS = Path(__file__).parent
+ARCHITECTURE = TESTS.parent / "docs" / "architecture.md"
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "fingerprint": set(),
-    "files": set(),
     "progress": set(),
-    "console": set(),
-    "demo.text": set(),
+    "storage": {"errors"},
+    "demo": set(),
     "data": {"errors"},
     "formats": {"errors"},
-    "recipe": {"errors", "formats"},
-    "unfinished": {"errors", "files"},
-    "sensitivity": {"errors", "fingerprint", "files", "formats"},
     "pack": {"errors", "formats"},
-    "hardware": {"console", "errors", "files", "progress", "formats", "pack"},
-    "assign": {"formats", "sensitivity", "pack"},
     "kernels": {"errors", "formats", "pack"},
-    "model": {"errors", "formats", "sensitivity", "pack", "kernels"},
-    "evaluation": {"formats", "pack", "model", "progress"},
-    "report": {"evaluation"},
-    "sequential": {"unfinished", "formats", "sensitivity", "pack", "model"},
-    "heldout": {"sensitivity", "model"},
-    "task": {
-        *("fingerprint", "unfinished", "progress", "recipe", "formats", "sensitivity", "assign"),
+    "model": {"errors", "storage", "formats", "pack", "kernels"},
+    "sensitivity": {"errors", "storage", "formats", "model"},
+    "assign": {"errors", "formats", "pack", "sensitivity"},
+    "recipe": {"errors", "formats", "assign"},
+    "hardware": {"errors", "progress", "storage", "formats", "pack"},
+    "evaluation": {"progress", "formats", "pack", "model"},
+    "quantization": {
+        *("errors", "progress", "storage", "formats", "pack", "model", "sensitivity", "assign"),
+        *("recipe", "hardware"),
     },
-    "solve": {
-        *("errors", "recipe", "formats", "sensitivity", "pack", "hardware", "assign", "model"),
-        "task",
-    },
-    "candidates": {
-        *("formats", "pack", "assign", "model", "sequential", "heldout", "task", "solve"),
-    },
-    "tune": {
-        *("unfinished", "recipe", "sensitivity", "model", "heldout", "task", "candidates"),
-    },
-    "pipeline": {
-        *("errors", "progress", "recipe", "formats", "sensitivity", "pack", "assign", "model"),
-        *("sequential", "task", "solve", "candidates", "tune"),
-    },
-    "workflow": {
-        *("errors", "progress", "unfinished", "recipe", "data", "demo.text"),
-        *("pack", "model", "evaluation", "pipeline"),
-    },
-    "accelerator": {
-        *("errors", "data", "demo.text", "formats", "hardware", "pack", "model", "workflow"),
-    },
-    "demo.quickstart": {"demo.text", "recipe", "pack", "evaluation", "report", "workflow"},
-    "cli": {
-        *("errors", "progress", "console", "recipe"),
-        *("hardware", "evaluation", "workflow", "accelerator", "demo.quickstart"),
+    "app": {
+        *("errors", "progress", "storage", "demo", "data", "formats", "pack", "model", "assign"),
+        *("recipe", "hardware", "evaluation", "quantization"),
     },
 }
-"""A part is a package or a module of the top level; the two halves of ``demo`` lie on either side
-of ``workflow``. Each part may import those named, which all stand above it."""
+"""A part is a package or a module below ``fgmp``. Each may import those named, which all stand
+above it; docs/architecture.md has the same table."""
 
 ONLY_IN = {
-    "transformers": {"model", "workflow", "cli"},
-    "rich": {"progress", "console", "cli"},
-    "typer": {"console", "hardware", "cli"},
+    "transformers": {"model", "app"},
+    "rich": {"progress", "app"},
+    "typer": {"app"},
     "amaranth": {"hardware"},
     "platformdirs": {"hardware"},
     "yaml": {"recipe"},
     "datasets": {"data"},
-    "safetensors": {"unfinished", "pack", "sensitivity", "model"},
+    "safetensors": {"storage", "pack"},
     "huggingface_hub": {"pack"},
-    "psutil": {"sensitivity"},
+    "psutil": {"quantization"},
     "triton": {"kernels"},
-    "numpy": {"fingerprint", "hardware", "pack"},
+    "numpy": {"storage", "hardware", "pack"},
 }
 """Where third-party packages may show up; ``torch`` may everywhere but in ``formats.spec``."""
 
+CYCLES = [
+    {
+        "fgmp.hardware.datapath",
+        *(f"fgmp.hardware.rtl.{name}" for name in ("dot", "lane", "registers")),
+    },
+    {
+        "fgmp.hardware.array",
+        *(f"fgmp.hardware.rtl.{name}" for name in ("accelerator", "ppu", "schedule", "tiles")),
+    },
+]
+"""Modules that may import each other: a record of parameters creates the RTL that reads it."""
+
+TESTED_AS: dict[str, str] = {}
+"""Modules whose tests lie elsewhere, each with the file that has them and the reason."""
+
 
 def files() -> list[Path]:
-    """Source files, but those that only describe or assemble a package."""
-    return [p for p in sorted(ROOT.rglob("*.py")) if p.parent != ROOT or p.name != "__init__.py"]
+    """Source files, but those that only assemble or start the package."""
+    return [path for path in sorted(ROOT.rglob("*.py")) if len(module_of(path).split(".")) > 1
+            and path.name != "__main__.py"]  # fmt: skip
 
 
 def part_of(module: str) -> str:
     """``fgmp.formats.codec`` is of the part ``formats``."""
-    names = module.split(".")[1:]
-    return ".".join(names[:2]) if names[0] == "demo" and len(names) > 1 else names[0]
+    return module.split(".")[1]
 
 
 def module_of(path: Path) -> str:
@@ -98,19 +89,38 @@ def module_of(path: Path) -> str:
     return ".".join(names[:-1] if names[-1] == "__init__" else names)
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Dotted names of what a file imports, in functions too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those that only a type checker sees."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from nodes(node)
+
+
+def imports(path: Path, *, types: bool = True) -> Iterator[str]:
+    """Dotted names of what a file imports, in functions too.
+
+    A module of this package has its full name, also where it is imported from its package.
+    """
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if types else nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide their target"
-            submodules = (f"{node.module}.{alias.name}" for alias in node.names)
-            is_package = node.module == "fgmp" or (
-                node.module.startswith("fgmp.")
-                and (ROOT / node.module[5:].replace(".", "/")).is_dir()
-            )
-            yield from submodules if is_package else [node.module]
+            assert node.level == 0 and node.module, f"{path}: relative imports hide their target"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in MODULES else node.module
+
+
+MODULES = {module_of(path): path for path in ROOT.rglob("*.py")}
+
+
+def test_the_package_root_is_small() -> None:
+    """What a reader sees first; everything else belongs to a part."""
+    names = [path.name for path in ROOT.glob("*.py")]
+    assert len(names) <= 8, names
 
 
 def test_the_parts_are_in_order() -> None:
@@ -121,8 +131,7 @@ def test_the_parts_are_in_order() -> None:
 
 
 def test_every_file_belongs_to_a_part() -> None:
-    parts = {part_of(module_of(path)) for path in files()}
-    assert parts - {"demo", "__main__"} == set(MAY_IMPORT)
+    assert {part_of(module_of(path)) for path in files()} == set(MAY_IMPORT)
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -131,7 +140,8 @@ def test_imports_go_one_way(path: Path) -> None:
     for name in imports(path):
         top = name.partition(".")[0]
         if top == "fgmp":
-            assert part_of(name) in {part, *MAY_IMPORT.get(part, set())}, f"{path} imports {name}"
+            assert name != "fgmp", f"{path} imports the package, which imports everything"
+            assert part_of(name) in {part, *MAY_IMPORT[part]}, f"{path} imports {name}"
         elif top not in sys.stdlib_module_names and top not in ("torch", "pydoc_data"):
             assert part in ONLY_IN.get(top, set()), f"{path} imports {name}"
 
@@ -139,13 +149,92 @@ def test_imports_go_one_way(path: Path) -> None:
 def test_every_permission_is_needed() -> None:
     """A table that allows more than happens would not notice what comes new."""
     used: dict[str, set[str]] = {part: set() for part in MAY_IMPORT}
+    packages: dict[str, set[str]] = {package: set() for package in ONLY_IN}
     for path in files():
         part = part_of(module_of(path))
         for name in imports(path):
-            if name.startswith("fgmp.") and part in used:
+            top = name.partition(".")[0]
+            if top == "fgmp":
                 used[part].add(part_of(name))
+            elif top in packages:
+                packages[top].add(part)
     for part, allowed in MAY_IMPORT.items():
         assert allowed <= used[part], f"{part} does not import {sorted(allowed - used[part])}"
+    assert packages == ONLY_IN
+
+
+def test_the_documented_table_is_this_one() -> None:
+    text = ARCHITECTURE.read_text().partition("\n## Who may import whom\n")[2]
+    section = text.partition("\n## ")[0]
+    rows = re.findall(r"^\|([^|\n]+)\|([^|\n]*)\|$", section, re.MULTILINE)
+    header, rule, *parts = rows
+    assert [cell.strip() for cell in header] == ["part", "may import"]
+    assert set("".join(rule)) <= set("-: ")
+    documented = {}
+    for part, allowed in parts:
+        names = [name.strip() for name in allowed.split(",") if name.strip()]
+        for name in (part.strip(), *names):
+            assert re.fullmatch(r"`[a-z]+`", name), f"{name} must be one part in backticks"
+        documented[part.strip(" `")] = {name.strip("`") for name in names}
+    assert list(documented) == list(MAY_IMPORT), "the parts, in order"
+    assert documented == MAY_IMPORT
+
+
+def test_no_modules_import_each_other() -> None:
+    """Neither at the top nor in functions, nor by way of others, but for CYCLES."""
+    graph = {
+        module: {name for name in imports(path, types=False) if name in MODULES}
+        for module, path in MODULES.items()
+    }
+    cycles = [component for component in components(graph) if len(component) > 1]
+    assert sorted(cycles, key=sorted) == sorted(CYCLES, key=sorted)
+    for module, targets in graph.items():
+        assert module not in targets, f"{module} imports itself"
+
+
+def components(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Strongly connected components: sets of modules that can all reach each other."""
+    reach = {module: reachable(graph, module) for module in graph}
+    done: set[str] = set()
+    result = []
+    for module in graph:
+        if module not in done:
+            component = {module} | {other for other in reach[module] if module in reach[other]}
+            result.append(component)
+            done |= component
+    return result
+
+
+def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    seen: set[str] = set()
+    pending = [start]
+    while pending:
+        for target in graph[pending.pop()] - seen:
+            seen.add(target)
+            pending.append(target)
+    return seen
+
+
+def has_logic(path: Path) -> bool:
+    """Whether a file defines a function or a class with a method, not only names and records."""
+    tree = ast.parse(path.read_text())
+    return any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for node in ast.walk(tree))
+
+
+def test_tests_mirror_the_source() -> None:
+    """A module with logic has a test file of its name in the folder of its name."""
+    missing = []
+    for module, path in MODULES.items():
+        relative = path.relative_to(ROOT)
+        test = TESTS / relative.parent / f"test_{relative.name}"
+        if has_logic(path) and module not in TESTED_AS and not test.exists():
+            missing.append(str(test.relative_to(TESTS)))
+    assert not missing, missing
+    for module, elsewhere in TESTED_AS.items():
+        relative = MODULES[module].relative_to(ROOT)
+        assert not (TESTS / relative.parent / f"test_{relative.name}").exists(), module
+        file = elsewhere.partition(":")[0]
+        assert (TESTS / file).exists(), f"{module}: {file}"
 
 
 def test_the_specification_needs_no_torch() -> None:

@@ -1,7 +1,6 @@
 """Fixtures of the commands' tests: a folder to work in, and a command line in this process."""
 
 import sys
-from pathlib import Path
 
 import pytest
 

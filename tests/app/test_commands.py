@@ -1,20 +1,13 @@
-"""Every command, from arguments to exit code, on a tiny model and tokenizer in a folder.
+"""What every command does, from arguments to result, on a tiny model and tokenizer in a folder.
 
-Commands run in this process, through the function that the console script calls; one real process
-is interrupted with a real signal.
+Commands run in this process, through the function that the console script calls.
 """
 
 import json
-import os
-import select
 import shutil
-import signal
-import subprocess
-import sys
-import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,128 +16,35 @@ import torch
 from conftest import make_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from tokenizers import normalizers
+from transformers import AutoModelForCausalLM
 
-import fgmp.progress
-from fgmp import InputError
-from fgmp.quantization import candidates
-from fgmp.app.cli import main
+import fgmp
+from fgmp.app import commands
+from fgmp.app.commands import Reporter
+from fgmp.errors import InputError
 from fgmp.pack.planes import PackedWeight
 from fgmp.pack.stream import image_bytes
-from fgmp.sensitivity.fisher import _Recorder
+from fgmp.progress import Progress
+from fgmp.quantization import candidates
 from fgmp.quantization.sequential import _Run
+from fgmp.sensitivity.fisher import _Recorder
 
-TEXT = "The quick brown fox jumps over the lazy dog, again and again.\n" * 60
-
-
-def a_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level: a token a byte, and one for the end."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|end|>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-
-
-def a_model(layers: int = 1, width: int = 32) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=width,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            parameter.data.normal_(0, 0.2)
-    return model
-
-
-@dataclass
-class Place:
-    """A folder with a model, its checkpoint and a text."""
-
-    model: str
-    checkpoint: str
-    text: str
-
-
-SMALL = ["--samples", "6", "--seq-len", "32"]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = tmp_path_factory.mktemp("place")
-    a_model().save_pretrained(folder / "model")
-    a_tokenizer().save_pretrained(folder / "model")
-    (folder / "text.txt").write_text(TEXT)
-    found = Place(*(str(folder / name) for name in ("model", "checkpoint", "text.txt")))
-    quantize = ["quantize", found.model, "-o", found.checkpoint, "--calib", found.text, *SMALL]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["fgmp", *quantize, "--json"])
-        with pytest.raises(SystemExit, match="0"):
-            main()
-    return found
-
-
-@dataclass
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        """Standard output, which must be one JSON object and nothing else."""
-        assert self.code == 0, self.err
-        assert self.out.count("\n") == 1 and self.out.endswith("}\n")
-        return json.loads(self.out)
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line; file descriptors are caught, so that libraries cannot print past it."""
-
-    def call(*arguments: object) -> Done:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["fgmp", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capfd.readouterr()
-        return Done(code, out, err)
-
-    return call
+from .cases import (
+    SMALL,
+    TEXT,
+    Place,
+    Run,
+    a_model,
+    a_tokenizer,
+    same_tensors,
+    stored_bytes,
+)
 
 
 def keys(value: object) -> object:
     """The keys of nested mappings; what is below a list or number does not matter."""
     return {k: keys(v) for k, v in value.items()} if isinstance(value, dict) else None
-
-
-# Every command.
 
 
 def test_quantize(run: Run, place: Place, tmp_path: Path) -> None:
@@ -194,18 +94,6 @@ def test_quantize(run: Run, place: Place, tmp_path: Path) -> None:
     }
     assert config["calibration"]["sequences"] == 6 and config["calibration"]["seq_len"] == 32
     assert (out / "tokenizer.json").exists()
-
-
-def test_recipe_files_and_options(run: Run, place: Place, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("fp4: 0.4\nclip: off\npolicy: error\nexclude: ['*.o_proj']\nsamples: 6\n")
-    command = ("quantize", place.model, "--calib", place.text, "--seq-len", "32", "--json")
-    facts = run(*command, "-o", tmp_path / "out", "--recipe", recipe, "--fp4", "0.6").json
-    assert facts["fp4_fraction"]["weights"] == pytest.approx(0.6, abs=0.005)
-    assert facts["clip"] == {"used": False, "held_out_nll": {}, "held_out_kl": {}}
-    assert "model.layers.0.self_attn.o_proj.weight" in facts["unquantized"]
-    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert (stored["recipe"]["policy"], stored["recipe"]["fp4"]) == ("error", 0.6)
 
 
 def test_eval(run: Run, place: Place) -> None:
@@ -271,10 +159,13 @@ def test_a_checkpoint_of_another_model_is_not_compared(
 
 def test_inspect(run: Run, place: Place) -> None:
     facts = run("inspect", place.checkpoint, "--json").json
-    assert facts["intact"] is True and facts["path"] == place.checkpoint
+    assert facts["path"] == place.checkpoint
+    files = [*Path(place.checkpoint).glob("*.safetensors")]
+    assert facts["tensors"] == len(load_file(files[0]))
+    assert facts["file_bytes"] == sum(file.stat().st_size for file in files)
     assert facts["linears"] == 7
     assert set(facts) == {
-        *("path", "intact", "tensors", "file_bytes", "linears", "quantized_weights", "fp8_share"),
+        *("path", "tensors", "file_bytes", "linears", "quantized_weights", "fp8_share"),
         *("bits_per_weight", "bytes", "unquantized", "quantized_share", "recipe"),
         *("calibration", "clip", "tune"),
     }
@@ -308,7 +199,7 @@ def test_a_calibration_serves_several_budgets(
         shares = done.json["fp4_fraction"]
         mean = (shares["weights"] + shares["activations"]) / 2
         assert mean == pytest.approx((8 - bits) / 3.5, abs=0.02)
-        assert ("gradients are taken from" in done.err.replace("\n", " ")) == (bits == 6.0)
+        assert ("using the gradients in" in done.err.replace("\n", " ")) == (bits == 6.0)
     sizes = [stored_bytes(tmp_path / f"out{bits}") for bits in (5.0, 6.0)]
     facts = run(*arguments, "-o", tmp_path / "bytes", "--max-bytes", sizes[1] - 1, "--json").json
     assert sizes[0] < facts["tensor_bytes"] == stored_bytes(tmp_path / "bytes") < sizes[1]
@@ -326,10 +217,6 @@ def test_an_increase_is_bounded_on_held_out_text(run: Run, place: Place, tmp_pat
     config = json.loads((tmp_path / "enough" / "config.json").read_text())
     budget = config["quantization_config"]["result"]["budget"]
     assert budget["increase_low"] <= budget["increase_percent"] <= budget["increase_high"]
-
-
-def stored_bytes(checkpoint: Path) -> int:
-    return sum(t.nbytes for t in load_file(checkpoint / "model.safetensors").values())
 
 
 def test_a_calibration_of_something_else_is_refused(run: Run, place: Place, tmp_path: Path) -> None:
@@ -361,12 +248,12 @@ def test_a_calibration_of_something_else_is_refused(run: Run, place: Place, tmp_
         (quantize(model=tmp_path / "weights"), "a calibration of other weights;"),
         (quantize(model=tmp_path / "layers"), "a calibration of other layers (another model"),
         (quantize("--recipe", recipe), "a calibration of other layers (another model"),
-        (quantize(model=tmp_path / "tokens"), "a calibration of other token sequences (text, tok"),
-        (quantize("--seed", "5"), "a calibration of other token sequences (text, tok"),
-        (quantize("--calibration", lacking), "not a calibration state (File does not contain te"),
+        (quantize(model=tmp_path / "tokens"), "a calibration on other token sequences (text, tok"),
+        (quantize("--seed", "5"), "a calibration on other token sequences (text, tok"),
+        (quantize("--calibration", lacking), "not a state file (File does not contain tensor"),
         (quantize("--calibration", lacking), missing),
         (quantize("--calibration", place.text), "name another file, or move this one away"),
-        (quantize("--calibration", tmp_path), "is a folder, not a calibration state"),
+        (quantize("--calibration", tmp_path), "is a folder, not a state file"),
         (quantize("--bits", "4.4"), "bits must be from 4.5 (all FP4) to 8 (all FP8), got 4.4"),
         (quantize("--bits", "5", "--fp4", "0.5"), "give one of fp4, bits, max_bytes,"),
         (quantize("--max-bytes", "1k"), "max_bytes must be more than "),
@@ -381,7 +268,7 @@ def test_a_calibration_of_something_else_is_refused(run: Run, place: Place, tmp_
         assert done.code == 1 and done.out == "" and "Traceback" not in done.err, (arguments, done)
         assert message in done.err and done.err.count("delete it") <= 1, (message, done.err)
         used = message == "max_energy must be at least "
-        assert ("gradients are taken from" in done.err) == used, done.err
+        assert ("using the gradients in" in done.err) == used, done.err
         assert not (tmp_path / "out").exists()
 
 
@@ -423,7 +310,7 @@ def test_evaluating_on_calibration_text_is_warned_of(
     for text, repeats in ((place.text, True), (other, False)):
         for command in (["eval"], ["compare", place.model]):
             done = run(*command, out, "--data", text, "--json")
-            warned = "of the evaluation windows or more repeat text" in done.err
+            warned = "of the evaluation windows repeat calibration text" in done.err
             assert (done.json["calibration_overlap"] > 0) == warned == repeats
     assert run("inspect", out, "--json").json["calibration"].keys() == {
         *("sequences", "predictions", "text", "fingerprint", "seq_len")
@@ -435,20 +322,7 @@ def test_evaluating_on_calibration_text_is_warned_of(
     del config["quantization_config"]["calibration"]["digest"]
     (old / "config.json").write_text(json.dumps(config))
     done = run("eval", old, "--data", place.text, "--json")
-    assert done.json["calibration_overlap"] is None and "repeat text" not in done.err
-
-
-def test_tables_for_people(run: Run, place: Place, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shown = run("quantize", place.model, "-o", out, "--calib", place.text, *SMALL)
-    assert shown.code == 0 and "FP4 blocks" in shown.out and "quantized" in shown.out
-    assert "peak memory will be about" in shown.err and "FP4 blocks" not in shown.err
-    told = run("eval", place.checkpoint, "--data", place.text).out
-    assert "perplexity" in told and "% of blocks" in told and "matmul parameters" in told
-    assert told.count("model.layers") == 1 and "{" not in told  # the furthest site's, not each
-    assert "perplexity" in run("eval", place.model, "--data", place.text).out
-    assert "fgmp" in run("compare", place.model, place.checkpoint, "--data", place.text).out
-    assert "intact" in run("inspect", place.checkpoint).out
+    assert done.json["calibration_overlap"] is None and "repeat calibration text" not in done.err
 
 
 def test_checkpoints_are_what_the_library_makes(place: Place) -> None:
@@ -460,6 +334,68 @@ def test_checkpoints_are_what_the_library_makes(place: Place) -> None:
     stored = load_file(Path(place.checkpoint) / "model.safetensors")
     state = model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+
+
+def test_a_reporter_sees_every_step(place: Place, tmp_path: Path) -> None:
+    """Each stage advances as often as it said, and messages come as lines."""
+    stages: list[list[Any]] = []
+    messages: list[str] = []
+
+    @contextmanager
+    def progress(title: str, steps: int) -> Iterator[Callable[[], None]]:
+        stage = [title, steps, 0]
+        stages.append(stage)
+
+        def advance() -> None:
+            stage[2] += 1
+
+        yield advance
+
+    reporter = Reporter(progress, messages.append)
+    recipe = fgmp.Recipe(samples=16, seq_len=32)
+    commands.quantize_to(place.model, tmp_path / "out", recipe, place.text, reporter)
+    commands.evaluate_model(str(tmp_path / "out"), place.text, reporter=reporter)
+    commands.compare_models(place.model, tmp_path / "out", place.text, reporter=reporter)
+    titles = [title for title, _, _ in stages]
+    assert titles[0] == "calibrating" and titles[-2:] == ["evaluating", "comparing"]
+    assert "compensating" in titles and len(titles) >= 7
+    for title, steps, advanced in stages:
+        assert advanced == steps > 0, title
+    assert messages and all("\n" not in message for message in messages)
+
+
+def test_generated_text_is_streamed(place: Place) -> None:
+    """The stream gets the prompt and the text, word by word, and the result has the text alone."""
+    pieces: list[str] = []
+    generation = commands.generate_text(place.model, "The ", 12, 2.0, 3, pieces.append)
+    assert "".join(pieces) == "The " + generation.text
+    assert len(pieces) > 1
+    again = commands.generate_text(place.model, "The ", 12, 2.0, 3)
+    assert again.text == generation.text and again.tokens == generation.tokens <= 12
+
+
+def test_a_window_is_no_longer_than_2048(place: Place) -> None:
+    """Unless one is asked for, within the model's context."""
+    model = a_model()
+    assert commands._window_length(model, None) == 64
+    model.config.max_position_embeddings = 8192
+    assert commands._window_length(model, None) == 2048
+    assert commands._window_length(model, 4096) == 4096
+
+
+def test_drift_beyond_3_points_is_warned_of(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the sites that moved further, the furthest is named; a site that saw nothing is none."""
+    model = fgmp.load(place.checkpoint)
+    messages: list[str] = []
+    drift = {"a": 0.03, "b": -0.031, "c": 0.25, "d": float("nan")}
+    monkeypatch.setattr(commands.comparison, "drift", lambda *_: drift)
+    commands._warn_of_drift(model, Reporter(message=messages.append))
+    (message,) = messages
+    assert "of 2 sites is more than 3 points off" in message
+    assert message.endswith("c is furthest, +25.0 points")
+    drift.update(b=-0.02, c=0.01)
+    commands._warn_of_drift(model, Reporter(message=messages.append))
+    assert len(messages) == 1
 
 
 def test_a_short_text_is_remarked_on(run: Run, place: Place, tmp_path: Path) -> None:
@@ -482,152 +418,23 @@ def test_the_context_caps_windows(run: Run, place: Place, tmp_path: Path) -> Non
     assert refused.code == 1 and "seq-len must be at least 2, got 1" in refused.err
 
 
-# Errors: one line, exit code 1, nothing on standard output.
-
-
-def test_errors(run: Run, place: Place, tmp_path: Path) -> None:
-    empty, bert, t5 = tmp_path / "empty", tmp_path / "bert", tmp_path / "t5"
-    empty.mkdir()
-    sizes = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 1}
-    BertModel(BertConfig(**sizes, num_attention_heads=2, intermediate_size=32)).save_pretrained(
-        bert
-    )
-    t5_config = T5Config(vocab_size=257, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
-    T5ForConditionalGeneration(t5_config).save_pretrained(t5)
-    for folder in (bert, t5):
-        a_tokenizer().save_pretrained(folder)
-    bare = tmp_path / "bare"
-    a_model().save_pretrained(bare)
-    short = tmp_path / "short.txt"
-    short.write_text("too short")
-    blank = tmp_path / "blank.jsonl"
-    blank.write_text('{"text": ""}\n')
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("fp5: 0.7\n")
-    broken = tmp_path / "broken"
-    a_model().save_pretrained(broken)
-    a_tokenizer().save_pretrained(broken)
-    weights = broken / "model.safetensors"
-    whole = {name: tensor.clone() for name, tensor in load_file(weights).items()}
-    weights.write_bytes(weights.read_bytes()[:1000])
-    lacking, resized = tmp_path / "lacking", tmp_path / "resized"
-    for folder in (lacking, resized):
-        shutil.copytree(broken, folder)
-        up = "model.layers.0.mlp.up_proj.weight"
-        rest = {k: t for k, t in whole.items() if folder is resized or k != up}
-        save_file(rest, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((resized / "config.json").read_text())
-    (resized / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
-
-    def quantize(*more: object, model: object = place.model) -> list[object]:
-        return ["quantize", model, "-o", tmp_path / "out", *SMALL, "--json", *more]
-
-    text = ("--calib", place.text)
-    cases: list[tuple[list[object], str]] = [
-        (quantize("--calib", tmp_path / "no.txt"), "no.txt: no such file"),
-        (
-            quantize("--calib", short),
-            "short.txt: calibration needs at least 2 sequences of 32 tokens",
-        ),
-        (quantize("--calib", blank), "blank.jsonl: holds no text"),
-        (quantize(*text, model=tmp_path / "nowhere"), "nowhere: no such folder"),
-        (quantize(*text, model=empty), "empty: cannot be loaded"),
-        (quantize(*text, model=bert), "bert: not a causal language model"),
-        (quantize(*text, model=t5), "t5: cannot be loaded"),
-        (quantize(*text, model=bare), "bare: no tokenizer can be loaded"),
-        (quantize(*text, model=broken), "broken: cannot be loaded"),
-        (quantize(*text, model=lacking), f"lacking: its files lack tensor {up}"),
-        (["eval", resized, "--data", place.text], "must have shape [300, 32] by its config.json"),
-        (quantize(*text, "--seed", str(2**63)), "seed must be below 2^63"),
-        (quantize(*text, model=place.checkpoint), "checkpoint: already quantized, by 'fgmp'"),
-        (quantize(*text, "--recipe", tmp_path / "no.yaml"), "no.yaml: No such file"),
-        (quantize(*text, "--recipe", recipe), "unknown key 'fp5'; the keys are fp4"),
-        (quantize(*text, "--fp4", "1.5"), "fp4 must be a fraction from 0 to 1, got 1.5"),
-        (quantize(*text, "--policy", "best"), "policy must be one of fisher"),
-        (quantize(*text, "--clip", "maybe"), "clip must be auto, on or off, got 'maybe'"),
-        (quantize(*text, "--samples", "0"), "samples must be an integer of at least 1, got 0"),
-        (
-            ["quantize", place.model, "-o", place.checkpoint, *text],
-            "checkpoint: already exists; choose another folder",
-        ),
-        (
-            ["quantize", place.model, "-o", short / "out", *SMALL, *text],
-            "out: could not be written",
-        ),
-        (["eval", place.model, "--data", tmp_path / "no.txt"], "no.txt: no such file"),
-        (["eval", place.model, "--data", blank], "blank.jsonl: holds no text"),
-        (["eval", tmp_path / "nowhere", "--data", place.text], "nowhere: no such folder"),
-        (["compare", place.model, place.model, "--data", place.text], "not an fgmp checkpoint"),
-        (
-            ["compare", place.checkpoint, place.checkpoint, "--data", place.text],
-            "the original must not be quantized",
-        ),
-        (["inspect", place.model], "not an fgmp checkpoint: no quantization_config"),
-        (["inspect", tmp_path / "nowhere"], "nowhere/config.json: No such file"),
-        (["generate", place.model, ""], "the prompt has 0 tokens; it must have 1 to 63"),
-        (
-            ["generate", place.model, "x", "--kv-cache", "int4"],
-            "kv cache must be one of fp8, nvfp4, mixed, got 'int4'",
-        ),
-        (["generate", place.model, "x" * 64], "the prompt has 64 tokens; it must have 1 to 63"),
-    ]
-    for arguments, message in cases:
-        done = run(*arguments)
-        assert done.code == 1, (arguments, done)
-        assert done.out == ""
-        assert "error:" in done.err and message in done.err, done.err
-        assert "Traceback" not in done.err
-        assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["quantize"], ["frobnicate"], ["eval", "x"], ["generate", "x", "y", "--max-new-tokens", "0"]],
-)
-def test_wrong_usage_exits_with_2(arguments: list[str], run: Run) -> None:
-    done = run(*arguments)
-    assert done.code == 2 and done.out == "" and "Traceback" not in done.err
-
-
-def test_help(run: Run) -> None:
-    done = run("--help")
-    assert done.code == 0
-    for command in ("quantize", "eval", "compare", "inspect", "generate", "quickstart"):
-        assert command in done.out
-        assert run(command, "--help").code == 0
-
-
-def test_a_damaged_checkpoint(run: Run, place: Place, tmp_path: Path) -> None:
-    folder = tmp_path / "damaged"
-    folder.mkdir()
-    for path in Path(place.checkpoint).iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    raw = bytearray((folder / "model.safetensors").read_bytes())
-    raw[-5] ^= 4
-    (folder / "model.safetensors").write_bytes(raw)
-    for arguments in (
-        ["inspect", folder],
-        ["eval", folder, "--data", place.text],
-        ["generate", folder, "The"],
-        ["compare", place.model, folder, "--data", place.text],
-    ):
-        done = run(*arguments)
-        assert done.code == 1 and "its bytes must have CRC-32" in done.err, done
-        assert "Traceback" not in done.err
-
-
 # Interrupted and continued.
 
 
-def interrupting(title: str, after: int) -> Callable[[object], fgmp.progress.Progress]:
+def part_of(file: Path) -> str:
+    """Name of a stage or its part, which follows the fingerprint in a file's name."""
+    return file.stem[17:]
+
+
+def interrupting(title: str, after: int) -> Callable[[object], Progress]:
     """Progress that stops a run after so many steps of one stage."""
     left = [after]
 
-    def bars(console: object) -> fgmp.progress.Progress:
+    def bars(console: object) -> Progress:
         @contextmanager
-        def stage(found: str, count: int) -> Iterator[Callable[[], None]]:
+        def stage(stage_title: str, steps: int) -> Iterator[Callable[[], None]]:
             def advance() -> None:
-                left[0] -= found == title
+                left[0] -= stage_title == title
                 if left[0] == 0:
                     raise KeyboardInterrupt
 
@@ -636,11 +443,6 @@ def interrupting(title: str, after: int) -> Callable[[object], fgmp.progress.Pro
         return stage
 
     return bars
-
-
-def same_tensors(folder: Path, wanted: Path) -> bool:
-    a, b = (load_file(path / "model.safetensors") for path in (folder, wanted))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
 
 
 def test_an_interrupted_run_goes_on(
@@ -656,13 +458,14 @@ def test_an_interrupted_run_goes_on(
     monkeypatch.setattr(_Recorder, "begin", counted)
     command = ("quantize", place.model, "-o", tmp_path / "out", "--calib", place.text, *SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr(fgmp.progress, "bars", interrupting("calibrating", 4))
+        patch.setattr("fgmp.app.reporter.bars", interrupting("calibrating", 4))
         done = run(*command, "--json")
     assert done.code == 130 and done.out == ""
-    state = tmp_path / ".out.calibration.safetensors"
-    assert f"what is done is kept in {state}: the same command goes on from it\n" in done.err
+    resume = tmp_path / ".out.unfinished"
+    assert f"partial results are kept in {resume}: the same command resumes\n" in done.err
     assert done.err.endswith("interrupted\n")
-    assert list(tmp_path.iterdir()) == [state]
+    assert list(tmp_path.iterdir()) == [resume]
+    assert [part_of(file) for file in resume.iterdir()] == ["calibration"]
     assert len(begun) == 4
     assert run(*command, "--json").code == 0
     assert len(begun) == 6
@@ -676,45 +479,22 @@ def test_an_interrupted_compensation_goes_on(
     out = tmp_path / "out"
     command = ("quantize", place.model, "-o", out, "--calib", place.text, *SMALL, "--json")
     with monkeypatch.context() as patch:
-        patch.setattr(fgmp.progress, "bars", interrupting("compensating", 20))  # 6 a stage
+        patch.setattr("fgmp.app.reporter.bars", interrupting("compensating", 20))  # 6 a stage
         assert run(*command).code == 130
-    kept = tmp_path / ".out.unfinished"
-    assert set(tmp_path.iterdir()) == {tmp_path / ".out.calibration.safetensors", kept}
-    assert len(list(kept.iterdir())) == 3
-    made = []
+    resume = tmp_path / ".out.unfinished"
+    assert list(tmp_path.iterdir()) == [resume]
+    parts = Counter(part_of(file) for file in resume.iterdir())
+    assert parts.pop("calibration") == parts.pop("activation-scores") == 1
+    assert parts.pop("weight-scores-searched") == parts.pop("weight-scores-nearest") == 1
+    assert parts == {"stage-00000": 1, "stage-00001": 1, "stage-00002": 1}
+    stages = []
     moments = _Run.moments
-    monkeypatch.setattr(_Run, "moments", lambda *args: made.append(1) or moments(*args))
+    monkeypatch.setattr(_Run, "moments", lambda *args: stages.append(1) or moments(*args))
+    monkeypatch.setattr(_Recorder, "begin", None)  # nothing is calibrated anew
     assert run(*command).code == 0
-    assert len(made) == 5  # of 8 stages
+    assert len(stages) == 5  # of 8
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert same_tensors(out, Path(place.checkpoint))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_real_process_is_interrupted(
-    number: signal.Signals, place: Place, tmp_path: Path
-) -> None:
-    folder = tmp_path / "model"
-    a_model(layers=4).save_pretrained(folder)
-    a_tokenizer().save_pretrained(folder)
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT * 30)
-    command = [sys.executable, "-m", "fgmp.app.cli", "quantize", str(folder), "--calib", str(text)]
-    command += ["-o", str(tmp_path / "out"), "--samples", "1500", "--seq-len", "64", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        shown = b""
-        while b"peak memory will be" not in shown:  # then it calibrates, for many seconds
-            assert select.select([process.stderr], [], [], 60)[0]
-            read = os.read(process.stderr.fileno(), 4096)
-            assert read, shown
-            shown += read
-        time.sleep(1)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert out == b"" and b"Traceback" not in err and b"interrupted" in shown + err
-    assert not (tmp_path / "out").exists()
-    assert (tmp_path / ".out.calibration.safetensors").exists()
 
 
 def test_what_cannot_be_saved_costs_no_compensation(
@@ -728,7 +508,7 @@ def test_what_cannot_be_saved_costs_no_compensation(
     with monkeypatch.context() as patch:
         patch.setattr("fgmp.app.commands.save", full)
         done = run(*command)
-    assert done.code == 1 and "the same command goes on from it" in " ".join(done.err.split())
+    assert done.code == 1 and "the same command resumes" in done.words
     monkeypatch.setattr(_Run, "moments", None)  # nothing is learnt anew
     assert run(*command).code == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -739,7 +519,7 @@ def test_a_bound_of_perplexity_goes_on_from_what_was_measured(
     run: Run, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = ("--calib", place.text, "--samples", "20", "--seq-len", "32", "--max-increase", "5%")
-    assert run("quantize", place.model, "-o", tmp_path / "wanted", *small).code == 0
+    assert run("quantize", place.model, "-o", tmp_path / "expected", *small).code == 0
     packed: list[int] = []
     whole = candidates.pack_in_turn
 
@@ -752,11 +532,12 @@ def test_a_bound_of_perplexity_goes_on_from_what_was_measured(
     monkeypatch.setattr(candidates, "pack_in_turn", stopped)
     command = ("quantize", place.model, "-o", tmp_path / "out", *small)
     assert run(*command).code == 130
-    files = [p.name[17:] for p in (tmp_path / ".out.unfinished").iterdir()]
-    assert files == ["increase.safetensors"] * 3  # and no packed model
+    parts = Counter(part_of(file) for file in (tmp_path / ".out.unfinished").iterdir())
+    assert parts["increase"] == 3
+    assert not any(part.startswith("stage") for part in parts)  # no packed model
     assert run(*command).code == 0
     monkeypatch.setattr(candidates, "pack_in_turn", whole)
-    assert same_tensors(tmp_path / "out", tmp_path / "wanted")
+    assert same_tensors(tmp_path / "out", tmp_path / "expected")
     count = len(packed)
     packed.clear()
     monkeypatch.setattr(candidates, "pack_in_turn", lambda *a: packed.append(1) or whole(*a))
@@ -808,4 +589,4 @@ def test_tuning_is_told_and_stored(place: Place, run: Run, tmp_path: Path) -> No
     assert run("inspect", place.checkpoint, "--json").json["tune"] == {}
     shown = run("quantize", place.model, "-o", tmp_path / "b", *options)
     assert shown.code == 0
-    assert f"KL on held-out text {kl['without']:.5f} without" in " ".join(shown.out.split())
+    assert f"KL on held-out text {kl['without']:.5f} without" in shown.words

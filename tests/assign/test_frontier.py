@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fgmp.assign.frontier import Frontier, furthest
+from fgmp.assign.frontier import Fractions, Frontier, furthest
 from fgmp.sensitivity.histogram import ScoreHistogram
 
 TOKENS = 50
@@ -29,34 +29,35 @@ def material(seed: int = 0) -> tuple[list[Tensor], list[ScoreHistogram], Tensor]
 def test_least_harm_first(bits: float, relief: float) -> None:
     weights, histograms, activations = material()
     w = torch.cat([s.flatten() for s in weights])
-    found = Frontier(weights, histograms, TOKENS, relief=relief).shares(bits)
+    result = Frontier(weights, histograms, TOKENS, relief=relief).fractions(bits)
     # Harm per bit of every block; a weight block is 1 / 2W of the budget, an activation's 1 / 2A.
     harm = torch.cat([relief * w * len(w), activations / TOKENS * len(activations)])
     cost = torch.cat([torch.full_like(w, 0.5 / len(w)), torch.full_like(activations, 0.5)])
     cost[len(w) :] /= len(activations)
     order = harm.argsort()
-    kept = torch.zeros(len(harm), dtype=torch.bool)
-    kept[order[cost[order].cumsum(0) <= (8 - bits) / 3.5]] = True
+    is_fp4 = torch.zeros(len(harm), dtype=torch.bool)
+    is_fp4[order[cost[order].cumsum(0) <= (8 - bits) / 3.5]] = True
     expected = (
-        kept[: len(w)].double().mean().item(),
-        kept[len(w) :].double().mean().item(),
+        is_fp4[: len(w)].double().mean().item(),
+        is_fp4[len(w) :].double().mean().item(),
     )
     # Histogram bins hold a few of the 650 activation blocks each.
-    assert found == pytest.approx(expected, abs=0.01)
-    assert sum(found) / 2 == pytest.approx((8 - bits) / 3.5, abs=0.005)
+    assert result == pytest.approx(expected, abs=0.01)
+    assert sum(result) / 2 == pytest.approx((8 - bits) / 3.5, abs=0.005)
 
 
 def test_the_ends_are_uniform() -> None:
     weights, histograms, _ = material()
-    assert Frontier(weights, histograms, TOKENS, relief=1.0).shares(8.0) == (0.0, 0.0)
-    assert Frontier(weights, histograms, TOKENS, relief=1.0).shares(4.5) == (1.0, 1.0)
+    frontier = Frontier(weights, histograms, TOKENS, relief=1.0)
+    assert frontier.fractions(8.0) == Fractions(weights=0.0, activations=0.0)
+    assert frontier.fractions(4.5) == Fractions(weights=1.0, activations=1.0)
 
 
 def test_harmless_weights_take_more_of_the_fp4() -> None:
     weights, histograms, _ = material()
-    even = Frontier(weights, histograms, TOKENS, relief=1.0).shares(5.4)
-    relieved = Frontier(weights, histograms, TOKENS, relief=0.1).shares(5.4)
-    assert relieved[0] > even[0] and relieved[1] < even[1]
+    even = Frontier(weights, histograms, TOKENS, relief=1.0).fractions(5.4)
+    relieved = Frontier(weights, histograms, TOKENS, relief=0.1).fractions(5.4)
+    assert relieved.weights > even.weights and relieved.activations < even.activations
 
 
 @pytest.mark.parametrize(("good", "bad"), [(4.5, 8.0), (8.0, 4.5)])
@@ -67,8 +68,8 @@ def test_the_furthest_point_that_holds(good: float, bad: float) -> None:
         tried.append(bits)
         return abs(bits - good) <= 1.3
 
-    found = furthest(holds, good, bad, steps=12)
-    assert abs(found - good) == pytest.approx(1.3, abs=3.5 / 2**12) and holds(found)
+    point = furthest(holds, good, bad, steps=12)
+    assert abs(point - good) == pytest.approx(1.3, abs=3.5 / 2**12) and holds(point)
     assert len(tried) == 14 and good not in tried
     assert furthest(lambda bits: True, good, bad, steps=3) == bad
     assert furthest(lambda bits: False, good, bad, steps=3) == good

@@ -35,8 +35,8 @@ def test_impact_is_the_exact_sum() -> None:
                 q8 = signed(int(codes.fp8[row, block, i]), E4M3.magnitudes, E4M3.sign_bit) * 6
                 exact += Fraction(fisher[row, 16 * block + i].item()) * ((q4 - q8) * t) ** 2
             # 16 non-negative terms, three roundings each and 15 additions in float64.
-            found = impact[row, block].item()
-            assert found == pytest.approx(float(exact), rel=20 * 2.0**-53)
+            result = impact[row, block].item()
+            assert result == pytest.approx(float(exact), rel=20 * 2.0**-53)
 
 
 def test_impact_is_zero_where_both_formats_agree() -> None:

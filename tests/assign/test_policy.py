@@ -8,12 +8,17 @@ import torch
 from fgmp.assign.impact import weight_benefit, weight_impact
 from fgmp.assign.policy import (
     POLICIES,
+    Policy,
     quantile,
-    site_record,
+    register,
+    sensitivities,
+    site_constants,
     weight_masks,
     weight_scores,
 )
+from fgmp.errors import InputError
 from fgmp.formats.activation import multiplier, quantize, score_unit
+from fgmp.formats.rules import QuantizerConfig
 from fgmp.formats.weight import WeightCodes, quantize_weight, tensor_scale
 
 
@@ -83,8 +88,8 @@ def test_quantile_is_the_score_of_that_rank() -> None:
     scores = [wide[:3000].view(30, 100), wide[3000:], torch.zeros(700).double(), wide[:50]]
     flat = torch.cat([s.flatten() for s in scores])
     for share in (1e-3, 0.3, 0.5, 0.55, 0.7, 0.999):
-        wanted = torch.kthvalue(flat, round(share * len(flat))).values.item()
-        assert quantile(scores, share) == wanted
+        expected = torch.kthvalue(flat, round(share * len(flat))).values.item()
+        assert quantile(scores, share) == expected
 
 
 def test_equal_scores_fall_on_the_fp4_side_together() -> None:
@@ -107,6 +112,40 @@ def test_scores_are_impacts_with_and_without_fisher() -> None:
     assert torch.equal(scores("error", "benefit"), weight_benefit(codes, weight, ones))
     assert not torch.equal(scores("error", "difference"), scores("fisher", "difference"))
     assert not torch.equal(scores("fisher", "benefit"), scores("fisher", "difference"))
+
+
+def test_a_score_of_the_callers_replaces_the_rules() -> None:
+    codes, fisher = a_weight()
+    weight, g = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)), torch.Generator()
+
+    def score(codes: WeightCodes, weight: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+        return f.unflatten(-1, (-1, 16)).sum(-1).double()
+
+    for policy, expected in (("fisher", fisher), ("error", torch.ones_like(fisher))):
+        scores = weight_scores(POLICIES[policy], "benefit", codes, weight, fisher, g, score)
+        assert torch.equal(scores, expected.unflatten(-1, (-1, 16)).sum(-1).double())
+        assert torch.equal(sensitivities(POLICIES[policy], fisher), expected)
+    # Arbitrary scores stay arbitrary.
+    one, other = (
+        weight_scores(
+            POLICIES["random"],
+            "benefit",
+            codes,
+            weight,
+            fisher,
+            torch.Generator().manual_seed(0),
+            replacement,
+        )
+        for replacement in (None, score)
+    )
+    assert torch.equal(one, other)
+
+
+def test_a_policy_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fgmp.assign.policy.POLICIES", dict(POLICIES))
+    register("error-per-layer", Policy(sensitivity="none", per_layer=True))
+    with pytest.raises(InputError, match="policy 'fisher' exists already; choose another name"):
+        register("fisher", Policy(sensitivity="none"))
 
 
 def test_random_scores_are_uniform_and_follow_the_seed() -> None:
@@ -137,37 +176,36 @@ def test_plain_formats_fix_the_fraction(name: str, fraction: float) -> None:
 
 def test_a_fisher_site_keeps_the_gradients_of_its_channels() -> None:
     g2 = torch.tensor([448.0, 1.0, 0.0, 2.0] * 4)
-    site = site_record(POLICIES["fisher"], "benefit", "search", g2, amax=10.0, headroom=2.0)
+    quantizer = QuantizerConfig("benefit", "search", "e4m3")
+    site = site_constants(POLICIES["fisher"], quantizer, g2, amax=10.0, headroom=2.0)
     assert site.r == multiplier(20.0)
-    assert (site.rule, site.scales) == ("benefit", "search")
+    assert (site.rule, site.scales, site.threshold) == ("benefit", "search", 0)
     assert site.gamma == 1.0
     assert site.sensitivity[:4].tolist() == [0x7E, 0x38, 0x01, 0x40]
-    powers = site_record(
-        POLICIES["fisher"], "benefit", "search", g2, amax=10.0, headroom=2.0, powers=True
-    )
+    quantizer = QuantizerConfig("truncated", "max", "powers")
+    powers = site_constants(POLICIES["fisher"], quantizer, g2, amax=10.0, headroom=2.0)
+    assert (powers.rule, powers.scales) == ("truncated", "max")
     assert powers.sensitivity[:4].tolist() == [0x78, 0x38, 0x08, 0x40]
     assert powers.gamma == 1.0
 
 
 def test_a_site_without_sensitivities_scores_the_squared_error() -> None:
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
-    site = site_record(
-        POLICIES["error"], "difference", "max", torch.rand(32), amax=4.0, headroom=1.0
-    )
+    quantizer = QuantizerConfig("difference", "max")
+    site = site_constants(POLICIES["error"], quantizer, torch.rand(32), amax=4.0, headroom=1.0)
     codes = quantize(x, site)
     all_fp4 = torch.zeros_like(codes.is_fp8)
     q4 = type(codes)(codes.fp4, codes.scale, codes.fp8, codes.score, all_fp4).units(32)
     q8 = type(codes)(codes.fp4, codes.scale, codes.fp8, codes.score, ~all_fp4).units(32)
     squared = ((q4 - q8).double() * site.t).square().unflatten(-1, (-1, 16)).sum(-1)
     # gamma = fl32(1 / 448) times a sensitivity of 448: one fp32 rounding away from 1.
-    found = codes.score.double() * score_unit(site)
-    torch.testing.assert_close(found, squared, rtol=2.0**-23, atol=0)
+    result = codes.score.double() * score_unit(site)
+    torch.testing.assert_close(result, squared, rtol=2.0**-23, atol=0)
 
 
 @pytest.mark.parametrize("amax", [1e-6, 1.0, 1e6])
 def test_random_sites_share_one_unit(amax: float) -> None:
-    site = site_record(
-        POLICIES["random"], "benefit", "max", torch.rand(32), amax=amax, headroom=1.0
-    )
+    quantizer = QuantizerConfig("benefit", "max")
+    site = site_constants(POLICIES["random"], quantizer, torch.rand(32), amax=amax, headroom=1.0)
     assert site.rule == "random"
     assert score_unit(site) == pytest.approx(1.0, rel=2.0**-23)

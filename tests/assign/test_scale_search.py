@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from fgmp.assign import scale_search as clip
+from fgmp.assign import scale_search
 from fgmp.assign.scale_search import search_scale_codes
 from fgmp.formats.codec import decode_e2m1, decode_e4m3, to_blocks
 from fgmp.formats.spec import E4M3
@@ -120,7 +120,7 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, fisher = heavy(16, 172), spread(16, 172)
     t = tensor_scale(weight.abs().max().item())
     whole = search_scale_codes(weight, fisher, t)
-    monkeypatch.setattr(clip, "_CHUNK_BLOCKS", 7)
+    monkeypatch.setattr(scale_search, "_CHUNK_BLOCKS", 7)
     assert torch.equal(search_scale_codes(weight, fisher, t), whole)
 
 
@@ -129,13 +129,13 @@ def test_error_is_the_sum_of_the_definition() -> None:
     blocks, f = to_blocks(weight).flatten(0, 1), to_blocks(fisher.double()).flatten(0, 1)
     codes = nearest_scale_codes(weight, t).flatten()
     held = quantize_weight(weight, t).fp4_units().flatten(0, 1)
-    for i, found in enumerate(clip.error(blocks, f, codes, t).tolist()):
+    for i, result in enumerate(scale_search.error(blocks, f, codes, t).tolist()):
         rows = zip(f[i].tolist(), held[i].tolist(), blocks[i].tolist(), strict=True)
         exact = sum(
             Fraction(w) * (Fraction(q) * Fraction(t) - Fraction(v)) ** 2 for w, q, v in rows
         )
         # 16 non-negative terms of float64: 20 roundings of 2**-53 each at most.
-        assert found == pytest.approx(float(exact), rel=20 * 2.0**-53)
+        assert result == pytest.approx(float(exact), rel=20 * 2.0**-53)
 
 
 def test_equal_errors_take_the_larger_scale() -> None:
@@ -170,9 +170,9 @@ def test_search_never_does_worse_than_the_nearest_scale() -> None:
         return every.gather(-1, codes.long().unsqueeze(-1) - 1).squeeze(-1)
 
     nearest = total(nearest_scale_codes(weight, t))
-    found = total(search_scale_codes(weight, fisher, t))
-    assert (found <= nearest).all()
-    assert found.sum() < 0.8 * nearest.sum()  # measured 0.6: the search is worth its time
+    result = total(search_scale_codes(weight, fisher, t))
+    assert (result <= nearest).all()
+    assert result.sum() < 0.8 * nearest.sum()  # measured 0.6: the search is worth its time
 
 
 @pytest.mark.parametrize("case", ["gaussian", "heavy tails", "on the grid", "zero fisher"])
@@ -185,12 +185,12 @@ def test_bounds_are_below_the_error_and_monotone(case: str, direction: int) -> N
     f = f.where(((f > 0) & (magnitude > 0)).any(-1, keepdim=True), 1.0)
     bound = torch.stack(
         [
-            clip._bound(magnitude, f, code.expand(magnitude.shape[:2]), t, direction)
+            scale_search._bound(magnitude, f, code.expand(magnitude.shape[:2]), t, direction)
             for code in SCALES
         ],
         -1,
     )
-    assert (bound <= errors(weight, fisher, t) * clip._SLACK).all()
+    assert (bound <= errors(weight, fisher, t) * scale_search._SLACK).all()
     assert (bound.diff(dim=-1) * direction >= 0).all()
     assert bound.max() > 0  # a bound of zero would be true and useless
 
@@ -199,14 +199,14 @@ def test_bounds_are_below_the_error_and_monotone(case: str, direction: int) -> N
 def test_few_scales_are_tried(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, fisher = CASES[case]
     tried = 0
-    real = clip.error
+    real = scale_search.error
 
     def counting(blocks: torch.Tensor, *rest: object) -> torch.Tensor:
         nonlocal tried
         tried += len(blocks)
         return real(blocks, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(clip, "error", counting)
+    monkeypatch.setattr(scale_search, "error", counting)
     search_scale_codes(weight, fisher, tensor_scale(weight.abs().max().item()))
     assert tried / (48 * 16) < 16  # measured 11 to 13 of 126
 

@@ -17,7 +17,8 @@ from conftest import make_model
 import fgmp
 from fgmp.errors import FGMPError
 from fgmp.evaluation.inspect import inspect_checkpoint
-from fgmp.pack.checkpoint import FILE_CHECKSUMS, LIST_CHECKSUM
+from fgmp.pack.checksums import FILES as FILE_CHECKSUMS
+from fgmp.pack.checksums import FILES_LIST as LIST_CHECKSUM
 
 _TRIALS_A_FILE = 150
 

@@ -24,7 +24,7 @@ from fgmp.model.store import (
     tensors_to_save,
 )
 from fgmp.pack import checkpoint
-from fgmp.pack.checkpoint import checksum
+from fgmp.pack.checksums import of_tensor as checksum
 
 FAST = Recipe(fp4=0.6, clip="off")
 
@@ -252,6 +252,7 @@ def test_tokenizer_and_generation_config_come_along(tokens: Tensor, tmp_path: Pa
     fgmp.save(quantized("llama", tokens), tmp_path / "out", Tokenizer())
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "config.json",
+        "fgmp_run.json",
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
@@ -315,7 +316,7 @@ def test_any_module_needs_its_skeleton(net: nn.Module, tmp_path: Path) -> None:
         (lambda: with_norm(12), r"norm\.weight.*\[12\].*\[24\]|norm\.weight.*\[24\].*\[12\]"),
         (lambda: without("up"), "up: the model has no such layer"),
         (lambda: replaced("up", nn.ReLU()), "up: must be a linear layer, got ReLU"),
-        (lambda: replaced("norm", nn.Identity()), r"unexpected \['norm\.bias', 'norm\.weight'\]"),
+        (lambda: replaced("norm", nn.Identity()), r"tensor norm\.bias belongs to no part of this model"),
         (lambda: replaced("extra", nn.Linear(2, 2)), r"missing \['extra\.bias', 'extra\.weight'\]"),
     ],
     ids=["linear shape", "other shape", "no layer", "no linear", "unexpected", "missing"],

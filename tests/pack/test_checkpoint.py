@@ -25,26 +25,21 @@ from torch import Tensor
 from fgmp.errors import CheckpointError, FGMPError, InputError
 from fgmp.formats.weight import quantize_weight, tensor_scale
 from fgmp.pack import checkpoint
-from fgmp.pack.checkpoint import (
-    CHECKSUMS,
-    FILE_CHECKSUMS,
-    LIST_CHECKSUM,
-    CheckpointConfig,
-    Reader,
-    SiteConfig,
-    checksum,
-    read_config,
-    tensor_files,
-    write,
-)
+from fgmp.pack.checkpoint import CheckpointConfig, SiteConfig, read_config, write
+from fgmp.pack.checksums import FILES as FILE_CHECKSUMS
+from fgmp.pack.checksums import FILES_LIST as LIST_CHECKSUM
+from fgmp.pack.checksums import TENSORS as CHECKSUMS
+from fgmp.pack.checksums import of_tensor as checksum
+from fgmp.pack.folder import weight_files
 from fgmp.pack.planes import pack
+from fgmp.pack.reader import Reader
 
 K = 40
 
 SITES = {
-    "a": SiteConfig(["a", "b"], "difference", 0.7),
+    "a": SiteConfig(["a", "b"], "difference", 0.7, "max"),
     "c": SiteConfig(["c"], "benefit", 0.5, "search"),
-    "d": SiteConfig(["d"], "difference", 0.0),
+    "d": SiteConfig(["d"], "difference", 0.0, "max"),
 }
 MODES = {"a": "mixed", "b": "mixed", "c": "fp4", "d": "fp8"}
 
@@ -77,7 +72,7 @@ def read(folder: Path) -> dict[str, Tensor]:
     """All that a reader of a checkpoint may do; the tensors."""
     raw = read_config(folder)
     parsed = CheckpointConfig.from_dict(raw["quantization_config"], f"{folder / 'config.json'}")
-    reader = Reader(tensor_files(folder))
+    reader = Reader(weight_files(folder))
     reader.verify_files()
     reader.verify()
     reader.require_listed(parsed.linears)
@@ -446,24 +441,24 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def test_shards(sharded: Path) -> None:
-    assert len(tensor_files(sharded)) > 1 and not file_of(sharded).exists()
+    assert len(weight_files(sharded)) > 1 and not file_of(sharded).exists()
     found = read(sharded)
     assert found.keys() == content().keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in content().items())
 
 
 def test_a_missing_shard_is_named(sharded: Path) -> None:
-    gone = tensor_files(sharded)[1]
+    gone = weight_files(sharded)[1]
     gone.unlink()
     refused(sharded, f"{gone}: unreadable or truncated")
 
 
 def test_a_shard_of_another_checkpoint_is_named(sharded: Path) -> None:
-    """Its own checksums are right; what the others need is not in it."""
-    first, second, *_ = tensor_files(sharded)
+    """Its own checksums are right; what it holds is in another shard, too."""
+    first, second, *_ = weight_files(sharded)
     shutil.copy(first, second)
     text = refused(sharded, str(sharded))
-    assert "missing" in text or "planes must be" in text
+    assert f"is in both {first} and {second}" in text
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,9 @@ def test_ties_biases_and_files_hold(
 
 
 def test_what_does_not_help_is_left_out(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fgmp.quantization.held_out.Trial.clearly_better", lambda self, other: False)
+    monkeypatch.setattr(
+        "fgmp.quantization.held_out.Trial.clearly_better", lambda self, other: False
+    )
     model, plain = quantized(tokens, tune=1), quantized(tokens[:7])
     assert not config_of(model).result["tune"]["used"]
     for name, parameter in plain.named_parameters():
@@ -256,7 +258,9 @@ def test_a_bound_of_perplexity_holds_for_what_is_tuned(
     lines: list[str] = []
     task = SimpleNamespace(recipe=Recipe(max_increase=0.5, tune=1), report=lines.append)
     found = {"without": trial(2.001, 0.2), "with": trial(2 + math.log1p(increase / 100), 0.1)}
-    monkeypatch.setattr("fgmp.quantization.tune.tuned_parameters", lambda task, assignment: {"a": tokens})
+    monkeypatch.setattr(
+        "fgmp.quantization.tune.tuned_parameters", lambda task, assignment: {"a": tokens}
+    )
     monkeypatch.setattr("fgmp.quantization.tune.measure", lambda task, candidates: found)
     before = Choice(Assignment({}, None, {}), {"budget": {"bits": 5, "increase_percent": 0.1}})  # type: ignore[arg-type]
     after = tune(task, before, {"fp8": trial(2.0, 0.3)})  # type: ignore[arg-type]

@@ -35,17 +35,18 @@ from fgmp.data import (
     tokenize,
 )
 from fgmp.demo.text import docstrings, standard_library
-from fgmp.errors import FGMPError, InputError
+from fgmp.errors import CheckpointError, FGMPError, InputError
 from fgmp.evaluation import compare as comparison
-from fgmp.evaluation.perplexity import batches
+from fgmp.evaluation.perplexity import batches, next_token_log_probabilities
 from fgmp.evaluation.perplexity import evaluate as evaluate_windows
 from fgmp.model.cache import PackedCache, packed_cache, require_kind
 from fgmp.model.convert import sharing_copy
 from fgmp.model.linear import sites
 from fgmp.model.source import Source, context_length
-from fgmp.model.store import config_of, save
+from fgmp.model.store import config_of, save, stored_dtype
 from fgmp.pack import checkpoint
 from fgmp.pack.checkpoint import QUANT_METHOD
+from fgmp.pack.folder import weight_files
 from fgmp.progress import Progress, silent
 from fgmp.quantization.budget import least_bytes
 from fgmp.quantization.pipeline import prepare, run
@@ -54,6 +55,10 @@ from fgmp.recipe import Recipe
 from fgmp.storage.resume import forget
 
 _LONGEST_WINDOW = 2048
+_VERIFIED_TOKENS = 64
+"""Tokens of the sequence on which a written checkpoint is compared with the model."""
+_FP16_TOLERANCE = 0.05
+"""Log-probabilities of an fp16 model's checkpoint: it ran in fp32, and its files hold fp16."""
 _DRIFT_WARNING = 0.03
 """Difference between the FP4 fraction of a site and its calibrated one that is worth a warning.
 Chosen, not measured: sites move by less on text of the calibration's kind (docs/results.md)."""
@@ -107,6 +112,7 @@ def quantize_to(
     tokenizer = source.tokenizer()
     stream = tokenize(documents, tokenizer)
     model = source.load()
+    source.require_every_tensor(model)
     text = _calibration_windows(stream, model, recipe, calibration_text, reporter)
     resume = output.absolute().parent / f".{output.absolute().name}.unfinished"
     with _resumable(resume, reporter):
@@ -129,7 +135,8 @@ def quantize_to(
             # The held-out slice decided too, so a figure on it would be flattered as well.
             digest=digest(torch.cat([text.samples, text.held_out]), tokenizer),
         )
-        save(model, output, tokenizer)
+        save(model, output, tokenizer, extra_files=source.processor_files())
+        _verify_written(model, output, text.held_out[0])
     forget(resume)
     return _summary(model, output, time.perf_counter() - started)
 
@@ -181,21 +188,41 @@ def _resumable(folder: Path, reporter: Reporter) -> Iterator[None]:
         raise
 
 
+def _verify_written(model: nn.Module, output: Path, tokens: torch.Tensor) -> None:
+    """Read the checkpoint back and compare its logits with the model's on one sequence.
+
+    Raises:
+        CheckpointError: they differ by more than a rounding of what the files hold in fp16.
+    """
+    tokens = tokens[:_VERIFIED_TOKENS].unsqueeze(0)
+    with torch.no_grad():
+        expected = next_token_log_probabilities(model.eval(), tokens)
+        actual = next_token_log_probabilities(Source(str(output)).load().eval(), tokens)
+    tolerance = _FP16_TOLERANCE if stored_dtype(model) == torch.float16 else 0.0
+    difference = (actual - expected).abs().max().item()
+    if not difference <= tolerance:
+        raise CheckpointError(
+            f"{output}: read back, the checkpoint must give the logits of the model in memory, but "
+            f"log-probabilities differ by up to {difference:.3g}: do not use it, and report this"
+        )
+
+
 def _summary(model: nn.Module, output: Path, seconds: float) -> QuantizeSummary:
-    result = config_of(model).result
+    config = config_of(model)
+    result = config.result
     return QuantizeSummary(
         output=str(output),
         fp4_fraction=Fractions(result["fp4_weights"], result["fp4_activations"]),
         coverage=coverage(model),
         bits_per_weight=result["bits_per_weight"],
-        bytes=sum(f.stat().st_size for f in checkpoint.tensor_files(output)),
+        bytes=sum(f.stat().st_size for f in weight_files(output)),
         tensor_bytes=result["tensor_bytes"],
         budget=result["budget"],
         clip=result["clip"],
         uniform=result["uniform"],
         tune=result.get("tune", {}),
         seconds=seconds,
-        peak_bytes=result["peak_bytes"],
+        peak_bytes=config.run["peak_bytes"],
     )
 
 

@@ -14,13 +14,14 @@ starting from W*: columns are rounded one after the other. Each column's error i
 columns not yet rounded, along the rows of the Cholesky factor U of (H + m I)^-1. The scale of an
 FP4 block is chosen when its first column is reached, for the values that the block has by then.
 
-Some rows are exempt. A row that ends up more than 8 times (``_LIMIT``) as far from W*, by the
+Some rows are exempt. A row that ends up more than 8 times (``LIMIT``) as far from W*, by the
 measure above, as round to nearest would, gets the codes of round to nearest. This happens where the
 two models of the loss disagree. F may see no sensitivity of the loss to a large weight; the scale
 search then fits the other weights of its block and clips it. H counts all outputs alike, so the
 rest of the row moves far to compensate. One such row of an encoder of 22.7M parameters, whose
 normalization cancels an outlier channel, was two thousand times as far and ruined the model.
-Elsewhere rows end at half the distance, a few at up to four times.
+Elsewhere rows end at half the distance, a few at up to four times; ``runs/compensation.py`` prints
+these ratios.
 
 The damping m, a fraction of the mean of H's diagonal, keeps V close to W where the calibration set
 has little signal. The loss model here is the layer's output error, with equal weight per output.
@@ -51,8 +52,10 @@ ScaleSearch = Callable[[Tensor, Tensor, float], Tensor]
 """Scale search: (weight (N, K), sensitivities (N, K), tensor scale) to E4M3 scale codes, uint8
 (N, G)."""
 
-_LIMIT = 8.0
-"""Largest distance of a compensated row from W*, over the distance of round to nearest."""
+LIMIT = 8.0
+"""Largest distance of a compensated row from W*, over the distance of round to nearest. Chosen
+between the ratios that ``runs/compensation.py`` prints: of rows that do no harm, and of one that
+ruins a model."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ def compensated(
     t: float,
     sensitivity: Tensor | None,
     search: ScaleSearch = search_scale_codes,
+    limit: float = LIMIT,
 ) -> WeightCodes:
     """Round a weight with error compensation.
 
@@ -107,6 +111,7 @@ def compensated(
         t: tensor scale.
         sensitivity: sensitivities (N, K) for the scale search of FP4 blocks; None: no search.
         search: the scale search.
+        limit: see :data:`LIMIT`.
 
     Returns:
         Codes in both formats; in each block only those of its assigned format are meaningful.
@@ -136,13 +141,13 @@ def compensated(
     scale[(fp4 & (E2M1.sign_bit - 1) == 0).all(-1)] = SCALE_MIN_CODE
     del v, columns  # frees memory for another matrix of this size
     nearest = quantize_weight(weight, t, nearest_scale_codes(weight, t))
-    too_far = distance > _LIMIT * _harm(nearest.units(is_fp8).double() * t, weight, factors)
+    too_far = distance > limit * distances(nearest.units(is_fp8).double() * t, weight, factors)
     for codes, nearest_codes in ((fp4, nearest.fp4), (scale, nearest.scale), (fp8, nearest.fp8)):
         codes[too_far] = nearest_codes[too_far]
     return WeightCodes(fp4, scale, fp8, t, k)
 
 
-def _harm(v: Tensor, weight: Tensor, factors: Factors) -> Tensor:
+def distances(v: Tensor, weight: Tensor, factors: Factors) -> Tensor:
     """Distance (V - W*) (H + m I) (V - W*)^T of each row, float64 (N,), for V float64 (N, K)."""
     difference = v - weight.double() @ factors.transfer
     # H + m I is U^-1 U^-T.

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fgmp.pack import checkpoint
-from fgmp.pack.checkpoint import CheckpointConfig, Reader
+from fgmp.pack.checkpoint import CheckpointConfig
+from fgmp.pack.folder import weight_files
+from fgmp.pack.reader import Reader
 from fgmp.pack.stream import image_bytes
 
 _LAYER = re.compile(r"^(?P<stem>.*?)(?:\.(?P<index>\d+)\.)(?P<kind>.*)$")
@@ -110,7 +112,7 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
     """
     directory = Path(directory)
     raw = checkpoint.read_config(directory)
-    files = checkpoint.tensor_files(directory)
+    files = weight_files(directory)
     reader = Reader(files)
     reader.verify_files()
     reader.verify()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fgmp.errors import InputError
 from fgmp.hardware import yosys
@@ -22,6 +22,9 @@ from fgmp.hardware.array import Array
 from fgmp.hardware.datapath import FORMATS
 from fgmp.hardware.image import ALIGNMENT, SECTIONS
 from fgmp.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from fgmp.hardware.rtl.verilog import Port
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def write_rtl(directory: Path, array: Array, stages: Progress = silent) -> RtlFi
     try:
         directory.mkdir(parents=True, exist_ok=True)
         ports = _write_verilog(directory, _components(array), stages)
-        _write_json(directory / "ports.json", ports)
+        listed = {name: [asdict(port) for port in module] for name, module in ports.items()}
+        _write_json(directory / "ports.json", listed)
         _write_json(directory / "memory.json", _memory_map(array))
     except OSError as error:
         raise InputError(f"{directory}: could not be written: {error.strerror}") from error
@@ -88,7 +92,7 @@ def _components(array: Array) -> dict[str, Callable[[], Any]]:
 
 def _write_verilog(
     directory: Path, components: dict[str, Callable[[], Any]], stages: Progress
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, "list[Port]"]:
     """Write one file per component; returns the ports of each."""
     from fgmp.hardware.rtl.verilog import ports, rtlil_text, verilog
 
@@ -96,7 +100,7 @@ def _write_verilog(
     with stages("Writing Verilog", len(components)) as advance:
         for name, create in components.items():
             component = create()
-            listed[name] = [asdict(port) for port in ports(component)]
+            listed[name] = ports(component)
             texts[name] = rtlil_text(component, name)
         for name, text in yosys.side_by_side(verilog, texts):
             (directory / f"{name}.v").write_text(text)

@@ -27,8 +27,10 @@ from fgmp.hardware import yosys
 from fgmp.hardware.array import Array, sensitivities_of
 from fgmp.hardware.image import LinearImage
 from fgmp.hardware.run import Outcome, in_amaranth, in_verilator
-from fgmp.pack.checkpoint import CheckpointConfig, Reader, read_config, tensor_files
+from fgmp.pack.checkpoint import CheckpointConfig, read_config
+from fgmp.pack.folder import weight_files
 from fgmp.pack.planes import PackedWeight, unpack_units
+from fgmp.pack.reader import Reader
 from fgmp.progress import Progress, silent
 
 SIMULATORS: Final = ("amaranth", "verilator")
@@ -74,7 +76,7 @@ def layers_of(directory: Path, outputs: int | None = None) -> Iterator[Layer]:
     """The sites of a checkpoint, with all rows of each linear or its first ``outputs``."""
     path = directory / "config.json"
     config = CheckpointConfig.from_dict(read_config(directory)["quantization_config"], str(path))
-    reader = Reader(tensor_files(directory))
+    reader = Reader(weight_files(directory))
     for owner, listed in config.sites.items():
         site, weights = reader.group(owner, listed)
         linears = {}

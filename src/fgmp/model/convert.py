@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from fgmp.errors import CheckpointError
 from fgmp.formats.activation import Site
 from fgmp.model.linear import ActivationSite, MixedLinear
-from fgmp.model.select import linearize, replace_module
-from fgmp.pack.checkpoint import CheckpointConfig, Reader
+from fgmp.model.select import linearize, replace_modules
+from fgmp.pack.checkpoint import CheckpointConfig
 from fgmp.pack.planes import PackedWeight
+from fgmp.pack.reader import Reader
 
 
 def packed_linears(
@@ -57,8 +58,7 @@ class Replacement:
 
     def put(self, model: nn.Module) -> None:
         """Change the model in place."""
-        for name, linear in self.linears.items():
-            replace_module(model, name, linear)
+        replace_modules(model, self.linears)
         for name, value in self.values.items():
             model.get_parameter(name).data = value
 
@@ -97,7 +97,7 @@ def install_from(model: nn.Module, config: CheckpointConfig, reader: Reader) -> 
 
     Raises:
         CheckpointError: the checkpoint has a linear that the model lacks or has in another shape,
-            or breaks a rule of the format.
+            holds a tensor that the model does not read, or breaks a rule of the format.
     """
     linearize(model)
     reader.require_listed(config.linears)
@@ -110,6 +110,8 @@ def install_from(model: nn.Module, config: CheckpointConfig, reader: Reader) -> 
                 _check_shape(model, name, weight)
             weights |= group
         install(model, weights, records, {o: s.linears for o, s in config.sites.items()})
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    reader.require_only(name for name in model.state_dict() if name not in tied)
 
 
 def _check_shape(model: nn.Module, name: str, packed: PackedWeight) -> None:

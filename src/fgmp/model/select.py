@@ -9,9 +9,10 @@ Output heads and routers stay in high precision unless an include pattern names 
 always do, and so do heads that share the embedding's weight.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fgmp.errors import InputError
 
-ROUTERS = ("*.router", "*.router.*", "*.gate", "*.shared_expert_gate")
+ROUTERS = ("router", "*.router", "*.router.*", "gate", "*.gate", "*.shared_expert_gate")
 """Name patterns of routers, which choose experts and have few parameters."""
 
 
@@ -112,14 +113,16 @@ def quantizable(
     explicit = tuple(pattern for pattern in include if pattern != "*")
     head = output_head(model)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    shared = shared_weights(model)
+    gates = set(routers(model))
     chosen = {}
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear:
+        if not is_linear(module) or id(module.weight) in shared:
             continue
         tied = id(module.weight) in embeddings
-        special = tied or module is head or _matches(name, ROUTERS)
-        included = _matches(name, explicit) or ("*" in include and not special)
-        if included and not _matches(name, exclude):
+        special = tied or module is head or name in gates
+        included = matches(name, explicit) or ("*" in include and not special)
+        if included and not matches(name, exclude):
             if tied:
                 raise InputError(
                     f"include {list(include)} names {name}, whose weight is the embedding's and "
@@ -127,6 +130,45 @@ def quantizable(
                 )
             chosen[name] = module
     return chosen
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module computes x W^T + b: ``nn.Linear``, or a subclass that does the same.
+
+    A subclass with a forward function of its own is run on random numbers and compared.
+    """
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    if module.weight.is_meta:
+        return True  # a checkpoint names it, so it was tried when that was made
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, module.in_features, generator=generator).to(module.weight)
+    try:
+        with torch.no_grad():
+            y, expected = module(x), nn.functional.linear(x, module.weight, module.bias)
+    except Exception:  # whatever it wants, it is no linear layer
+        return False
+    same = isinstance(y, Tensor) and y.shape == expected.shape
+    return same and bool(torch.allclose(y.float(), expected.float(), rtol=0.05, atol=0.05))
+
+
+def other_linears(model: nn.Module) -> dict[str, str]:
+    """Type by name of subclasses of ``nn.Linear`` that compute something else."""
+    return {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not is_linear(module)
+    }
+
+
+def shared_weights(model: nn.Module) -> set[int]:
+    """Identities of weights that more than one linear module holds.
+
+    Each module would pack its own copy, and they would differ. They keep their precision. A module
+    that is reached by several names is one module, and is quantized.
+    """
+    counts = Counter(id(m.weight) for m in model.modules() if isinstance(m, nn.Linear))
+    return {weight for weight, count in counts.items() if count > 1}
 
 
 def matrices(model: nn.Module) -> dict[str, int]:
@@ -153,14 +195,54 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def routers(model: nn.Module) -> list[str]:
-    """Names of the modules that choose experts, by :data:`ROUTERS`."""
-    return [name for name, _ in model.named_modules() if _matches(name, ROUTERS)]
+    """Names of the modules that choose experts: by :data:`ROUTERS`, or by structure.
+
+    By structure, a router is a linear with one output per entry of a list of modules that stands
+    beside it, or beside the module that holds it.
+    """
+    names = []
+    for name, module in model.named_modules():
+        is_gate = isinstance(module, nn.Linear) and _has_experts_beside(model, name, module)
+        if name and (matches(name, ROUTERS) or is_gate):
+            names.append(name)
+    return names
 
 
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Replace the submodule with the dotted name ``name`` by ``new``, in place."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new)
+def _has_experts_beside(model: nn.Module, name: str, linear: nn.Linear) -> bool:
+    holders = name.split(".")[:-1]
+    for depth in (len(holders), len(holders) - 1):
+        if depth < 0:
+            continue
+        holder = model.get_submodule(".".join(holders[:depth]))
+        for list_name, child in holder.named_children():
+            inside = ".".join([*holders[:depth], list_name])
+            if not isinstance(child, nn.ModuleList) or name.startswith(f"{inside}."):
+                continue
+            if len(child) == linear.out_features > 1 and _alike(child):
+                return True
+    return False
+
+
+def _alike(modules: nn.ModuleList) -> bool:
+    """Whether the entries of a list are of one type and hold linears, as experts do."""
+    types = {type(module) for module in modules}
+    return len(types) == 1 and any(isinstance(m, nn.Linear) for m in modules[0].modules())
+
+
+def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """Replace submodules by dotted name, in place, wherever the model holds the same module."""
+    by_identity = {id(model.get_submodule(name)): module for name, module in new.items()}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in by_identity:
+                setattr(parent, name, by_identity[id(child)])
+                _disable_fast_path(parent)
+
+
+def _disable_fast_path(parent: nn.Module) -> None:
+    """Keep torch's encoder layer from reading the weights of its linears itself."""
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0
 
 
 def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -199,5 +281,6 @@ def _row(bias: Tensor | None, index: int) -> Tensor | None:
     return None if bias is None else bias[index]
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a name fits one of the patterns (shell style)."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,16 +1,28 @@
 """Load a causal LM by name, quantized or not, and its tokenizer."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file
 
 from fgmp.errors import InputError
 from fgmp.model.store import first_line, load, pretrained, run_as_fp32, stored_dtype
 from fgmp.pack.checkpoint import QUANT_METHOD
+from fgmp.pack.folder import CONFIG, read_json
+
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 
 
 class Source:
@@ -18,14 +30,18 @@ class Source:
 
     Args:
         name: folder or hub name.
+        trust_remote_code: run Python files that come with the model. They are never needed for a
+            model that Transformers knows, and never stored.
 
     Raises:
-        InputError: no configuration can be loaded there.
+        InputError: no configuration can be loaded there, it needs code of its own, or it names an
+            attention implementation on the hub.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, trust_remote_code: bool = False) -> None:
         self.name = name
-        self.config = _config(name)
+        self.trust_remote_code = trust_remote_code
+        self.config = _config(name, trust_remote_code)
 
     @property
     def is_packed(self) -> bool:
@@ -54,11 +70,15 @@ class Source:
         """
         if self.is_packed:
             packed = Path(self.name).is_dir()
-            return _runnable(load(self.name) if packed else _pretrained(self.name))
+            return _runnable(load(self.name) if packed else self._pretrained())
         if self._method is not None:
             raise InputError(f"model {self.name}: already quantized, by {self._method!r}")
         self._require_causal_lm()
-        return _runnable(_pretrained(self.name))
+        return _runnable(self._pretrained())
+
+    def _pretrained(self) -> nn.Module:
+        remote = self.trust_remote_code
+        return pretrained(AutoModelForCausalLM, self.name, trust_remote_code=remote)
 
     def tokenizer(self) -> Any:
         """Load the model's tokenizer.
@@ -67,11 +87,48 @@ class Source:
             InputError: none can be loaded.
         """
         try:
-            return AutoTokenizer.from_pretrained(self.name)
+            return AutoTokenizer.from_pretrained(
+                self.name, trust_remote_code=self.trust_remote_code
+            )
         except Exception as error:  # many types are raised, all mean that it cannot be loaded
             raise InputError(
                 f"model {self.name}: no tokenizer can be loaded: {first_line(error)}"
             ) from error
+
+    def processor_files(self) -> list[Path]:
+        """Files beside the model that neither its class nor its tokenizer saves."""
+        found = (
+            cached_file(
+                self.name,
+                name,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                _raise_exceptions_for_gated_repo=False,
+            )
+            for name in _PROCESSOR_FILES
+        )
+        return [Path(path) for path in found if path is not None]
+
+    def require_every_tensor(self, model: nn.Module) -> None:
+        """Refuse a source that holds weights which its model class does not read.
+
+        They would be lost without a word. Known to Transformers and harmless are buffers, such as
+        masks and rotary frequencies; a name that ends in ``weight`` is none of them.
+
+        Raises:
+            InputError: naming the first such tensor, and how many there are.
+        """
+        folder = Path(self.name)
+        if not folder.is_dir():
+            return
+        unread = [n for n in _tensor_names(folder) if _is_ignored(n, model)]
+        if unread:
+            more = f" and {len(unread) - 1} more" if unread[1:] else ""
+            raise InputError(
+                f"model {self.name}: {type(model).__name__} does not read tensor "
+                f"{unread[0]}{more}; quantizing would lose it. Remove it from the files, or use a "
+                "model class that reads it"
+            )
 
     def _require_causal_lm(self) -> None:
         causal_lms = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(self.config.model_type, ())
@@ -93,10 +150,6 @@ def load_tokenizer(name: str) -> Any:
     return Source(name).tokenizer()
 
 
-def _pretrained(name: str) -> nn.Module:
-    return pretrained(AutoModelForCausalLM, name)
-
-
 def _runnable(model: nn.Module) -> nn.Module:
     return run_as_fp32(model) if stored_dtype(model) == torch.float16 else model
 
@@ -111,11 +164,64 @@ def context_length(model: nn.Module, default: int = 2048) -> int:
     return default
 
 
-def _config(name: str) -> Any:
+def _config(name: str, trust_remote_code: bool) -> Any:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).is_dir():
+    folder = Path(name)
+    if looks_local and not folder.is_dir():
         raise InputError(f"model {name}: no such folder")
+    if folder.is_dir():  # Transformers would wait for a pipe, and run what `auto_map` names
+        _require_harmless(read_json(folder / CONFIG), str(folder / CONFIG), trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # many types are raised, all mean that it cannot be loaded
         raise InputError(f"model {name}: cannot be loaded: {first_line(error)}") from error
+    if not folder.is_dir():
+        _require_harmless(config.to_dict(), f"model {name}", trust_remote_code)
+    return config
+
+
+_ATTENTION = ("attn_implementation", "_attn_implementation")
+
+
+def _require_harmless(values: Any, where: str, trust_remote_code: bool) -> None:
+    """Refuse a configuration by which Transformers would run code from elsewhere.
+
+    Raises:
+        InputError: naming the key and its value.
+    """
+    if not isinstance(values, dict):
+        return
+    known = values.get("model_type") in CONFIG_MAPPING_NAMES  # by Transformers' own code
+    if values.get("auto_map") and not known and not trust_remote_code:
+        raise InputError(
+            f"{where}: auto_map names Python files that come with the model, got "
+            f"{values['auto_map']!r:.120}; --trust-remote-code (trust_remote_code=True) runs them"
+        )
+    for key in _ATTENTION:
+        choice = values.get(key)
+        if choice is not None and not (isinstance(choice, str) and choice.isidentifier()):
+            raise InputError(
+                f"{where}: {key} must be an implementation of Transformers, such as sdpa or "
+                f"eager, got {choice!r:.120}"
+            )
+    for value in values.values():
+        if isinstance(value, dict):
+            _require_harmless({**value, "auto_map": None}, where, trust_remote_code)
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    """Names of all tensors in the safetensors files of a folder."""
+    names: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names += opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: unreadable or truncated: {error}") from error
+    return names
+
+
+def _is_ignored(name: str, model: nn.Module) -> bool:
+    """Whether a class drops a weight of this name when it loads."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return name.endswith("weight") and any(re.search(pattern, name) for pattern in patterns)

@@ -1,6 +1,8 @@
 """Save and load quantized models."""
 
 import json
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from transformers import PreTrainedModel
 from fgmp.errors import CheckpointError, FGMPError, InputError
 from fgmp.model.convert import install_from
 from fgmp.pack import checkpoint
-from fgmp.pack.checkpoint import QUANT_METHOD, CheckpointConfig, Reader
+from fgmp.pack.checkpoint import QUANT_METHOD, RUN, CheckpointConfig
+from fgmp.pack.folder import CONFIG, weight_files
+from fgmp.pack.reader import Reader
 
 CONFIG_ATTRIBUTE = "fgmp_config"
 """Attribute of a quantized model that holds its :class:`CheckpointConfig`."""
@@ -56,7 +60,11 @@ def run_as_fp32(model: nn.Module) -> nn.Module:
 
 
 def save(
-    model: nn.Module, directory: str | Path, tokenizer: Any = None, max_shard_size: str = "5GB"
+    model: nn.Module,
+    directory: str | Path,
+    tokenizer: Any = None,
+    max_shard_size: str = "5GB",
+    extra_files: Iterable[Path] = (),
 ) -> None:
     """Write a quantized model to a checkpoint folder.
 
@@ -66,6 +74,7 @@ def save(
         directory: must not exist, or be empty. It appears complete or not at all.
         tokenizer: if not None, saved in the same folder.
         max_shard_size: larger checkpoints are split into files of at most this size.
+        extra_files: copied into the folder, such as a processor's configuration.
 
     Raises:
         InputError: not a quantized model, a target in use, or a full disk.
@@ -83,6 +92,10 @@ def save(
         generation: Any = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(folder)
+        for path in extra_files:
+            shutil.copyfile(path, folder / path.name)
+        if run := config_of(model).run:
+            checkpoint.write_json(folder / RUN, run)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
@@ -109,15 +122,13 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     config = CheckpointConfig.from_dict(raw["quantization_config"], f"{directory / 'config.json'}")
     if model is None:
         return _load_transformers(directory, raw)
-    reader = Reader(checkpoint.tensor_files(directory))
+    reader = Reader(weight_files(directory))
+    reader.require_own_config(raw, directory / CONFIG)
     install_from(model, config, reader)
     tensors = {name: reader.tensor(name) for name in reader.names}
-    missing = set(tensors_to_save(model)) - set(tensors)
-    unexpected = set(tensors) - set(model.state_dict())
-    if missing or unexpected:
+    if missing := sorted(set(tensors_to_save(model)) - set(tensors)):
         raise CheckpointError(
-            f"{directory}: its tensors must fit {type(model).__name__}: "
-            f"missing {sorted(missing)}, unexpected {sorted(unexpected)}"
+            f"{directory}: its tensors must fit {type(model).__name__}: missing {missing}"
         )
     for name, old in model.state_dict().items():
         if name in tensors and tensors[name].shape != old.shape:
@@ -131,28 +142,58 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 
 def _load_transformers(directory: Path, raw: dict[str, Any]) -> nn.Module:
-    architectures = raw.get("architectures") or [None]
-    cls = getattr(transformers, str(architectures[0]), None)
-    if cls is None:
+    architectures = raw.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    cls = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise CheckpointError(
-            f"{directory / 'config.json'}: architectures must name a Transformers model class, "
-            f"got {architectures}; pass `model` to load into another module"
+            f"{directory / CONFIG}: architectures must name a Transformers model class, "
+            f"got {architectures!r:.80}; pass `model` to load into another module"
         )
+    _require_layers(directory, raw)
     return pretrained(cls, directory)
 
 
-def pretrained(cls: Any, name: str | Path) -> nn.Module:
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def _require_layers(directory: Path, config: Mapping[str, Any]) -> None:
+    """Refuse more layers than the checkpoint has tensors for, before a model of them is built.
+
+    Raises:
+        CheckpointError: naming the key, its value and the number of layers.
+    """
+    names = Reader(weight_files(directory)).names
+    indices = [int(part) for name in names for part in name.split(".") if part.isdecimal()]
+    bound = max(indices, default=0) + 1
+    for key in _LAYER_COUNTS:
+        value = config.get(key)
+        if isinstance(value, int) and value > bound:
+            raise CheckpointError(
+                f"{directory / CONFIG}: {key} must be at most {bound}, the layers that "
+                f"the tensors are of, got {value}"
+            )
+
+
+def pretrained(cls: Any, name: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
     """Load a model by ``cls.from_pretrained``, requiring every tensor.
 
     Args:
         cls: a Transformers model class or auto class.
         name: folder or hub name.
+        trust_remote_code: run Python files that come with the model.
 
     Raises:
-        InputError: the model cannot be loaded, lacks a tensor or has one of another shape.
+        InputError: the model cannot be loaded, lacks a tensor, has one of another shape or one that
+            it does not read.
         CheckpointError: it is an fgmp checkpoint and breaks a rule.
     """
-    options = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = {
+        "dtype": "auto",
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+        "trust_remote_code": trust_remote_code,
+    }
     try:
         model, loading_info = cls.from_pretrained(name, **options)
     except FGMPError:
@@ -163,6 +204,13 @@ def pretrained(cls: Any, name: str | Path) -> nn.Module:
         raise InputError(
             f"model {name}: tensor {tensor} must have shape {list(expected_shape)} by its "
             f"config.json, got {list(shape)}"
+        )
+    buffers = ("inv_freq", "masked_bias", "position_ids")
+    if unexpected := sorted(k for k in loading_info["unexpected_keys"] if not k.endswith(buffers)):
+        more = f" and {len(unexpected) - 1} more" if unexpected[1:] else ""
+        raise InputError(
+            f"model {name}: {type(model).__name__} does not read tensor {unexpected[0]}{more} of "
+            "its files; it would be lost"
         )
     if missing := sorted(loading_info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if missing[1:] else ""

@@ -8,6 +8,7 @@ names.
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fgmp.errors import CheckpointError
 from fgmp.model.convert import install_from
-from fgmp.pack.checkpoint import QUANT_METHOD, CheckpointConfig, Reader
+from fgmp.pack.checkpoint import QUANT_METHOD, CheckpointConfig, read_config
+from fgmp.pack.folder import CONFIG, weight_files
+from fgmp.pack.reader import Reader
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -54,7 +57,14 @@ class FgmpQuantizer(HfQuantizer):  # type: ignore[misc]
         if not checkpoint_files:
             raise CheckpointError("an fgmp checkpoint must be loaded from safetensors files")
         config = CheckpointConfig.from_dict(self.quantization_config.to_dict())
+        folder = Path(checkpoint_files[0]).parent
+        if sorted(weight_files(folder)) != sorted(map(Path, checkpoint_files)):
+            raise CheckpointError(
+                f"{folder}: its weights are {[f.name for f in weight_files(folder)]}, but "
+                f"Transformers reads {[Path(f).name for f in checkpoint_files]}"
+            )
         reader = Reader(checkpoint_files)
+        reader.require_own_config(read_config(folder), folder / CONFIG)
         reader.verify()
         install_from(model, config, reader)
         # Transformers would only log a missing tensor, and initialize it at random.

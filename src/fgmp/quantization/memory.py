@@ -1,12 +1,15 @@
-"""How much memory a run will take, before it starts, and what it took.
+"""Predicted and measured peak memory of a run.
 
-The peak is what the process holds already (the model), and on top the largest of three: in
-calibration, the sums that F_w is made of and the working set of one sequence; in packing, those
-sums, what compensation holds, the block scores and packed planes, and what scoring one weight
-takes; last, the planes, what tuning holds and a working set again. A working set is the tensors
-that a backward pass keeps, measured on a short prefix of one sequence and scaled up, the copies of
-its logits beside them and, where one is formed, a weight gradient. F_w takes four bytes a quantized
-parameter, or if it is factored four a row and a column.
+The peak is what the process holds already (the model), and beside it the largest of three:
+
+    calibration   the sums that F_w is made of, and the working set of one sequence
+    packing       those sums, what compensation holds, block scores, packed planes, and what scoring
+                  one weight takes
+    tuning        the packed planes, what tuning holds, and a working set
+
+A working set is the tensors that a backward pass keeps, measured on a short prefix of one sequence
+and scaled up, the copies of its logits beside them, and a weight gradient where one is formed. F_w
+takes four bytes per quantized parameter; factored, four per row and per column of a weight.
 """
 
 import os
@@ -28,30 +31,51 @@ from fgmp.model.observe import differentiable_inputs, frozen
 from fgmp.sensitivity.histogram import HISTOGRAM_BYTES
 
 _PROBE_TOKENS = 64
+"""Length of the prefix that the working set is measured on."""
+
 _FISHER_BYTES = 4
+"""Bytes per value of the sums that F_w is made of."""
+
 _SCORING_BYTES = 64
-"""Of float64 copies of a weight, its Fisher information and its errors, an element: measured."""
+"""Bytes per element while scoring one weight: float64 copies of the weight, its Fisher information
+and its errors. Measured by ``runs/memory_constants.py``: up to 60."""
+
 _SCORE_BYTES = 8 / BLOCK
+"""Bytes per element of the block scores, float64."""
+
 _DEQUANTIZED_BYTES = 4
+"""Bytes per element of a dequantized weight."""
+
 _LOGITS_COPIES = 5
-"""Of a sequence's logits in fp32, beside what backward keeps: themselves, a draw of labels or the
-original's, gradients of log-probabilities and of logits: measured."""
+"""Copies of one sequence's fp32 logits beside what backward keeps: the logits, a sample of labels
+or the original's, gradients of log-probabilities and of logits. An upper bound:
+``runs/memory_constants.py`` measures 2 to 3 on a CPU."""
+
 _TUNING_BYTES, _TUNING_COPIES = 12, 2
-"""Of a tuned parameter, an element: its fp32 copy and two moments; and how often it is held in its
-own dtype: tuned, and its gradient. If that is not fp32 the gradient is held in fp32, too."""
+"""Bytes per element of a tuned parameter: its fp32 copy and two moments. Copies in its own dtype:
+tuned, and its gradient. If that dtype is not fp32, the gradient is held in fp32, too."""
+
 _STEP_BYTES, _STEP_COPIES = 4, 2
-"""Of the largest, likewise: the root that a step divides by, and gradients before they are added
-up."""
+"""The same for the largest parameter during a step: the root that the step divides by, and
+gradients before they are added up."""
+
 _RANKING = 3
-"""Copies of the scores while a budget ranks them: in one row, sorted, and their order."""
+"""Copies of the scores while a budget ranks them: concatenated, sorted, and their order."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes: ``held`` already, ``fisher``, ``packed`` planes, scores and histograms, ``working``
-    set, and what scoring and packing hold beside the planes: ``compensation``, and ``scoring`` of
-    the largest weight. ``logits`` are copies of one sequence's. ``tuning`` comes last, when F_w is
-    gone.
+    """Predicted bytes of a run.
+
+    Attributes:
+        held: already held by the process.
+        fisher: sums that F_w is made of.
+        packed: packed planes, block scores and histograms.
+        working: tensors that the backward pass of one sequence keeps, and a weight gradient.
+        compensation: moments and factors.
+        scoring: of the largest weight.
+        logits: copies of one sequence's logits beside those.
+        tuning: copies of parameters, moments and gradients; needed when F_w is gone.
     """
 
     held: int
@@ -65,12 +89,12 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """The largest amount that is held at once: calibration's, packing's, or what follows."""
+        """Largest number of bytes held at once: in calibration, in packing or later."""
         return self.held + max(self._early, self._late)
 
     @property
     def tuning_is_the_peak(self) -> bool:
-        """Whether it would be lower without."""
+        """Whether the peak would be lower without tuning."""
         return bool(self.tuning) and self._late > self._early
 
     @property
@@ -98,16 +122,27 @@ def estimate(
     tuned: bool = False,
     vocabulary: int = 0,
 ) -> MemoryEstimate:
-    """Predict the peak of quantizing ``model``; ``sample`` is one calibration sequence.
+    """Predict the peak of quantizing a model.
 
-    ``vocabulary``: words that logits of each of its tokens are for, of a causal language model.
-    Weights are scored under each of ``variants`` choices of scales and, for a budget, ``ranked``.
-    Which linears share a site, and so a histogram, is not known yet: each is taken to have its own.
+    Which linears share a site, and so a histogram, is not known yet: each counts its own.
+
+    Args:
+        model: linearized.
+        linears: those to quantize.
+        sample: one calibration sequence.
+        loss: whose gradients are squared.
+        packed_bytes_per_parameter: of all packed weights that are held at once.
+        variants: ways of choosing FP4 scales, each of which scores all weights.
+        ranked: whether a budget ranks the scores.
+        fisher: form of F_w, ``exact`` or ``factored``.
+        compensation: bytes of moments and factors.
+        tuned: whether the rest of the model is tuned.
+        vocabulary: size of the vocabulary of a causal language model, else 0.
     """
     parameters = sum(linear.weight.numel() for linear in linears.values())
     device = next(model.parameters()).device
     largest = max(linear.weight.numel() for linear in linears.values())
-    # The probe comes first: what its passes load and cache stays, and counts as held.
+    # The probe comes first: libraries and caches that its passes load stay, and count as held.
     working = _working_set(model, linears, sample, loss)
     scores = (variants + _RANKING * ranked) * _SCORE_BYTES
     weights = {id(linear.weight) for linear in linears.values()}
@@ -131,7 +166,11 @@ def estimate(
 
 
 def require(estimate: MemoryEstimate, device: torch.device) -> None:
-    """Refuse a run that cannot fit."""
+    """Refuse a run that cannot fit.
+
+    Raises:
+        MemoryLimitError: it needs more than is free.
+    """
     extra, free = estimate.peak - estimate.held, free_bytes(device)
     if extra > free:
         ways = "" if not estimate.tuning_is_the_peak else "tune: 0, "
@@ -143,14 +182,14 @@ def require(estimate: MemoryEstimate, device: torch.device) -> None:
 
 
 def held_bytes(device: torch.device) -> int:
-    """Bytes this process holds now: resident set, or allocated memory of a GPU."""
+    """Bytes that this process holds now: resident set, or allocated memory of a GPU."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     return int(psutil.Process().memory_info().rss)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be had: also within a container's limit, where there is one."""
+    """Bytes that are still free, within the limit of a container where there is one."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
@@ -160,7 +199,7 @@ def free_bytes(device: torch.device) -> int:
             stat = dict(line.split() for line in Path(cached[0]).read_text().splitlines())
         except (OSError, ValueError):  # no such file, or no limit
             continue
-        # Of what counts as used, files that were read and not since can be dropped.
+        # What counts as used includes cached files, which the system can drop.
         free = min(free, most - now + int(stat.get(cached[1], 0)))
     return free
 
@@ -177,11 +216,11 @@ _CGROUPS = (
         ("/sys/fs/cgroup/memory/memory.stat", "total_inactive_file"),
     ),
 )
-"""Of control groups, version 2 and 1: the limit, what is used, and what of that is cache."""
+"""Files of control groups, version 2 and 1: limit, use, and the key of its cached part."""
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the peak so far, where the system can."""
+    """Reset the measured peak, where the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif os.access("/proc/self/clear_refs", os.W_OK):
@@ -189,7 +228,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The largest amount held since :func:`reset_peak`."""
+    """Largest number of bytes held since :func:`reset_peak`."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")
@@ -202,14 +241,14 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def fisher_bytes(linears: dict[str, nn.Linear], fisher: str) -> int:
-    """Of the sums that F_w is made of."""
+    """Bytes of the sums that F_w is made of."""
     if fisher == "exact":
         return _FISHER_BYTES * sum(linear.weight.numel() for linear in linears.values())
     return _FISHER_BYTES * sum(sum(linear.weight.shape) for linear in linears.values())
 
 
 def _working_set(model: nn.Module, linears: dict[str, nn.Linear], sample: Any, loss: Loss) -> int:
-    """Bytes that one sequence's backward pass keeps, were it calibration's."""
+    """Bytes that the backward pass of one sequence keeps in calibration."""
     short, ratio = sample, 1.0
     if isinstance(sample, Tensor) and sample.ndim == 1 and len(sample) > _PROBE_TOKENS:
         short, ratio = sample[:_PROBE_TOKENS], len(sample) / _PROBE_TOKENS

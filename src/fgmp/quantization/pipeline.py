@@ -21,7 +21,14 @@ from fgmp.formats.spec import E2M1, E4M3, FP4_BITS
 from fgmp.formats.weight import check_finite
 from fgmp.model.linear import mixed_linears
 from fgmp.model.losses import Loss, causal_lm_loss
-from fgmp.model.select import linearize, matrices, output_head, quantizable
+from fgmp.model.select import (
+    linearize,
+    matches,
+    matrices,
+    other_linears,
+    output_head,
+    quantizable,
+)
 from fgmp.progress import Progress, silent
 from fgmp.quantization import memory
 from fgmp.quantization.budget import require_possible, solve
@@ -29,7 +36,7 @@ from fgmp.quantization.candidates import choose, measure_fp8, pack_candidates
 from fgmp.quantization.install import install
 from fgmp.quantization.memory import MemoryEstimate
 from fgmp.quantization.scoring import score
-from fgmp.quantization.sequential import bytes_needed
+from fgmp.quantization.sequential import bytes_needed, stage_kind
 from fgmp.quantization.task import OperatingPoint, Task
 from fgmp.quantization.tune import tune
 from fgmp.recipe import Recipe
@@ -148,7 +155,7 @@ def run(
         task = replace(task, resume=None)
     else:
         calibration = _calibrate(task, groups, calibration)
-    _report_unreached(task, calibration)
+    task, calibration = _without_unreached(task, calibration)
     calibrated = time.perf_counter()
     scores = score(task, calibration)
     fp8 = None if recipe.max_increase is None else measure_fp8(task, scores)
@@ -168,6 +175,8 @@ def run(
     config.result.update(
         choice.to_dict(),
         sensitivities_floored=floored,
+    )
+    config.run.update(
         seconds={
             "total": time.perf_counter() - started,
             "calibration": calibrated - started,
@@ -230,9 +239,11 @@ def _select(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
         raise InputError(f"{type(model).__name__} is quantized already; quantize its original")
     linears = quantizable(model, recipe.include, recipe.exclude)
     if not linears:
+        others = sorted(set(other_linears(model).values()))
+        hint = f"; it has linears of another kind: {', '.join(others)}" if others else ""
         raise InputError(
             f"no linear layer to quantize: include {list(recipe.include)} and exclude "
-            f"{list(recipe.exclude)} leave none of {type(model).__name__}'s"
+            f"{list(recipe.exclude)} leave none of {type(model).__name__}'s{hint}"
         )
     for name, linear in linears.items():
         check_finite(f"{name}.weight", linear.weight)
@@ -309,13 +320,42 @@ def _calibrate(task: Task, groups: dict[str, list[str]] | None, file: Path | Non
     return calibration
 
 
-def _report_unreached(task: Task, calibration: Calibration) -> None:
-    unreached = [site.linears[0] for site in calibration.sites.values() if site.tokens == 0]
-    if unreached:
+def _without_unreached(task: Task, calibration: Calibration) -> tuple[Task, Calibration]:
+    """Leave linears alone that no calibration token reached, and report them.
+
+    Nothing is known of their inputs. Some are never called, because another module reads their
+    weight. Idle experts are quantized, beside experts that tokens reached, with default scales and
+    every block in FP4; so is what a pattern of ``include`` names.
+
+    Raises:
+        InputError: no token reached any linear.
+    """
+    idle = {site.linears[0]: site for site in calibration.sites.values() if site.tokens == 0}
+    reached = [n for s in calibration.sites.values() if s.tokens for n in s.linears]
+    kinds = {stage_kind(task.model, name) for name in reached}
+    patterns = tuple(pattern for pattern in task.recipe.include if pattern != "*")
+    left_alone = {
+        name
+        for site in idle.values()
+        for name in site.linears
+        if stage_kind(task.model, name) not in kinds and not matches(name, patterns)
+    }
+    if left_alone:
         task.report(
-            f"{len(unreached)} sites saw no calibration token; they get default scales and all "
-            f"blocks in FP4: {', '.join(unreached)}"
+            f"{len(left_alone)} linears saw no calibration token and keep their precision: "
+            f"{', '.join(sorted(left_alone))}"
         )
+    if len(left_alone) == len(task.linears):
+        raise InputError("no calibration token reached a linear: there is nothing to quantize")
+    experts = [name for name in idle if name not in left_alone]
+    if experts:
+        task.report(
+            f"{len(experts)} sites saw no calibration token; they get default scales and all "
+            f"blocks in FP4: {', '.join(experts)}"
+        )
+    linears = {name: m for name, m in task.linears.items() if name not in left_alone}
+    sites = {n: s for n, s in calibration.sites.items() if s.linears[0] not in left_alone}
+    return replace(task, linears=linears), replace(calibration, sites=sites)
 
 
 def _report_point(task: Task, point: OperatingPoint) -> None:

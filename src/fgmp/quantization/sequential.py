@@ -67,13 +67,18 @@ def stages(model: nn.Module, owners: Sequence[str]) -> list[Stage]:
     """Group sites, given in order of execution, into stages."""
     by_kind: dict[tuple[str, str], Stage] = {}
     for owner in owners:
-        entries = list(_list_entries(model, owner))
-        kind = owner
-        for entry in reversed(entries[1:]):
-            kind = f"{_parent(entry)}.*{kind.removeprefix(entry)}"
-        block = entries[0] if entries else ""
+        block = block_of(model, owner)
+        kind = stage_kind(model, owner)
         by_kind.setdefault((block, kind), Stage(block, [])).owners.append(owner)
     return list(by_kind.values())
+
+
+def stage_kind(model: nn.Module, name: str) -> str:
+    """Name of a linear with ``*`` for indices of lists inside its block, such as of experts."""
+    kind = name
+    for entry in reversed(list(_list_entries(model, name))[1:]):
+        kind = f"{_parent(entry)}.*{kind.removeprefix(entry)}"
+    return kind
 
 
 def block_of(model: nn.Module, name: str) -> str:

@@ -174,6 +174,10 @@ class _Recorder:
 
     def before(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
+        if (
+            not x.numel()
+        ):  # an expert without tokens: an empty tensor has no address to tell sites by
+            return args
         key = (x.data_ptr(), x.shape, x.stride(), x._version, self.forced.get(name))
         if key not in self.aliases:
             site = self._site(name)
@@ -193,6 +197,8 @@ class _Recorder:
         return (alias, *args[1:])
 
     def after(self, name: str, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        if not args[0].numel():
+            return
         self.calls[name] += 1
         out.register_hook(partial(self._weight_gradient, name, args[0].detach()))
 
@@ -214,8 +220,6 @@ class _Recorder:
 
     def _site_input(self, site: str, x: Tensor) -> None:
         statistics = self.sums.sites[site]
-        if x.numel() == 0:
-            return
         amax = x.detach().to(torch.bfloat16).abs().max().item()
         if not amax < float("inf"):
             raise InputError(f"calibration: the activations of {site} are not finite")
