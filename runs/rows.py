@@ -1,7 +1,7 @@
 """Rows of ``runs/accuracy.py``, by name: each a function of a setting that returns a packed model.
 
-``ROWS`` are this package's recipes and the baselines. ``ABLATIONS`` change one thing about a row
-whose name stands before the last comma of theirs. ``VERSUS`` says which rows are compared.
+``ROWS`` are this package's recipes and the baselines. Each of ``ABLATIONS`` changes one thing about
+another row, whose name stands before the last comma. ``VERSUS`` says which rows are compared.
 """
 
 import math

@@ -48,10 +48,10 @@ class Recipe:
         fp4: fraction of weight blocks in FP4, 0 to 1.
         fp4_activations: fraction of activation blocks in FP4 on the calibration tokens; None: the
             same as ``fp4``.
-        bits: budget: mean of the bits per weight and the bits per activation value, divided so
-            that the loss grows least. A value counts the bits of its block's format, 4.5 or 8;
-            scale bytes of FP8 blocks, counters and padding do not count. Each of the four budgets
-            excludes the others and the fractions, and needs ``policy: fisher``.
+        bits: budget: mean of the bits per weight and the bits per activation value, divided
+            between the two so that the loss grows least. A value counts the bits of its block's
+            format, 4.5 or 8; scale bytes of FP8 blocks, counters and padding do not count. Each of
+            the four budgets excludes the others and the fractions, and needs ``policy: fisher``.
         max_bytes: budget: bytes of all tensors in the checkpoint.
         max_increase: budget: percent by which perplexity on held-out text may exceed all-FP8's.
         max_energy: budget: percent of the energy of an FP8 machine for the same matrix products.

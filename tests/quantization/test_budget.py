@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
-from block_counts import (
+from small_runs import (
     POINTS,
     activation_blocks,
     likely_tokens,
@@ -53,8 +53,8 @@ def test_a_checkpoint_has_at_most_max_bytes(family: str, tokens: Tensor) -> None
     ends = [
         stored_bytes(quantized(tokens, family, fp4=fp4, compensate=False)) for fp4 in (1.0, 0.0)
     ]
-    for share in (0.2, 0.61):
-        limit = round(ends[0] + share * (ends[1] - ends[0]))
+    for part in (0.2, 0.61):
+        limit = round(ends[0] + part * (ends[1] - ends[0]))
         model = quantized(tokens, family, max_bytes=limit, compensate=False)
         size = stored_bytes(model)
         assert size == config_of(model).result["tensor_bytes"]

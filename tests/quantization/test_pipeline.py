@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from block_counts import (
+from small_runs import (
     POINTS,
     activation_blocks,
     quantized,

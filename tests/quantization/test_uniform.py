@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from block_counts import quantized
+from small_runs import quantized
 from conftest import FAMILIES, make_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM

@@ -52,7 +52,7 @@ from fgmp.quantization.budget import least_bytes
 from fgmp.quantization.pipeline import prepare, run
 from fgmp.quantization.uniform import uniform
 from fgmp.recipe import Recipe
-from fgmp.storage.resume import forget
+from fgmp.storage.resume import forget, require_own
 
 _LONGEST_WINDOW = 2048
 _VERIFIED_TOKENS = 64
@@ -115,6 +115,7 @@ def quantize_to(
     source.require_every_tensor(model)
     text = _calibration_windows(stream, model, recipe, calibration_text, reporter)
     resume = output.absolute().parent / f".{output.absolute().name}.unfinished"
+    require_own(resume)
     with _resumable(resume, reporter):
         prepared = prepare(
             model,

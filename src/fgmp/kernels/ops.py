@@ -89,7 +89,14 @@ def _output_like(units: Tensor, *arguments: Any) -> Tensor:
 
 
 def _site(r: Tensor, sensitivity: Tensor, threshold: Tensor, rule: str, scales: str) -> Site:
-    return Site(r.item(), sensitivity, 0.0, int(threshold.item()), rule, scales)
+    return Site(_checked(r.item()), sensitivity, 0.0, int(threshold.item()), rule, scales)
+
+
+@lru_cache(maxsize=1024)
+def _checked(r: float) -> float:
+    """``r``, if it is a multiplier that a site can have."""
+    check.require(activation.is_multiplier(r), "fgmp", "r", "be positive with at most 12 bits", r)
+    return r
 
 
 def quantize_activation_definition(x: Tensor, *site: Any) -> tuple[Tensor, Tensor]:
@@ -141,7 +148,7 @@ def packed_linear_definition(units: Tensor, *arguments: Any) -> Tensor:
 @lru_cache(maxsize=1024)
 def _scale_of(r: float) -> float:
     """Tensor scale t_x of a site with multiplier ``r``; cached, since it takes rationals."""
-    return Site(r, torch.empty(0), 0.0, 0).t
+    return Site(_checked(r), torch.empty(0), 0.0, 0).t
 
 
 _DEFINITIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

@@ -140,20 +140,20 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return isinstance(module, nn.Linear)
     if module.weight.is_meta:
-        return True  # a checkpoint names it, so it was tried when that was made
+        return True  # it was compared before the checkpoint was written
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, module.in_features, generator=generator).to(module.weight)
     try:
         with torch.no_grad():
             y, expected = module(x), nn.functional.linear(x, module.weight, module.bias)
-    except Exception:  # whatever it wants, it is no linear layer
+    except Exception:  # it takes other inputs than a linear
         return False
     same = isinstance(y, Tensor) and y.shape == expected.shape
     return same and bool(torch.allclose(y.float(), expected.float(), rtol=0.05, atol=0.05))
 
 
 def other_linears(model: nn.Module) -> dict[str, str]:
-    """Type by name of subclasses of ``nn.Linear`` that compute something else."""
+    """Type names of subclasses of ``nn.Linear`` that compute something else, by module name."""
     return {
         name: type(module).__name__
         for name, module in model.named_modules()
@@ -162,10 +162,10 @@ def other_linears(model: nn.Module) -> dict[str, str]:
 
 
 def shared_weights(model: nn.Module) -> set[int]:
-    """Identities of weights that more than one linear module holds.
+    """Identities (``id``) of weights that belong to more than one linear module.
 
-    Each module would pack its own copy, and they would differ. They keep their precision. A module
-    that is reached by several names is one module, and is quantized.
+    Such weights are not quantized, since each module would pack its own, different copy. A single
+    module with several names is quantized.
     """
     counts = Counter(id(m.weight) for m in model.modules() if isinstance(m, nn.Linear))
     return {weight for weight, count in counts.items() if count > 1}
@@ -195,10 +195,10 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def routers(model: nn.Module) -> list[str]:
-    """Names of the modules that choose experts: by :data:`ROUTERS`, or by structure.
+    """Names of the modules that choose experts, by :data:`ROUTERS` or by structure.
 
-    By structure, a router is a linear with one output per entry of a list of modules that stands
-    beside it, or beside the module that holds it.
+    By structure, a router is a linear with one output per entry of a module list that is its
+    sibling, or a sibling of its parent.
     """
     names = []
     for name, module in model.named_modules():
@@ -224,13 +224,13 @@ def _has_experts_beside(model: nn.Module, name: str, linear: nn.Linear) -> bool:
 
 
 def _alike(modules: nn.ModuleList) -> bool:
-    """Whether the entries of a list are of one type and hold linears, as experts do."""
+    """Whether the entries of a module list have one type and contain linears, as experts do."""
     types = {type(module) for module in modules}
     return len(types) == 1 and any(isinstance(m, nn.Linear) for m in modules[0].modules())
 
 
 def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
-    """Replace submodules by dotted name, in place, wherever the model holds the same module."""
+    """Replace submodules by dotted name, in place, everywhere the model uses the same module."""
     by_identity = {id(model.get_submodule(name)): module for name, module in new.items()}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
@@ -240,7 +240,7 @@ def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
 
 
 def _disable_fast_path(parent: nn.Module) -> None:
-    """Keep torch's encoder layer from reading the weights of its linears itself."""
+    """Disable the fast path of PyTorch's encoder layer, which reads its linears' weights."""
     if isinstance(parent, nn.TransformerEncoderLayer):
         parent.activation_relu_or_gelu = 0
 
@@ -282,5 +282,5 @@ def _row(bias: Tensor | None, index: int) -> Tensor | None:
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a name fits one of the patterns (shell style)."""
+    """Whether a name matches one of the patterns (shell style)."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

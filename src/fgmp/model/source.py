@@ -30,12 +30,12 @@ class Source:
 
     Args:
         name: folder or hub name.
-        trust_remote_code: run Python files that come with the model. They are never needed for a
-            model that Transformers knows, and never stored.
+        trust_remote_code: run Python files that come with the model. Models that Transformers
+            implements never need them; they are never stored.
 
     Raises:
-        InputError: no configuration can be loaded there, it needs code of its own, or it names an
-            attention implementation on the hub.
+        InputError: no configuration can be loaded there, the model needs its own Python files, or
+            the configuration names an attention implementation on the hub.
     """
 
     def __init__(self, name: str, *, trust_remote_code: bool = False) -> None:
@@ -96,8 +96,8 @@ class Source:
             ) from error
 
     def processor_files(self) -> list[Path]:
-        """Files beside the model that neither its class nor its tokenizer saves."""
-        found = (
+        """Paths of the model's processor files, which neither its class nor its tokenizer saves."""
+        paths = (
             cached_file(
                 self.name,
                 name,
@@ -107,16 +107,16 @@ class Source:
             )
             for name in _PROCESSOR_FILES
         )
-        return [Path(path) for path in found if path is not None]
+        return [Path(path) for path in paths if path is not None]
 
     def require_every_tensor(self, model: nn.Module) -> None:
-        """Refuse a source that holds weights which its model class does not read.
+        """Check that the model class reads every weight in the model's files.
 
-        They would be lost without a word. Known to Transformers and harmless are buffers, such as
-        masks and rotary frequencies; a name that ends in ``weight`` is none of them.
+        Other weights would be lost silently. Transformers also ignores buffers, such as masks and
+        rotary frequencies; these are harmless and have no name that ends in ``weight``.
 
         Raises:
-            InputError: naming the first such tensor, and how many there are.
+            InputError: names the first weight that is not read, and their number.
         """
         folder = Path(self.name)
         if not folder.is_dir():
@@ -169,7 +169,7 @@ def _config(name: str, trust_remote_code: bool) -> Any:
     folder = Path(name)
     if looks_local and not folder.is_dir():
         raise InputError(f"model {name}: no such folder")
-    if folder.is_dir():  # Transformers would wait for a pipe, and run what `auto_map` names
+    if folder.is_dir():  # Transformers would wait for a pipe, and run files named by `auto_map`
         _require_harmless(read_json(folder / CONFIG), str(folder / CONFIG), trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -184,15 +184,15 @@ _ATTENTION = ("attn_implementation", "_attn_implementation")
 
 
 def _require_harmless(values: Any, where: str, trust_remote_code: bool) -> None:
-    """Refuse a configuration by which Transformers would run code from elsewhere.
+    """Check that a configuration does not make Transformers run code from elsewhere.
 
     Raises:
-        InputError: naming the key and its value.
+        InputError: names the key and its value.
     """
     if not isinstance(values, dict):
         return
-    known = values.get("model_type") in CONFIG_MAPPING_NAMES  # by Transformers' own code
-    if values.get("auto_map") and not known and not trust_remote_code:
+    implemented = values.get("model_type") in CONFIG_MAPPING_NAMES  # in Transformers itself
+    if values.get("auto_map") and not implemented and not trust_remote_code:
         raise InputError(
             f"{where}: auto_map names Python files that come with the model, got "
             f"{values['auto_map']!r:.120}; --trust-remote-code (trust_remote_code=True) runs them"
@@ -222,6 +222,6 @@ def _tensor_names(folder: Path) -> list[str]:
 
 
 def _is_ignored(name: str, model: nn.Module) -> bool:
-    """Whether a class drops a weight of this name when it loads."""
+    """Whether the model's class ignores a weight of this name when it loads."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return name.endswith("weight") and any(re.search(pattern, name) for pattern in patterns)

@@ -158,10 +158,10 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def _require_layers(directory: Path, config: Mapping[str, Any]) -> None:
-    """Refuse more layers than the checkpoint has tensors for, before a model of them is built.
+    """Check, before a model is built, that the checkpoint has tensors for all layers.
 
     Raises:
-        CheckpointError: naming the key, its value and the number of layers.
+        CheckpointError: names the key, its value and the number of layers.
     """
     names = Reader(weight_files(directory)).names
     indices = [int(part) for name in names for part in name.split(".") if part.isdecimal()]

@@ -12,9 +12,11 @@ their ``weight_packed``, ``weight_t`` is 1 / ``weight_global_scale``, and 6 ``in
 about ``input_global_scale``; :mod:`fgmp.pack.planes` has the whole table.
 """
 
+import glob
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -39,8 +42,8 @@ FORMAT_VERSION = 1
 NUMERICS = "fgmp-1"
 SCALE_CONVENTION = "multiplier"
 RUN = "fgmp_run.json"
-"""File of what was measured while quantizing: seconds and bytes of memory. It differs from run to
-run, so it has no checksum, and all other files are equal for equal inputs."""
+"""File of measurements during quantization: seconds and bytes of memory. It differs from run to
+run, so it has no checksum; all other files are equal for equal inputs."""
 
 _FIXED = {
     "quant_method": QUANT_METHOD,
@@ -79,7 +82,7 @@ class CheckpointConfig:
         calibration: the calibration set: fingerprint, sequences, tokens.
         result: fractions of FP4 blocks, the decision on scale search and its measurements.
         producer: name and version of the program that wrote the checkpoint.
-        run: what was measured while quantizing, in seconds and bytes; stored in :data:`RUN`.
+        run: measurements during quantization, in seconds and bytes; stored in :data:`RUN`.
     """
 
     sites: dict[str, SiteConfig]
@@ -119,8 +122,11 @@ class CheckpointConfig:
         try:
             sites = {name: _site_config(**site) for name, site in values["sites"].items()}
             rest = {k: dict(values[k]) for k in ("recipe", "calibration", "result", "producer")}
+            if not sites:
+                raise ValueError("no sites")
+            _require_names(rest["result"].get("unquantized", []))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"{where} is malformed: {error!r}") from error
+            raise CheckpointError(f"{where} is malformed: {error!r:.200}") from error
         for name, site in sites.items():
             for key, value, valid in (("rule", site.rule, RULES), ("scales", site.scales, SCALES)):
                 if value not in valid:
@@ -136,6 +142,11 @@ class CheckpointConfig:
             if times > 1:
                 raise CheckpointError(f"{where}.sites must list a linear once, got {name} twice")
         return config
+
+
+def _require_names(names: object) -> None:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"unquantized must be a list of names, got {names!r:.80}")
 
 
 def _site_config(
@@ -185,7 +196,7 @@ def write(
     try:
         around.mkdir(parents=True, exist_ok=True)
         require_space(directory, total)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=around))
+        partial = Path(tempfile.mkdtemp(prefix=_partial_prefix(target, os.getpid()), dir=around))
         write_extra(partial)
         _write_files(partial, tensors, config, max_shard_size)
         _open_to_others(partial)
@@ -206,16 +217,57 @@ def write(
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def _partial_prefix(target: Path, pid: int | str) -> str:
+    """Prefix of the temporary folder for a target, with a hash of the host and the process id."""
+    host = checksums.of_bytes(socket.gethostname().encode())
+    return f".{target.name}.partial-{host}-{pid}-"
+
+
+def _remove_stale(directory: Path) -> None:
+    """Delete temporary folders that killed processes left behind for this target."""
+    target = directory.absolute()
+    for around in (target, target.parent):
+        for path in around.glob(glob.escape(_partial_prefix(target, "")[:-1]) + "*"):
+            pid = path.name.split(".partial-")[-1].split("-")[1]
+            if path.is_dir() and not path.is_symlink() and not _is_alive(pid):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: str) -> bool:
+    return not pid.isdecimal() or psutil.pid_exists(int(pid))
+
+
 def require_free(directory: Path) -> None:
     """Check that a target folder is absent or empty, and can be created.
 
+    Temporary folders of killed processes are deleted.
+
     Raises:
-        InputError: it is in use or not writable.
+        InputError: it is in use, not writable, or its name is too long or not UTF-8.
     """
+    _require_name(directory)
     require_writable(directory)
+    _remove_stale(directory)
     taken = directory.exists() or directory.is_symlink()
     if taken and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: already exists; choose another folder or remove it")
+
+
+_LONGEST_NAME = 180
+"""Largest number of bytes in a target's name: temporary names are longer, and 255 is the limit of
+file systems."""
+
+
+def _require_name(directory: Path) -> None:
+    try:
+        length = len(directory.absolute().name.encode())
+    except UnicodeEncodeError as error:
+        raise InputError(f"{str(directory)!r}: the name of a folder must be UTF-8") from error
+    if length > _LONGEST_NAME or "\0" in str(directory):
+        raise InputError(
+            f"{str(directory)[:80]!r}...: the name of a folder must have at most "
+            f"{_LONGEST_NAME} bytes, and none of them 0, got {length}"
+        )
 
 
 def require_writable(path: Path) -> None:
@@ -269,6 +321,19 @@ def _write_files(
     for filename, names in split.filename_to_tensors.items():
         part = {name: tensors[name].cpu() for name in names}
         save_file(part, folder / filename, metadata=checksums.metadata(part, others, config))
+        _sort_metadata(folder / filename)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file, which the library writes in random order."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= length, "the same values in another order"
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def _open_to_others(folder: Path) -> None:

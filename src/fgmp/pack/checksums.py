@@ -1,8 +1,9 @@
-"""Checksums of a checkpoint, kept in the metadata of its safetensors files.
+"""Checksums of a checkpoint, stored in the metadata of its safetensors files.
 
-Every tensor has a CRC-32, since most flipped bits are valid codes: a slightly wrong model and no
-error. The other files of the folder have one each, and so has every key of ``config.json``, so that
-a reader can say which of them was edited. ``docs/format.md`` has the keys.
+Every tensor has a CRC-32. Without one most flipped bits would go unnoticed: they give valid codes,
+and a slightly wrong model. The other files of the folder have a CRC-32 each, and so has every key
+of ``config.json``, so that a reader can name the one that was edited. ``docs/format.md`` specifies
+the metadata.
 """
 
 import json
@@ -24,9 +25,9 @@ FILES_LIST = "fgmp_list_crc32"
 """Metadata key of the CRC-32 of the text of :data:`FILES`. It tells a damaged map from a damaged
 file. fgmp 0.1.0 wrote none."""
 CONFIG = "fgmp_config_crc32"
-"""Metadata key of a JSON map from keys of ``config.json`` to the CRC-32 of their values. Of
-``quantization_config`` each key counts by itself, as ``quantization_config.KEY``. fgmp 0.1.0 wrote
-none."""
+"""Metadata key of a JSON map from keys of ``config.json`` to the CRC-32 of their values. The keys
+within ``quantization_config`` are listed one by one, as ``quantization_config.KEY``. fgmp 0.1.0
+wrote none."""
 
 CHANGED = "it was changed after the checkpoint was written"
 
@@ -34,7 +35,7 @@ _NESTED = "quantization_config"
 
 
 def of_bytes(data: bytes | memoryview, start: int = 0) -> str:
-    """CRC-32, eight lower-case hex digits."""
+    """CRC-32 of bytes, eight lower-case hex digits."""
     return f"{zlib.crc32(data, start):08x}"
 
 
@@ -60,9 +61,9 @@ def metadata(
     """Metadata of one safetensors file.
 
     Args:
-        tensors: in the file, by name.
+        tensors: tensors of the file, by name.
         files: CRC-32 of every other file of the folder, by name.
-        config: what ``config.json`` holds.
+        config: content of ``config.json``.
     """
     listed = json.dumps(files)
     return {
@@ -75,7 +76,7 @@ def metadata(
 
 
 def read_tensors(file: Path, metadata: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
-    """CRC-32 of every tensor of a file.
+    """Read the CRC-32 of every tensor of a file, by name.
 
     Raises:
         CheckpointError: a map is missing or malformed, or lacks a tensor of ``names``.
@@ -93,15 +94,15 @@ def read_tensors(file: Path, metadata: Mapping[str, str], names: Iterable[str]) 
 
 
 def read_files(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
-    """CRC-32 of the other files, after a check of the metadata itself.
+    """Read the CRC-32 of the other files, by name, after checking the metadata itself.
 
     Raises:
         CheckpointError: an unknown key, or a map that was changed.
     """
-    known = {"format", TENSORS, FILES, FILES_LIST, CONFIG}
-    if unknown := metadata.keys() - known:
+    allowed_keys = {"format", TENSORS, FILES, FILES_LIST, CONFIG}
+    if unknown := metadata.keys() - allowed_keys:
         raise CheckpointError(
-            f"{file}: its metadata must hold {', '.join(sorted(known))} only, got "
+            f"{file}: its metadata must hold {', '.join(sorted(allowed_keys))} only, got "
             f"{min(unknown)}: {CHANGED}"
         )
     listed = metadata[FILES]
@@ -118,7 +119,10 @@ def edited_keys(file: Path, metadata: Mapping[str, str], config: Mapping[str, An
     """Keys of ``config.json`` whose values differ from those that were written.
 
     Returns:
-        keys as in :data:`CONFIG`; empty where the file does not record them.
+        Keys as in :data:`CONFIG`; none if the file does not record them.
+
+    Raises:
+        CheckpointError: the map of checksums is malformed.
     """
     try:
         written = dict(json.loads(metadata.get(CONFIG, "{}")))

@@ -1,7 +1,7 @@
-"""Which files a checkpoint consists of, and how they are opened: one rule for every reader.
+"""Files of a checkpoint folder, and the rules for opening them.
 
-``fgmp inspect``, :func:`fgmp.load`, ``from_pretrained`` and ``fgmp hw`` all ask here, so that what
-is inspected is what runs:
+``fgmp inspect``, :func:`fgmp.load`, ``from_pretrained`` and ``fgmp hw`` all use these functions, so
+the files that are inspected are those that run:
 
 * the weights are ``model.safetensors``, or the shards that ``model.safetensors.index.json`` names.
   A folder that has both, or any other file of weights, is ambiguous and refused; so is a
@@ -24,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
 MAX_JSON_BYTES = 256 << 20
-"""An index of a million tensors takes about 100 MB."""
+"""Largest JSON file that is read. An index of a million tensors takes about 100 MB."""
 
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.gguf", "*.pt", "*.pth")
 _OTHER_WEIGHTS = "transformers_weights"
@@ -54,10 +54,10 @@ def read_json(path: Path) -> Any:
 
 
 def require_regular(path: Path) -> None:
-    """Refuse anything but a regular file or a link to one.
+    """Check that a path is a regular file or a link to one.
 
     Raises:
-        InputError: naming the file and what it is.
+        InputError: names the file and what it is.
     """
     try:
         mode = path.stat().st_mode
@@ -71,10 +71,10 @@ def require_regular(path: Path) -> None:
 
 
 def require_part(path: Path) -> None:
-    """Refuse a missing or irregular file of a checkpoint.
+    """Check that a file of a checkpoint exists and is regular.
 
     Raises:
-        CheckpointError: naming the file and what it is.
+        CheckpointError: names the file and what it is.
     """
     try:
         require_regular(path)
@@ -84,7 +84,7 @@ def require_part(path: Path) -> None:
 
 
 def require_inside(name: object, source: Path) -> str:
-    """Return a file name of ``source`` that stays inside the folder.
+    """Check that a file name in ``source`` stays inside the folder, and return it.
 
     Raises:
         CheckpointError: not text, absolute, with ``..``, or no name that a file can have.
@@ -93,10 +93,10 @@ def require_inside(name: object, source: Path) -> str:
         try:
             name.encode()
             path = PurePosixPath(name)
-            plain = not path.is_absolute() and ".." not in path.parts and str(path) == name
+            is_inside = not path.is_absolute() and ".." not in path.parts and str(path) == name
         except UnicodeEncodeError:
-            plain = False
-        if plain:
+            is_inside = False
+        if is_inside:
             return name
     raise CheckpointError(
         f"{source}: malformed: file names must stay inside its folder, got {name!r:.80}"
@@ -126,10 +126,10 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def require_single_source(config: dict[str, Any], path: Path) -> None:
-    """Refuse a configuration that names another file of weights.
+    """Check that a configuration names no other file of weights.
 
     Raises:
-        CheckpointError: naming the key and its value.
+        CheckpointError: names the key and its value.
     """
     if config.get(_OTHER_WEIGHTS) is not None:
         raise CheckpointError(
@@ -156,7 +156,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _refuse_strays(directory: Path, files: list[Path]) -> None:
-    """Refuse files of weights that nothing names: another program might read them."""
+    """Check that a folder has no other files of weights, which another program might read."""
     for pattern in _WEIGHT_PATTERNS:
         for path in sorted(directory.glob(pattern)):
             if path not in files:

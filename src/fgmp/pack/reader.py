@@ -1,4 +1,4 @@
-"""Read a checkpoint's tensors: verified, lazily, and in time proportional to what is read."""
+"""Read the tensors of a checkpoint lazily, and verify each one."""
 
 import logging
 import os
@@ -24,8 +24,8 @@ _SITES = "quantization_config.sites"
 class Reader:
     """Lazy, verified access to the tensors of safetensors files.
 
-    Headers are parsed once and files stay open, so that reading takes time in proportion to what is
-    read, however many tensors there are. Every tensor is compared with its checksum.
+    Headers are parsed once and files stay open, so reading takes time in proportion to the bytes
+    that are read, however many tensors there are. Every tensor is compared with its checksum.
 
     Args:
         files: the safetensors files of one checkpoint.
@@ -121,8 +121,8 @@ class Reader:
         """Check that the files hold no tensor but those of ``expected``.
 
         Raises:
-            CheckpointError: names the first other one. Some program might read it: a second output
-                head changes what Transformers computes.
+            CheckpointError: names the first other one. Another program might read it: a second
+                output head, for example, changes what Transformers computes.
         """
         extra = self._files.keys() - set(expected)
         if extra:
@@ -153,7 +153,7 @@ class Reader:
             self._verify_config_checksums(file, metadata)
 
     def _verify_config_checksums(self, file: Path, metadata: Mapping[str, str]) -> None:
-        """Compare the checksums of configuration keys with a file that was verified as a whole."""
+        """Compare the checksums of configuration keys with ``config.json``, verified before."""
         path = file.parent / CONFIG
         if path.exists() and checksums.edited_keys(file, metadata, read_json(path)):
             raise CheckpointError(
@@ -161,10 +161,10 @@ class Reader:
             )
 
     def require_own_config(self, config: Mapping[str, Any], path: Path) -> None:
-        """Compare ``config.json`` with what was written beside these tensors.
+        """Compare ``config.json`` with the checksums of its keys.
 
-        An edit is allowed, as it may be on purpose, and logged. The sites are arithmetic: another
-        rule or other scales would make another model of the same codes.
+        Edits are allowed, since they may be on purpose, and logged. The sites are an exception:
+        another rule or other scales would give another model with the same codes.
 
         Raises:
             CheckpointError: the sites were edited.
@@ -187,7 +187,7 @@ class Reader:
             config: the parsed file.
 
         Returns:
-            top-level keys and ``quantization_config.KEY``; empty for a checkpoint of fgmp 0.1.0,
+            Top-level keys and ``quantization_config.KEY``; none for a checkpoint of fgmp 0.1.0,
             which did not record them.
         """
         for file, metadata in self._metadata.items():
@@ -278,7 +278,7 @@ class Reader:
 
 
 def _planes_by_linear(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Full tensor names by linear and plane: of ``X.weight_low``, ``X`` and ``low``."""
+    """Full tensor names by linear and plane; ``X.weight_low`` is plane ``low`` of linear ``X``."""
     planes: dict[str, dict[str, str]] = {}
     for name in names:
         linear, dot, plane = name.rpartition(".weight_")

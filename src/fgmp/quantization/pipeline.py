@@ -342,7 +342,7 @@ def _without_unreached(task: Task, calibration: Calibration) -> tuple[Task, Cali
     }
     if left_alone:
         task.report(
-            f"{len(left_alone)} linears saw no calibration token and keep their precision: "
+            f"linears that saw no calibration token keep their precision: "
             f"{', '.join(sorted(left_alone))}"
         )
     if len(left_alone) == len(task.linears):

@@ -133,7 +133,8 @@ def calibrate(
                         raise InputError(
                             f"calibration: the loss of sequence {index} is {total.item()}"
                         )
-                    total.backward()
+                    if total.requires_grad:  # else no linear ran
+                        total.backward()
                     recorder.end(predictions)
                     completed = index + 1
                 advance()
@@ -174,9 +175,7 @@ class _Recorder:
 
     def before(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
-        if (
-            not x.numel()
-        ):  # an expert without tokens: an empty tensor has no address to tell sites by
+        if not x.numel():  # an expert without tokens; empty tensors have no address to compare
             return args
         key = (x.data_ptr(), x.shape, x.stride(), x._version, self.forced.get(name))
         if key not in self.aliases:

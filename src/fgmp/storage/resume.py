@@ -11,6 +11,7 @@ memory, and the run goes on without being resumable.
 """
 
 import json
+import re
 import signal
 import threading
 import time
@@ -195,11 +196,31 @@ class Periodic:
         return True
 
 
+_OWN = re.compile(r"[0-9a-f]{16}-[^/]*\.safetensors")
+"""Names of the files that :class:`PartialResults` writes."""
+
+
+def require_own(folder: Path) -> None:
+    """Check that a folder of partial results is absent, or a folder and no link to one.
+
+    Raises:
+        InputError: it is something else, which nothing here may write to or delete from.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"{folder}: must be a folder of partial results, got a link or a file")
+
+
 def forget(folder: Path) -> None:
-    """Remove the partial results of all runs, and the folder if it contains nothing else."""
+    """Remove the partial results of all runs, and the folder if it contains nothing else.
+
+    A link is not followed, and files of other names are not touched.
+    """
+    if folder.is_symlink():
+        return
     with suppress(OSError):
-        for file in folder.glob("*.safetensors"):
-            file.unlink()
+        for file in folder.iterdir():
+            if _OWN.fullmatch(file.name) and not file.is_dir():
+                file.unlink()
         folder.rmdir()
 
 

@@ -1,8 +1,12 @@
-"""Small quantized models, and their blocks and bytes counted by the definition.
+"""Small quantizing runs: watched and interrupted, their results counted by the definition.
 
 Weights are counted block by block in the packed planes. Activations are counted by running the
 resulting sites over the activations of the unquantized model.
 """
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from conftest import make_model
@@ -87,3 +91,53 @@ def same_state(one: nn.Module, other: nn.Module) -> bool:
     """Whether two models have the same bits in every tensor."""
     a, b = one.state_dict(), other.state_dict()
     return a.keys() == b.keys() and all(torch.equal(b[name], a[name]) for name in a)
+
+
+@dataclass
+class Stage:
+    """A stage of a run: its title, its steps, those done, and sequences that the model ran."""
+
+    title: str
+    steps: int
+    done: int = 0
+    sequences: int = 0
+
+
+@dataclass
+class Watch:
+    """Progress of a run on ``model``, which it interrupts where ``stop`` says.
+
+    Attributes:
+        model: its forward passes are counted, by stage.
+        stop: title of a stage, how many of that title come before it, and the step after which the
+            run is interrupted.
+        stages: all stages so far.
+    """
+
+    model: nn.Module
+    stop: tuple[str, int, int] | None = None
+    stages: list[Stage] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.model.register_forward_pre_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        if self.stages:
+            self.stages[-1].sequences += 1
+
+    @contextmanager
+    def __call__(self, title: str, steps: int) -> Iterator[Callable[[], None]]:
+        number = len(self.of(title))
+        stage = Stage(title, steps)
+        self.stages.append(stage)
+
+        def advance() -> None:
+            stage.done += 1
+            if self.stop == (title, number, stage.done):
+                raise KeyboardInterrupt
+
+        yield advance
+
+    def of(self, title: str) -> list[Stage]:
+        """The stages of one title, in order."""
+        return [stage for stage in self.stages if stage.title == title]
