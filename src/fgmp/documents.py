@@ -16,6 +16,7 @@ order mark. Tables, compressed and binary files are refused.
 import json
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,7 +51,7 @@ _UNREADABLE_STARTS = {
     b"PAR1": _UNREADABLE_SUFFIXES[".parquet"],
     b"ARROW1": _UNREADABLE_SUFFIXES[".arrow"],
     b"\x1f\x8b": _UNREADABLE_SUFFIXES[".gz"],
-    b"BZh": _UNREADABLE_SUFFIXES[".bz2"],
+    **{b"BZh%d1AY&SY" % level: _UNREADABLE_SUFFIXES[".bz2"] for level in range(1, 10)},
     b"\xfd7zXZ\0": _UNREADABLE_SUFFIXES[".xz"],
     b"\x28\xb5\x2f\xfd": _UNREADABLE_SUFFIXES[".zst"],
     b"\x04\x22\x4d\x18": _UNREADABLE_SUFFIXES[".lz4"],
@@ -60,7 +61,11 @@ _UNREADABLE_STARTS = {
     b"\xff\xfe": "is UTF-16; convert it to UTF-8",
     b"\xfe\xff": "is UTF-16; convert it to UTF-8",
 }
+_LONGEST_START = max(map(len, _UNREADABLE_STARTS))
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
+"""Bytes of UTF-8 that start no character."""
+
 _TEXT_SUFFIXES = (".txt", ".md", ".text", *_JSON_SUFFIXES, *_UNREADABLE_SUFFIXES)
 
 
@@ -183,8 +188,8 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             for start, fault in _UNREADABLE_STARTS.items():
                 if head.startswith(start):
                     raise InputError(f"text {path}: {fault}")
-            if fault := _UNREADABLE_SUFFIXES.get(path.suffix.lower()):
-                raise InputError(f"text {path}: {fault}")
+            if path.suffix.lower() in _UNREADABLE_SUFFIXES:
+                raise InputError(f"text {path}: {_UNREADABLE_SUFFIXES[path.suffix.lower()]}")
             yield file
     except OSError as error:
         raise InputError(f"text {path}: {error.strerror}") from error
@@ -220,7 +225,7 @@ def _sampled_file(
     """Yield the documents of a large file, piece by piece in random order."""
     size = path.stat().st_size
     with _opened(path) as file:
-        first_line = _first_line(file, path)
+        first_line = _first_line(file)
         is_lines = _is_json_lines(first_line, path)
         if not is_lines and _may_be_json(first_line, path):
             documents = _large_json(file, size, path)
@@ -236,7 +241,7 @@ def _sampled_file(
             yield _line_documents(text, path, start) if is_lines else text.split(SEPARATOR)
 
 
-def _first_line(file: BinaryIO, path: Path) -> str:
+def _first_line(file: BinaryIO) -> str:
     """First line that is not blank, or its start."""
     line = b"\n"
     while line and not line.removeprefix(_BYTE_ORDER_MARK).strip():
@@ -256,7 +261,8 @@ def _boundary(file: BinaryIO, position: int, reach: int) -> int:
     if len(line) < reach or line.endswith(b"\n"):
         return position - 1 + len(line)
     file.seek(position)
-    return position + 4 - len(file.read(4).lstrip(_CONTINUATION_BYTES))
+    head = file.read(4)
+    return position + len(head) - len(head.lstrip(_CONTINUATION_BYTES))
 
 
 # JSON.
@@ -305,7 +311,7 @@ def _json_documents(text: str, path: Path) -> list[str] | None:
     if not isinstance(content, list):
         return [_text_of(content, f"text {path}: the value")]
     return [
-        item if isinstance(item, str) else _text_of(item, f"text {path}: item {number}")
+        _text_of({"text": item} if isinstance(item, str) else item, f"text {path}: item {number}")
         for number, item in enumerate(content, start=1)
     ]
 
@@ -328,4 +334,46 @@ def _text_of(record: object, where: str) -> str:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise InputError(f'{where} has no string field "text"')
-    return _valid(text, where)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise InputError(
+            f"{where} holds a lone surrogate, \\u{code:x}, which is no character"
+        ) from error
+    return text
+
+
+# Datasets.
+
+
+def _has_more_characters(rows: Sequence[Any], limit: int) -> bool:
+    characters = 0
+    for text in rows:
+        characters += len(text or "")
+        if characters > limit:
+            return True
+    return False
+
+
+def _dataset(source: str) -> Sequence[Any]:
+    suffix = Path(source.partition(":")[0]).suffix.lower()
+    if source.startswith((".", "/", "~")) or suffix in _TEXT_SUFFIXES or source.count("/") > 1:
+        raise InputError(f"text {source}: no such file")
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"text {source}: no such file, and to read it as a Hugging Face dataset "
+            "the package `datasets` is needed (pip install 'fgmp[datasets]')"
+        ) from error
+    name, _, rest = source.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # the library raises many kinds, all meaning "cannot be had"
+        raise InputError(f"text {source}: no such file, and as a dataset: {error}") from error
+    if "text" not in loaded.column_names:
+        raise InputError(f'dataset {source}: no column "text", only {loaded.column_names}')
+    rows: Sequence[Any] = loaded["text"]
+    return rows

@@ -11,6 +11,7 @@ import torch
 
 from fgmp.app import energy
 from fgmp.app.commands import SILENT, quantize_to
+from fgmp.app.energy import EnergyResult
 from fgmp.app.quickstart import MODEL
 from fgmp.errors import InputError
 from fgmp.hardware import inference, liberty, silicon, yosys
@@ -205,12 +206,9 @@ def test_a_text_that_is_missing_is_refused(place: Place) -> None:
         energy.energy(place.checkpoint, data=f"{place.text}.no", reporter=SILENT)
 
 
-def test_lines_name_every_saving() -> None:
-    """Labels of each model and phase, and figures that round as printed."""
-    measured = a_silicon()
-    phases = energy.serve(WORK, measured, an_absolute_library())
-    lane = measured.fp8.figures(1.0)
-    result = energy.EnergyResult(
+def a_result() -> EnergyResult:
+    """A result of made-up figures."""
+    return EnergyResult(
         fj_per_op={"fp4xfp4": 0.5, "fp8xfp8": 1.0},
         unit="fJ/op",
         library="cells",
@@ -220,21 +218,26 @@ def test_lines_name_every_saving() -> None:
         cycles=1.0,
         ppu_stall_percent=0.1,
         mix={"fp4xfp4": 1.0},
-        lanes={"fp8": lane},
+        lanes={lane.name: lane.figures(1.0) for lane in a_silicon().lanes},
         quantizer=energy.QuantizerFigures("difference", "max", "e4m3", 1.0, 2, 3, 4.0, 5.0),
-        overhead={},
-        inference={"tiny": phases},
+        overhead=energy.overhead(a_silicon(), embedded()),
+        inference={"tiny": energy.serve(WORK, a_silicon(), an_absolute_library())},
         assumptions=["one", "two"],
     )
+
+
+def test_lines_name_every_saving() -> None:
+    """Labels of each model and phase, and figures that round as printed."""
+    result = a_result()
     lines = result.lines()
     assert lines["parts, fJ/op"] == "fp4xfp4 0.5, fp8xfp8 1"
     assert lines["saving against FP8"] == "25.0% of a lane, 20.0% without glitches"
     assert lines["quantizer"] == "0.51% of dot-product energy, 0.10% of cycles"
     assert lines["assumptions"] == "one; two"
-    for name in ("prefill", "decode"):
-        saving = phases[name].saving_vs_fp8_percent["with_dram"]
+    for name, phase in result.inference["tiny"].items():
+        saving = phase.saving_vs_fp8_percent["with_dram"]
         assert f"with dram {saving:.1f}%" in lines[f"saving, tiny, {name}"]
     facts = json.loads(json.dumps(result.to_dict()))
     assert set(facts) == KEYS
-    assert facts["lanes"]["fp8"] == asdict(lane)
+    assert facts["lanes"]["fp8"] == asdict(result.lanes["fp8"])
     assert facts["quantizer"]["rule"] == "difference" and facts["quantizer"]["depth"] == 3

@@ -1,4 +1,4 @@
-"""``fgmp hw rtl`` and ``fgmp hw verify``: what they write, print and refuse."""
+"""``fgmp hw``: what its commands write, print and refuse."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from benches import a_site, a_weight, an_input
+from hardware.benches import a_site, a_weight, an_input
 from typer.testing import CliRunner
 
 from fgmp.app.cli import app
@@ -16,8 +16,11 @@ from fgmp.formats.activation import Site
 from fgmp.hardware import verify, yosys
 from fgmp.hardware.array import Array
 from fgmp.hardware.image import SECTIONS
+from fgmp.hardware.plot import figures
 from fgmp.pack import checkpoint
 from fgmp.pack.checkpoint import CheckpointConfig, SiteConfig
+
+from .test_energy import a_result
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +134,64 @@ def test_activations_try_everything() -> None:
     u = x[:-1].to(torch.bfloat16).float().abs() * site.r
     assert (u > 448).any() and (u < 2**-3).any() and x[:-1].isfinite().all()
     assert not x[-1].isfinite().all()
+
+
+def test_verify_prints_what_it_compared(folder: Path) -> None:
+    small = ("--lanes", 2, "--reuse", 2, "--k-max", 32, "--layers", "b")
+    done = invoke("verify", folder, "--tokens", 2, "--outputs", 3, *small)
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.stdout.split())
+    assert "layers 1 sites, 1 linears, 2 tokens" in words
+    assert "outputs compared 6 mismatches 0" in words and "amaranth" in words
+
+
+def test_energy_prints_lanes_and_savings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table, the labelled lines and the figure are of one result."""
+    result = a_result()
+    monkeypatch.setattr("fgmp.app.energy.energy", lambda *_: result)
+    plot = tmp_path / "figure.svg"
+    done = invoke("energy", "checkpoint", "--plot", plot)
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.stdout.split())
+    for name, lane in result.lanes.items():
+        row = f"{name} {lane.area_um2:,.0f} {lane.zero_delay:.3g} {lane.inertial:.3g}"
+        assert row in words
+    assert "saving against FP8 25.0% of a lane" in words
+    assert plot.read_text() == figures(result.to_dict())
+
+
+def test_a_figure_that_cannot_be_drawn_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fgmp.app.energy.energy", None)  # nothing is computed
+    done = invoke("energy", "checkpoint", "--plot", tmp_path / "no" / "f.svg")
+    assert done.exit_code == 1 and "there is no folder" in " ".join(done.output.split())
+
+
+def test_a_figure_that_cannot_be_written_costs_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = a_result()
+    monkeypatch.setattr("fgmp.app.energy.energy", lambda *_: result)
+    done = invoke("energy", "checkpoint", "--plot", tmp_path, "--json")
+    assert done.exit_code == 1
+    facts = json.loads(json.dumps(result.to_dict()))  # as text, for the keys that are numbers
+    assert json.loads(done.stdout.splitlines()[0]) == facts
+    assert "could not be written: Is a directory" in " ".join(done.output.split())
+
+
+def test_wrong_usage_exits_with_2() -> None:
+    for arguments in (["verify"], ["verify", "x", "--tokens", 0], ["rtl"], ["polish"]):
+        assert invoke(*arguments).exit_code == 2
+
+
+def test_a_quantizer_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    for option, value, message in (
+        ("--rule", "best", "rule must be one of"),
+        ("--rule", "random", "rule must be one with hardware"),
+        ("--scales", "all", "scales must be one of max, search, got 'all'"),
+        ("--sensitivities", "e5m2", "sensitivities must be one of e4m3, powers"),
+    ):
+        done = invoke("rtl", "-o", tmp_path / "rtl", option, value)
+        assert done.exit_code == 1 and message in " ".join(done.output.split()), done.output
+    assert not (tmp_path / "rtl").exists()

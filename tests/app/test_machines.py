@@ -21,6 +21,7 @@ from fgmp.formats.rules import PAPER_QUANTIZER, QuantizerConfig
 from fgmp.hardware import silicon, yosys
 from fgmp.hardware.cells import embedded
 from fgmp.hardware.datapath import Datapath
+from fgmp.hardware.power import CAUSES
 from fgmp.hardware.rtl.ppu import latency
 from fgmp.hardware.stimulus import SiteInput
 from fgmp.model.linear import mixed_linears
@@ -106,23 +107,24 @@ def test_sites_that_no_quantizer_serves() -> None:
 
 
 def a_measured(name: str, fj: float, datapath: Datapath, config: Any = None) -> Measured:
-    """A component of which every operation takes ``fj``, or twice that with glitches."""
+    """A component of which every operation takes ``fj``, or twice that with glitches.
+
+    Every unit computes as many pairs of blocks as every other.
+    """
     cycle = fj * silicon.OPERATIONS
+    computed = [pair for unit in datapath.units for pair in datapath.computes(unit)]
+    share = 1 / len(computed)
+    units = {u.name: len(datapath.computes(u)) * share * cycle for u in datapath.units}
     inertial = SimpleNamespace(
         total=2 * cycle,
-        by_unit=lambda: {"totals": cycle / 2, "": cycle / 2, datapath.units[0].name: cycle},
-        by_cause=lambda: {"function": cycle, "glitches": cycle},
+        by_unit=lambda: {"totals": cycle / 2, "": cycle / 2, **units},
+        by_cause=lambda: dict.fromkeys(CAUSES, 2 * cycle / len(CAUSES)),
     )
-    return Measured(
-        name,
-        SimpleNamespace(  # type: ignore[arg-type]
-            summary=lambda: {"area_um2": 9.0, "cells": 8, "depth": 7, "longest_path_ps": 6.0}
-        ),
-        SimpleNamespace(zero_delay=SimpleNamespace(total=cycle), inertial=inertial),  # type: ignore[arg-type]
-        datapath,
-        {datapath.units[0].name: 1.0},
-        config,
-    )
+    figures = {"area_um2": 9.0, "cells": 8, "depth": 7, "longest_path_ps": 6.0}
+    implementation: Any = SimpleNamespace(summary=lambda: figures)
+    energies: Any = SimpleNamespace(zero_delay=SimpleNamespace(total=cycle), inertial=inertial)
+    shares = dict.fromkeys(computed, share)
+    return Measured(name, implementation, energies, datapath, shares, config)
 
 
 def a_silicon() -> Silicon:
@@ -138,7 +140,7 @@ def test_figures_are_per_operation_in_the_unit() -> None:
     lane = a_measured("fp8", 4.0, silicon.FP8)
     figures = lane.figures(unit=8.0)
     assert (figures.inertial, figures.zero_delay) == (1.0, 0.5)
-    assert figures.by_cause == {"function": 0.5, "glitches": 0.5}
+    assert figures.by_cause == dict.fromkeys(CAUSES, 0.25)
     assert (figures.area_um2, figures.cells, figures.depth) == (9.0, 8, 7)
     assert figures.cuts == list(silicon.FP8.cuts)
 

@@ -3,6 +3,7 @@
 import heapq
 import itertools
 import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -193,7 +194,7 @@ def verilog(netlist: Netlist, library: Library, timed: timing.Timing, step: floa
             name(dict(zip(cell.capacitance, gate.inputs, strict=True))[t])
             if t in cell.capacitance
             else {"!": "~", "*": "&", "+": "|"}.get(t, t)
-            for t in liberty.tokens(cell.function)
+            for t in re.findall(r"[A-Za-z_]\w*|[!()*&+|^01]", cell.function)
         )
         # One extra continuous assignment would add a delta; the function stands in the primitive.
         lines.append(f"assign #({rise[index]}, {fall[index]}) g{gate.output} = {function};")

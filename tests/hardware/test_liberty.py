@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fgmp.errors import InputError
-from fgmp.hardware import liberty
+from fgmp.hardware import gates, liberty
 from fgmp.hardware.cells import Table, embedded
 
 LIBERTY = Path(os.environ.get("FGMP_LIBERTY", "no-folder"))
@@ -117,7 +117,6 @@ def test_the_smallest_buffer_is_not_one_that_says_dont_use() -> None:
         (tiny()[:-20], "damaged"),
         ("hello", "not a liberty file"),
         ("library (x) { }", "no usable cell"),
-        (TEXT, "postfix"),
         (tiny().replace('"1ns"', '"1 second"'), "unit"),
     ],
 )
@@ -195,3 +194,37 @@ def test_real_libraries(name: str) -> None:
     # A small inverter at either node: some 0.1 to 1 fF, and less than a femtojoule.
     assert 0.1 < sum(inverter.capacitance.values()) < 1
     assert 0 <= inverter.output_energy[0].at(20, 1) < 1
+
+
+def test_all_names_of_a_group_of_pins_count() -> None:
+    text = tiny().replace(
+        "cell (and) {",
+        "cell (or) { area : 1; pin (A, B) { direction : input; capacitance : 0.001; }"
+        ' pin (Y) { direction : output; function : "A+B"; } } cell (and) {',
+    )
+    assert list(liberty.parse(text).cells["or"].capacitance) == ["A", "B"]
+
+
+def test_a_pin_may_have_the_name_of_a_keyword() -> None:
+    text = tiny().replace(
+        "cell (and) {",
+        "cell (is) { area : 1; pin (in) { direction : input; capacitance : 0.001; }"
+        ' pin (lambda) { direction : output; function : "!in"; } } cell (and) {',
+    )
+    library = liberty.parse(text)
+    (value,) = [gates.functions(library)["is"](np.uint64(0))]
+    assert value == np.uint64(2**64 - 1)
+
+
+def test_a_name_from_a_file_is_never_run(tmp_path: Path) -> None:
+    trap = tmp_path / "ran"
+    name = f'B=__import__("os").system("touch {trap}")'
+    text = tiny().replace(
+        "cell (and) {",
+        f"cell (trap) {{ area : 1; pin ({name}) {{ direction : input; capacitance : 0.001; }}"
+        " pin (A) { direction : input; capacitance : 0.001; }"
+        ' pin (Y) { direction : output; function : "A"; } } cell (and) {',
+    )
+    with pytest.raises(InputError, match="names of cells and pins must be identifiers"):
+        gates.functions(liberty.parse(text))
+    assert not trap.exists()

@@ -28,7 +28,7 @@ from fgmp.quantization.scoring import score
 from fgmp.quantization.task import Scores, Task
 from fgmp.sensitivity.fisher import Calibration, calibrate
 from fgmp.sensitivity.histogram import new_histogram
-from fgmp.storage.resume import Periodic
+from fgmp.storage.resume import Periodic, forget
 
 
 def prepared(tokens: Tensor, **recipe: object) -> tuple[Task, Calibration]:
@@ -224,6 +224,34 @@ def test_a_second_ctrl_c_within_a_site_loses_that_site_only(
         weights_scored.clear()
         assert same(score(task, calibration), expected)
         assert len(weights_scored) == 14 - done
+
+
+def test_an_error_within_a_sequence_leaves_whole_sequences_only(
+    tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layer has counted the third sequence, and the second has not."""
+    task, calibration = prepared(tokens, clip="off")
+    task = replace(task, resume=tmp_path)
+    expected = score(replace(task, resume=None), calibration)
+    sequences = 0
+
+    def stumble(*_: object) -> None:
+        nonlocal sequences
+        sequences += 1
+        if sequences == 3:
+            raise MemoryError
+
+    for seconds, resumed_from in ((1000, 0), (-1, 2)):
+        sequences = 0
+        monkeypatch.setattr(scoring, "Periodic", partial(Periodic, seconds))
+        hook = task.model.model.layers[1].register_forward_pre_hook(stumble)
+        with pytest.raises(MemoryError):
+            score(task, calibration)
+        hook.remove()
+        watch = Watch(task.model)
+        assert same(score(replace(task, progress=watch), calibration), expected)
+        assert [s.sequences for s in watch.of("scoring activations")] == [5 - resumed_from]
+        forget(tmp_path)
 
 
 @pytest.mark.parametrize("title", ["scoring activations", "scoring weights"])

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fgmp.errors import InputError
+from fgmp.hardware import expression
 from fgmp.hardware.cells import Library
-from fgmp.hardware.liberty import python_expression
 from fgmp.hardware.netlist import ONE, ZERO, Netlist
 from fgmp.hardware.timing import Timing
 
@@ -66,11 +66,10 @@ class Activity:
 
 def functions(library: Library) -> dict[str, Callable[..., Words]]:
     """Each cell's function on words, with arguments in the order of its pins."""
-    compiled = {}
-    for name, cell in library.cells.items():
-        pins = ", ".join(cell.capacitance)
-        compiled[name] = eval(f"lambda {pins}: {python_expression(cell.function)}", {})
-    return compiled
+    return {
+        name: expression.compiled(cell.function, list(cell.capacitance))
+        for name, cell in library.cells.items()
+    }
 
 
 def settle(netlist: Netlist, library: Library, inputs: Mapping[str, Words]) -> Trace:

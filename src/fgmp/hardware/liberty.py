@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from fgmp.errors import InputError
+from fgmp.hardware import expression
 from fgmp.hardware.cells import Arc, Cell, Energy, Library, Table, constant
 
 _STATEMENT = re.compile(
@@ -31,8 +32,8 @@ _STATEMENT = re.compile(
     )""",
     re.VERBOSE,
 )
+_IDENTIFIER = re.compile(r"[A-Za-z_][\w.]*(?:\[\d+\])?")
 _GROUND = re.compile(r"^(vss|gnd|vgnd|vpw)$", re.IGNORECASE)
-_OPERATORS = "!'()*&+|^"
 _PREFIXES = {"f": 1e-15, "p": 1e-12, "n": 1e-9, "u": 1e-6, "m": 1e-3, "": 1.0, "k": 1e3}
 
 
@@ -101,9 +102,7 @@ def _is(cell: Cell, function: str, inputs: int) -> bool:
     """Whether a cell computes this function of A and B, whatever its pins are called."""
     if len(cell.capacitance) != inputs:
         return False
-    names = dict(zip(cell.capacitance, "AB", strict=False))
-    renamed = " ".join(names.get(token, token) for token in tokens(cell.function))
-    return truth(renamed, "AB"[:inputs]) == truth(function, "AB"[:inputs])
+    return truth(cell.function, list(cell.capacitance)) == truth(function, "AB"[:inputs])
 
 
 def _smallest(source: str, what: str, cells: list[Cell]) -> Cell:
@@ -210,7 +209,7 @@ class _Function:
 
 def _cell(group: Group, units: _Units) -> Cell | None:
     """The cell of a group; None if it is to be skipped."""
-    pins = {g.names[0]: g for g in group.all("pin")}
+    pins = {_name(name): g for g in group.all("pin") for name in g.names}
     outputs = [n for n, g in pins.items() if g.values.get("direction") == "output"]
     inputs = {n: g for n, g in pins.items() if g.values.get("direction") == "input"}
     if len(outputs) != 1 or group.values.get("dont_use") == "true" or not inputs:
@@ -226,7 +225,7 @@ def _cell(group: Group, units: _Units) -> Cell | None:
     if function is None:
         return None
     return Cell(
-        name=group.names[0],
+        name=_name(group.names[0]) if group.names else "",
         area=group.number("area"),
         leakage=_leakage(group) * units.leakage,
         capacitance={n: g.number("capacitance") * units.load for n, g in inputs.items()},
@@ -242,12 +241,22 @@ def _cell(group: Group, units: _Units) -> Cell | None:
     )
 
 
+def _name(text: str) -> str:
+    """A name of a cell or pin: it is written into files that other programs read."""
+    if not _IDENTIFIER.fullmatch(text):
+        raise InputError(f"liberty: names of cells and pins must be identifiers, got {text!r:.80}")
+    return text
+
+
 def _combinational(group: Group, inputs: dict[str, Group], output: Group) -> _Function | None:
     function = output.values.get("function", "")
     if not function or group.all("latch") or group.all("statetable"):
         return None
-    known = set(tokens(function)) <= set(inputs) | set(_OPERATORS)
-    return _Function(function=function) if known else None
+    try:
+        expression.compiled(function, list(inputs))
+    except InputError:  # of another output, of an internal state, or of a kind that is not read
+        return None
+    return _Function(function=function)
 
 
 def _flip_flop(ff: Group, inputs: dict[str, Group], output: Group) -> _Function | None:
@@ -311,32 +320,12 @@ def _energies(pin: Group, units: _Units) -> tuple[Energy, ...]:
     return tuple(energies)
 
 
-def tokens(function: str) -> list[str]:
-    """Pin names and operators of a liberty function."""
-    return re.findall(r"[A-Za-z_]\w*|[!'()*&+|^]|[01]", function)
-
-
 def truth(function: str, pins: str | list[str]) -> tuple[bool, ...]:
     """Values of a function for all combinations of its pins, the first changing slowest."""
-    expression = python_expression(function)
-    code = compile(expression, function, "eval")
+    evaluate = expression.compiled(function, list(pins))
     return tuple(
-        bool(eval(code, {"__builtins__": {}}, dict(zip(pins, values, strict=True))) & 1)
-        for values in itertools.product((0, 1), repeat=len(pins))
+        bool(evaluate(*values) & 1) for values in itertools.product((0, 1), repeat=len(pins))
     )
-
-
-def python_expression(function: str) -> str:
-    """A liberty function in Python's integer operators; adjacent pins are AND-ed."""
-    out: list[str] = []
-    for token in tokens(function):
-        if token == "'":
-            raise InputError(f"liberty: the postfix complement in {function!r} is not supported")
-        starts = token in "!(" or token[0].isalnum() or token[0] == "_"
-        if out and starts and (out[-1] == ")" or out[-1][0].isalnum() or out[-1][0] == "_"):
-            out.append("&")
-        out.append({"!": "~", "*": "&", "+": "|"}.get(token, token))
-    return " ".join(out)
 
 
 def write(library: Library) -> str:

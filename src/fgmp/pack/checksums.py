@@ -41,9 +41,9 @@ def of_bytes(data: bytes | memoryview, start: int = 0) -> str:
 
 def of_tensor(tensor: Tensor) -> str:
     """CRC-32 over the text ``"dtype shape "`` and a tensor's bytes."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
     prefix = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} ".encode()
-    return of_bytes(flat.view(torch.uint8).numpy().data, zlib.crc32(prefix))
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return of_bytes(flat.numpy().data, zlib.crc32(prefix))
 
 
 def of_config(config: Mapping[str, Any]) -> dict[str, str]:

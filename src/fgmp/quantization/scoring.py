@@ -116,12 +116,13 @@ def _score_weights(
     statistics = [(s.linears, s.g2, s.amax, s.tokens) for s in calibration.sites.values()]
     results = task.partial_results(part, statistics)
     state = results.load(part) if results else None
-    scored = (
-        ScoredWeights({}, {}, {}, clipped) if state is None else _restored(task, state, clipped)
-    )
+    scored = ScoredWeights({}, {}, {}, clipped)
     generator = torch.Generator().manual_seed(task.recipe.seed)
     if state is not None:
+        scored = _restored(task, state, clipped)
         generator.set_state(state.tensors["generator"])
+    # Whole sites, and the generator after them: one name, so that a second Ctrl-C cannot part them.
+    finished = scored, generator.get_state()
     periodic, resumed = Periodic(), len(scored.t)
     weights = task.weights
     with task.progress("scoring weights", len(task.linears)) as advance:
@@ -129,7 +130,7 @@ def _score_weights(
             advance()
         try:
             for names in linears_of.values():
-                if names[0] in scored.t:
+                if names[0] in finished[0].t:
                     continue
                 with uninterrupted():
                     more = score_weights(
@@ -143,30 +144,33 @@ def _score_weights(
                         methods=task.methods,
                         advance=advance,
                     )
-                    scored.scales.update(more.scales)
-                    scored.scores.update(more.scores)
-                    scored.t.update(more.t)
+                    finished = _joined(finished[0], more), generator.get_state()
                 if results and periodic.due():
-                    _store_scored(results, part, scored, generator)
+                    _store_scored(results, part, *finished)
         finally:
-            if results and len(scored.t) > resumed:
-                _store_scored(results, part, scored, generator)
-    return scored
+            if results and len(finished[0].t) > resumed:
+                _store_scored(results, part, *finished)
+    return finished[0]
+
+
+def _joined(one: ScoredWeights, other: ScoredWeights) -> ScoredWeights:
+    """Scored weights of both."""
+    scales, scores = one.scales | other.scales, one.scores | other.scores
+    return ScoredWeights(scales, scores, one.t | other.t, one.clipped)
 
 
 def _store_scored(
-    results: PartialResults, part: str, scored: ScoredWeights, generator: torch.Generator
+    results: PartialResults, part: str, scored: ScoredWeights, generator_state: Tensor
 ) -> None:
     tensors = {f"scale.{name}": scale for name, scale in scored.scales.items()}
     tensors |= {f"score.{name}": scores for name, scores in scored.scores.items()}
-    tensors["generator"] = generator.get_state()
+    tensors["generator"] = generator_state
     results.store(part, tensors, {"t": scored.t})
 
 
-def _restored(task: Task, state: State | None, clipped: bool) -> ScoredWeights:
+def _restored(task: Task, state: State, clipped: bool) -> ScoredWeights:
+    """Scored weights from a stored state, on the devices of the weights."""
     scored = ScoredWeights({}, {}, {}, clipped)
-    if state is None:
-        return scored
     for name, t in state.facts["t"].items():
         device = task.linears[name].weight.device
         scored.scales[name] = state.tensors[f"scale.{name}"].to(device)
