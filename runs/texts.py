@@ -10,8 +10,8 @@ Writes ``docstrings.txt`` (docstrings of the standard library, for calibration) 
 import argparse
 from pathlib import Path
 
-from fgmp.data import SEPARATOR
 from fgmp.demo.text import docstrings, standard_library, topics
+from fgmp.documents import SEPARATOR
 
 
 def main() -> None:

@@ -1,25 +1,23 @@
 """Texts become windows of tokens: every token once, held-out apart, and errors that help."""
 
 import hashlib
-import json
-import sys
-import types
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fgmp import data, documents
 from fgmp.data import (
+    beginning,
+    calibration_stream,
     calibration_text,
     choose_windows,
     digest,
     evaluation_windows,
     overlap,
     overlap_with,
-    read_documents,
     tokenize,
     windows,
 )
@@ -27,113 +25,33 @@ from fgmp.errors import InputError
 
 
 class Bytes:
-    """A tokenizer: a token is a byte; 1 begins a document, and 2 ends one where ``eos`` is on."""
+    """A tokenizer: a token is a byte.
 
-    def __init__(self, eos: bool = True) -> None:
+    Args:
+        eos: it has an end-of-sequence token, 2.
+        bos: it has a beginning-of-sequence token, 1.
+        before, after: what it puts around a text.
+    """
+
+    def __init__(
+        self,
+        eos: bool = True,
+        bos: bool = False,
+        before: tuple[int, ...] = (1,),
+        after: tuple[int, ...] = (),
+    ) -> None:
         self.eos_token_id = 2 if eos else None
+        self.bos_token_id = 1 if bos else None
+        self.before, self.after = before, after
+        self.calls: list[list[str]] = []
 
-    def __call__(self, documents: list[str], **options: object) -> dict[str, list[list[int]]]:
+    def __call__(
+        self, documents: list[str], *, add_special_tokens: bool = True, **options: object
+    ) -> dict[str, list[list[int]]]:
         assert options == {"return_attention_mask": False, "verbose": False}
-        return {"input_ids": [[1, *d.encode()] for d in documents]}
-
-
-def test_a_text_file_is_one_document(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("één\n\ntwo", encoding="utf-8")
-    assert read_documents(path) == ["één\n\ntwo"]
-    path.write_text("one<|endoftext|>\ntwo<|endoftext|>  \n")
-    assert read_documents(str(path)) == ["one", "\ntwo"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.txt", ""),
-        ("a.txt", " \n<|endoftext|>\n"),
-        ("a.jsonl", "\n"),
-        ("a.jsonl", '{"text": ""}\n{"text": " "}\n'),
-    ],
-)
-def test_a_text_without_text_is_refused(name: str, content: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_text(content)
-    with pytest.raises(InputError, match=rf"^text {path}: holds no text$"):
-        read_documents(path)
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson"])
-def test_json_lines(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"a{suffix}"
-    lines = [{"text": "one\u2028still one"}, {"text": " ", "x": 1}, {"text": "two\nlines"}]
-    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n")
-    assert read_documents(path) == ["one\u2028still one", "two\nlines"]
-
-
-@pytest.mark.parametrize(
-    ("line", "fault"),
-    [
-        ("{", "line 2 is not JSON"),
-        ('{"content": "x"}', 'line 2 has no string field "text"'),
-        ('{"text": 3}', 'line 2 has no string field "text"'),
-        ('["text"]', 'line 2 has no string field "text"'),
-    ],
-)
-def test_bad_lines_are_numbered(line: str, fault: str, tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "good"}\n' + line + "\n")
-    with pytest.raises(InputError, match=rf"a\.jsonl: {fault}"):
-        read_documents(path)
-
-
-def test_what_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is a folder, not a file"):
-        read_documents(tmp_path)
-    with pytest.raises(InputError, match=r"nowhere\.txt: no such file"):
-        read_documents(tmp_path / "nowhere.txt")
-    with pytest.raises(InputError, match=r"^text x{60}\.\.\.: File name too long"):
-        read_documents("x" * 300)
-    (tmp_path / "binary.txt").write_bytes(b"ab\xff\xfe")
-    with pytest.raises(InputError, match=r"binary\.txt: not UTF-8 at byte 2"):
-        read_documents(tmp_path / "binary.txt")
-
-
-def test_a_name_needs_the_datasets_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r"wikitext: no such file.*pip install 'fgmp\[datasets\]'"):
-        read_documents("wikitext")
-
-
-def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    class Loaded(dict[str, list[str]]):
-        @property
-        def column_names(self) -> list[str]:
-            return list(self)
-
-    def load_dataset(name: str, config: str | None, split: str) -> Loaded:
-        asked.append((name, config, split))
-        if name == "gone":
-            raise RuntimeError("not on the hub")
-        if name == "speech":
-            return Loaded(audio=["a"])
-        return Loaded(text=["a", " ", "b"] if name == "wiki" else [" "])
-
-    module = types.SimpleNamespace(load_dataset=load_dataset)
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    assert read_documents("wiki") == ["a", "b"]
-    assert read_documents("wiki:raw") == read_documents("wiki:raw:test") == ["a", "b"]
-    assert asked == [("wiki", None, "train"), ("wiki", "raw", "train"), ("wiki", "raw", "test")]
-    for name in ("a/wiki:20231101.en", "a/wiki-v1.5"):  # a dot is no suffix of a text
-        with pytest.raises(InputError, match="holds no text"):
-            read_documents(name)
-    assert asked[3:] == [("a/wiki", "20231101.en", "train"), ("a/wiki-v1.5", None, "train")]
-    with pytest.raises(InputError, match=r'speech: no column "text", only \[\'audio\'\]'):
-        read_documents("speech")
-    with pytest.raises(InputError, match="text blank: holds no text"):
-        read_documents("blank")
-    with pytest.raises(InputError, match="gone: no such file, and as a dataset: not on the hub"):
-        read_documents("gone")
+        self.calls.append(documents)
+        before, after = (self.before, self.after) if add_special_tokens else ((), ())
+        return {"input_ids": [[*before, *d.encode(), *after] for d in documents]}
 
 
 def test_documents_are_joined_by_the_end_token() -> None:
@@ -143,9 +61,111 @@ def test_documents_are_joined_by_the_end_token() -> None:
     assert tokenize(["a"], Bytes()).dtype == torch.int64
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ((), (), [97, 2, 98]),
+        ((1,), (2,), [1, 97, 2, 1, 98, 2]),
+        ((), (2,), [97, 2, 98, 2]),
+        ((2,), (), [2, 97, 2, 98]),  # OPT's
+        ((2,), (2,), [2, 97, 2, 2, 98, 2]),
+    ],
+)
+def test_a_document_keeps_the_tokens_that_the_tokenizer_adds(
+    before: tuple[int, ...], after: tuple[int, ...], expected: list[int]
+) -> None:
+    assert tokenize(["a", "b"], Bytes(before=before, after=after)).tolist() == expected
+
+
+def test_documents_are_tokenized_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [words(n, n) for n in (5, 1, 30, 2, 2, 0, 9)]
+    whole = tokenize(texts, Bytes())
+    monkeypatch.setattr(data, "_CALL_CHARACTERS", 40)
+    tokenizer = Bytes()
+    assert torch.equal(tokenize(iter(texts), tokenizer), whole)
+    assert [list(map(len, call)) for call in tokenizer.calls] == [[29, 5], [179], [11, 11, 0], [53]]
+
+
+@pytest.mark.parametrize("separator", ["\n", " ", "", "é"])
+def test_a_long_document_is_tokenized_in_pieces(
+    separator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "_CALL_CHARACTERS", 40)
+    monkeypatch.setattr(data, "_LONG_DOCUMENT", 100)
+    long = words(50, 0).replace(" ", separator)
+    for before, after in (((1,), ()), ((), (2,)), ((1, 3), (2, 4)), ((), ())):
+        tokenizer = Bytes(before=before, after=after)
+        stream = tokenize(["a", long, long[:99]], tokenizer).tolist()
+        content = [97, *long.encode(), *long[:99].encode()]
+        assert [token for token in stream if token > 4] == content
+        assert stream.count(1) == 3 * before.count(1) and stream.count(4) == 3 * after.count(4)
+        assert stream.count(2) == (3 if 2 in after[-1:] else 2 + 3 * after.count(2))
+        pieces = [call[0] for call in tokenizer.calls if len(call[0]) <= 40][1:]
+        assert "".join(pieces) == long and min(map(len, pieces[:-1])) > 30
+        if separator == "\n":
+            assert all(piece.endswith("\n") for piece in pieces[:-1])
+        if separator == " ":
+            assert all(piece.startswith(" ") for piece in pieces[1:])
+
+
 def test_windows_drop_the_tail() -> None:
     assert windows(torch.arange(11), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert windows(torch.arange(3), 4).shape == (0, 4)
+
+
+def test_every_window_starts_with_one_bos() -> None:
+    stream = torch.arange(10, 20)
+    assert windows(stream, 4, bos_id=1).tolist() == [
+        [1, 10, 11, 12],
+        [1, 13, 14, 15],
+        [1, 16, 17, 18],
+    ]
+    stream[[0, 3, 5]] = 1  # those that documents begin with
+    assert windows(stream, 3, bos_id=1).tolist() == [
+        [1, 11, 12],
+        [1, 14, 1],
+        [1, 16, 17],
+        [1, 18, 19],
+    ]
+    assert windows(stream[:3], 3, bos_id=1).tolist() == [[1, 11, 12]]
+    assert (
+        windows(stream[:2], 3, bos_id=1).shape == windows(stream[:0], 3, bos_id=1).shape == (0, 3)
+    )
+    assert windows(stream[:1], 2, bos_id=1).shape == (0, 2)
+
+
+def test_the_tokenizer_decides_whether_windows_start_with_bos(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("abcdefgh" * 3)
+    adds, has, lacks = Bytes(bos=True), Bytes(bos=True, before=()), Bytes()
+    assert [beginning(t) for t in (adds, has, lacks)] == [1, None, None]
+    assert [beginning(t, bos=False) for t in (adds, has, lacks)] == [None] * 3
+    assert [beginning(t, bos=True) for t in (adds, has)] == [1, 1]
+    with pytest.raises(InputError, match="the tokenizer has no beginning-of-sequence token"):
+        beginning(lacks, bos=True)
+    for tokenizer, bos, expected in (
+        (adds, None, True),
+        (adds, False, False),
+        (has, None, False),
+        (has, True, True),
+    ):
+        sets = [evaluation_windows(path, tokenizer, 5, bos=bos)]
+        text = calibration_text(path, tokenizer, samples=4, seq_len=5, seed=0, bos=bos)
+        sets += [text.samples, text.held_out]
+        for found in sets:
+            assert (found[:, 0] == 1).all().item() == expected and len(found) > 0
+            assert (found[:, 1:] != 1).all()
+        assert sets[0].flatten().tolist().count(1) == (6 if expected else adds is tokenizer)
+
+
+def test_a_short_evaluation_text_with_bos(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a")
+    tokenizer = Bytes(bos=True, before=())
+    assert evaluation_windows(path, tokenizer, 9, bos=True).tolist() == [[1, 97]]
+    assert evaluation_windows(path, Bytes(bos=True), 9, bos=True).tolist() == [[1, 97]]
+    with pytest.raises(InputError, match=r"a\.txt: nothing to predict in 1 tokens"):
+        evaluation_windows(path, tokenizer, 9)
 
 
 def rows(*tensors: Tensor) -> list[int]:
@@ -211,6 +231,36 @@ def test_a_text_too_short_for_calibration(tmp_path: Path) -> None:
         evaluation_windows(path, Bytes(), 0)
 
 
+def test_a_large_calibration_text_is_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    lines = [f"{line}\n" for line in words(4000, 0).split()]
+    path.write_text("".join(lines))
+    options = {"samples": 16, "seq_len": 8}
+    whole = calibration_text(path, Bytes(), **options, seed=0)
+    stream = tokenize(["".join(lines)], Bytes())
+    assert torch.equal(whole.samples, choose_windows(stream, **options, seed=0).samples)
+    monkeypatch.setattr(documents, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(data, "_PIECE_BYTES", 100)
+    monkeypatch.setattr(data, "_PIECE_BYTES_PER_TOKEN", 4)
+    tokenizer = Bytes()
+    text = calibration_text(path, tokenizer, **options, seed=0)
+    assert text.samples.shape == (16, 8) and text.held_out.shape == (2, 8)
+    # Four times 18 windows of 8 tokens, in pieces of about 100 that begin with a line.
+    read = sum(len(document) for call in tokenizer.calls for document in call)
+    assert 450 < read < 800
+    assert all(document[:6] in lines for call in tokenizer.calls[1:] for document in call)
+    again = calibration_text(path, Bytes(), **options, seed=0)
+    assert again.fingerprint == text.fingerprint
+    assert calibration_text(path, Bytes(), **options, seed=1).fingerprint != text.fingerprint
+    # Who asks for more than there is gets all of it.
+    stream = calibration_stream(path, Bytes(), samples=10_000, seq_len=8, seed=0)
+    assert sorted(token for token in stream.tolist() if token > 2) == sorted(
+        "".join(lines).encode()
+    )
+
+
 def test_evaluation_takes_all_windows(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("abcdefgh")
@@ -259,6 +309,16 @@ class Characters:
 def words(count: int, seed: int) -> str:
     letters = torch.randint(97, 123, (count, 5), generator=torch.Generator().manual_seed(seed))
     return " ".join("".join(map(chr, word)) for word in letters.tolist())
+
+
+def test_windows_are_compared_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Characters(3)
+    cut = one.windows(words(400, 0), 100)
+    known = digest(cut[::3], one)
+    whole = overlap_with(known, cut, one), overlap(cut[::3], cut)
+    monkeypatch.setattr(data, "_WINDOWS", 2)
+    assert (overlap_with(known, cut, one), overlap(cut[::3], cut)) == whole
+    assert digest(cut[::3], one) == known and 0 < whole[1] < 1
 
 
 def test_text_is_known_again_however_it_is_tokenized_and_cut() -> None:

@@ -30,7 +30,7 @@ _CANDIDATES = 4
 _PIECE_BYTES, _PIECE_BYTES_PER_TOKEN = 16 << 10, 32
 """Pieces of a large text: at least this size, and about 8 windows at 4 bytes per token."""
 
-_CALL_CHARACTERS = 1 << 20
+_CALL_CHARACTERS = 1 << 18
 _LONG_DOCUMENT = 4 << 20
 """Characters per call of a tokenizer, and above which a document is tokenized in pieces: a
 tokenizer takes about 200 bytes of memory per character."""

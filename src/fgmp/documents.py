@@ -86,7 +86,7 @@ def sample_documents(source: str | Path, *, piece_bytes: int, seed: int) -> Iter
 
     A text above :data:`WHOLE_BYTES` is not read as a whole, unless it is a JSON array. Pieces of
     plain text start at line starts and are documents of their own. Pieces of JSON lines are whole
-    lines. Of a document longer than a piece, a random part is taken.
+    lines. Of a document longer than two pieces, a random part is taken.
 
     Args:
         source: as for :func:`read_documents`.
@@ -118,7 +118,7 @@ def sample_documents(source: str | Path, *, piece_bytes: int, seed: int) -> Iter
     )
     is_empty = True
     for piece in pieces:
-        documents = [_part(text, piece_bytes, generator) for text in _not_blank(piece, source)]
+        documents = [_part(text, 2 * piece_bytes, generator) for text in _not_blank(piece, source)]
         if documents:
             is_empty = False
             yield documents

@@ -1,7 +1,9 @@
-"""What a comparison reports, against numbers worked by hand and a plain loop."""
+"""What a comparison reports, against numbers worked by hand and definitions spelt out."""
 
+import json
 import math
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,15 +12,11 @@ from torch import Tensor, nn
 
 import fgmp
 from fgmp import Recipe
-from fgmp.errors import CheckpointError
 from fgmp.evaluation import compare as comparison
 from fgmp.evaluation.compare import Row, _interval, _Measured, _row, compare, table
-from fgmp.evaluation.inspect import inspect_checkpoint
-from fgmp.evaluation.perplexity import Losses, batches, evaluate, loss_of
+from fgmp.evaluation.perplexity import Losses, evaluate
 from fgmp.model.linear import mixed_linears, sites
-from fgmp.model.store import config_of
-from fgmp.pack.stream import to_image
-from fgmp.quantization.pipeline import uniform
+from fgmp.quantization.uniform import uniform
 
 
 def measured(nll: float, kl: float = 0.0) -> _Measured:
@@ -58,11 +56,11 @@ def test_the_ends_of_the_gap() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nvfp4", "told"), [(20.11, True), (20.09, False), (20.0, False), (19.0, False)]
+    ("nvfp4", "reported"), [(20.11, True), (20.09, False), (20.0, False), (19.0, False)]
 )
-def test_a_gap_under_half_a_percent_is_none(nvfp4: float, told: bool) -> None:
+def test_a_gap_under_half_a_percent_is_none(nvfp4: float, reported: bool) -> None:
     """NVFP4 may even be better by chance; a ratio of noises would mean nothing."""
-    assert (rows(20.0, nvfp4, 20.05).gap_recovered_percent is not None) == told
+    assert (rows(20.0, nvfp4, 20.05).gap_recovered_percent is not None) == reported
 
 
 def test_a_kl_gap_must_be_one() -> None:
@@ -107,41 +105,6 @@ def test_the_interval_is_that_of_a_mean() -> None:
     assert middle == pytest.approx(10 + 0.2 * noise.mean().item(), abs=0.002)
 
 
-# Perplexity.
-
-
-def test_perplexity_against_a_plain_loop(tokens: Tensor) -> None:
-    model = make_model("llama").double()
-    total, n = 0.0, 0
-    for window in tokens:
-        for position in range(1, len(window)):
-            with torch.no_grad():
-                logits = model(input_ids=window[None, :position]).logits[0, -1]
-            total -= logits.log_softmax(-1)[window[position]].item()
-            n += 1
-    found = evaluate(make_model("llama"), tokens)
-    assert found.predicted_tokens == n == 8 * 23
-    # fp32 against float64: each token's loss to about 1e-6.
-    assert found.nll == pytest.approx(total / n, rel=1e-5)
-    assert found.perplexity == pytest.approx(math.exp(total / n), rel=1e-4)
-    assert found.by_window.shape == (8,) and found.by_window.dtype == torch.float64
-
-
-def test_batches_hold_all_windows() -> None:
-    windows = torch.arange(100).view(50, 2)
-    assert [len(b) for b in batches(windows)] == [50]
-    long = torch.zeros(5, 1500, dtype=torch.int64)
-    assert [len(b) for b in batches(long)] == [2, 2, 1]
-    assert [len(b) for b in batches(torch.zeros(2, 9000))] == [1, 1]
-
-
-def test_loss_of_uniform_predictions_is_log_v() -> None:
-    uniform_logits = torch.full((3, 5, 32), -math.log(32))
-    wanted = torch.full((3,), 5 * math.log(32)).double()
-    found = loss_of(uniform_logits, torch.zeros(3, 6, dtype=torch.int64))
-    assert torch.allclose(found, wanted, rtol=1e-6)
-
-
 # The whole comparison.
 
 
@@ -150,25 +113,29 @@ def compared() -> tuple[dict[str, Row], dict[str, nn.Module], Tensor]:
     tokens = torch.randint(128, (8, 24), generator=torch.Generator().manual_seed(1))
     mixed = fgmp.quantize(make_model("llama"), tokens, Recipe(clip="off", compensate=False))
     models = {
-        "fp8": uniform(make_model("llama"), mixed, "fp8", 0.0),
-        "nvfp4": uniform(make_model("llama"), mixed, "nvfp4", 1.0),
+        "fp8": uniform(make_model("llama"), mixed, "fp8"),
+        "nvfp4": uniform(make_model("llama"), mixed, "nvfp4"),
         "fgmp": mixed,
     }
-    found = {row.name: row for row in compare(make_model("llama"), models, tokens)}
-    return found, models, tokens
+    rows_by_name = {row.name: row for row in compare(make_model("llama"), models, tokens)}
+    return rows_by_name, models, tokens
 
 
 def test_rows(compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor]) -> None:
-    found, models, tokens = compared
-    assert list(found) == ["original", "fp8", "nvfp4", "fgmp"]
+    rows_by_name, models, tokens = compared
+    assert list(rows_by_name) == ["original", "fp8", "nvfp4", "fgmp"]
     for name, model in {"original": make_model("llama"), **models}.items():
-        assert found[name].perplexity == pytest.approx(evaluate(model, tokens).perplexity)
-        low, high = found[name].ci95
-        assert low <= found[name].perplexity <= high
-    assert [found[n].fp4_activations for n in ("original", "fp8", "nvfp4")] == [None, 0.0, 1.0]
-    assert found["fgmp"].fp4_activations == pytest.approx(0.7, abs=0.02)
-    assert found["fp8"].gap_recovered_percent in (None, pytest.approx(100))
-    assert found["nvfp4"].kl_gap_recovered_percent == pytest.approx(0, abs=1e-9)
+        assert rows_by_name[name].perplexity == pytest.approx(evaluate(model, tokens).perplexity)
+        low, high = rows_by_name[name].ci95
+        assert low <= rows_by_name[name].perplexity <= high
+    assert [rows_by_name[n].fp4_activations for n in ("original", "fp8", "nvfp4")] == [
+        None,
+        0.0,
+        1.0,
+    ]
+    assert rows_by_name["fgmp"].fp4_activations == pytest.approx(0.7, abs=0.02)
+    assert rows_by_name["fp8"].gap_recovered_percent in (None, pytest.approx(100))
+    assert rows_by_name["nvfp4"].kl_gap_recovered_percent == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("sharpness", [1, 20])
@@ -179,38 +146,41 @@ def test_kl_against_its_definition(
     _, models, tokens = compared
     original = make_model("llama")
     original.lm_head.weight.data *= sharpness
-    found = {row.name: row for row in compare(original, models, tokens)}
-    assert found["original"].kl == 0
+    rows_by_name = {row.name: row for row in compare(original, models, tokens)}
+    assert rows_by_name["original"].kl == 0
     with torch.no_grad():
         p = original(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
         for name, model in models.items():
             q = model(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
-            wanted = (p.exp() * (p - q)).sum(-1).mean().item()
-            assert found[name].kl == pytest.approx(wanted, rel=1e-3)  # fp32 logarithms
+            expected = (p.exp() * (p - q)).sum(-1).mean().item()
+            assert rows_by_name[name].kl == pytest.approx(expected, rel=1e-3)  # fp32 logarithms
             backward = (q.exp() * (q - p)).sum(-1).mean().item()
-            assert sharpness == 1 or abs(backward / wanted - 1) > 0.1
+            assert sharpness == 1 or abs(backward / expected - 1) > 0.1
 
 
 def test_kl_is_in_order(compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor]) -> None:
-    found = compared[0]
-    assert 0 < found["fp8"].kl < found["fgmp"].kl < found["nvfp4"].kl
+    rows_by_name = compared[0]
+    assert 0 < rows_by_name["fp8"].kl < rows_by_name["fgmp"].kl < rows_by_name["nvfp4"].kl
 
 
 def test_bits(compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor]) -> None:
-    found, models, _ = compared
+    rows_by_name, models, _ = compared
     elements = sum(m.packed.n * m.packed.k for m in mixed_linears(models["fgmp"]).values())
     # shape and t, 20 bytes a linear, are all that is stored beside the codes.
     extra = 8 * 20 * 14 / elements
-    assert found["fp8"].bits_per_weight == pytest.approx(8 + extra)
-    assert found["nvfp4"].bits_per_weight == pytest.approx(4.5 + extra)
-    assert found["original"].bits_per_weight == 32
-    assert (found["fp8"].bits_per_activation, found["nvfp4"].bits_per_activation) == (8, 4.5)
-    share = found["fgmp"].fp4_activations
-    assert found["fgmp"].bits_per_activation == pytest.approx(8 - 3.5 * share + 1 / 16)
+    assert rows_by_name["fp8"].bits_per_weight == pytest.approx(8 + extra)
+    assert rows_by_name["nvfp4"].bits_per_weight == pytest.approx(4.5 + extra)
+    assert rows_by_name["original"].bits_per_weight == 32
+    assert (rows_by_name["fp8"].bits_per_activation, rows_by_name["nvfp4"].bits_per_activation) == (
+        8,
+        4.5,
+    )
+    share = rows_by_name["fgmp"].fp4_activations
+    assert rows_by_name["fgmp"].bits_per_activation == pytest.approx(8 - 3.5 * share + 1 / 16)
     # Uniform rows have the same bits for weights and activations, so those alone count.
-    assert found["original"].compression == 0.5
+    assert rows_by_name["original"].compression == 0.5
     for name, bits in (("fp8", 8.0), ("nvfp4", 4.5)):
-        assert found[name].compression == pytest.approx(16 / bits, rel=0.03)
+        assert rows_by_name[name].compression == pytest.approx(16 / bits, rel=0.03)
 
 
 def test_counters_and_drift(
@@ -224,68 +194,37 @@ def test_counters_and_drift(
     with torch.no_grad():
         model(input_ids=tokens[:2])
     counts = {name: site.counts for name, site in sites(model).items()}
-    kept, blocks, saturated = (sum(c) for c in zip(*counts.values(), strict=True))
-    assert comparison.activation_fraction(model) == kept / blocks
+    fp4, blocks, saturated = (sum(c) for c in zip(*counts.values(), strict=True))
+    assert comparison.activation_fraction(model) == fp4 / blocks
     assert comparison.saturated_elements(model) == saturated
     calibrated = dict.fromkeys(counts, 0.25)
     for name, by in comparison.drift(model, calibrated).items():
         assert by == counts[name][0] / counts[name][1] - 0.25
 
 
-# Inspection.
-
-
-def test_inspection(
-    compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor], tmp_path: Path
+def test_progress_counts_batches(
+    compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = compared[1]["fgmp"]
-    fgmp.save(model, tmp_path / "out")
-    facts = inspect_checkpoint(tmp_path / "out")
-    linears = mixed_linears(model)
-    assert facts["intact"] and facts["linears"] == 14
-    elements = sum(m.packed.n * m.packed.k for m in linears.values())
-    assert facts["quantized_weights"] == elements
-    flags = {name: m.packed.is_fp8() for name, m in linears.items()}
-    shares = facts["fp8_share"]
-    assert shares["by_linear"] == {
-        n: pytest.approx(f.double().mean().item()) for n, f in flags.items()
-    }
-    everything = torch.cat([f.flatten() for f in flags.values()])
-    assert shares["weights"] == pytest.approx(everything.double().mean().item())
-    assert list(shares["by_layer"]) == ["0", "1"]
-    first = torch.cat([f.flatten() for n, f in flags.items() if ".layers.0." in n])
-    assert shares["by_layer"]["0"] == pytest.approx(first.double().mean().item())
-    queries = torch.cat([f.flatten() for n, f in flags.items() if n.endswith("q_proj")])
-    assert shares["by_kind"]["self_attn.q_proj"] == pytest.approx(queries.double().mean().item())
-    assert facts["bytes"]["planes"] == sum(m.packed.nbytes for m in linears.values())
-    images = sum(len(to_image(m.packed)) for m in linears.values())
-    assert facts["bytes"]["streamed_image"] == images
-    assert facts["bits_per_weight"]["streamed_image"] == pytest.approx(8 * images / elements)
-    assert facts["unquantized"] == ["lm_head.weight"]
-    assert facts["recipe"] == Recipe(clip="off", compensate=False).to_dict()
-    config = config_of(model)
-    assert shares["activations_by_site"] == {n: 1 - s.fp4_fraction for n, s in config.sites.items()}
-    size = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert facts["file_bytes"] == size
+    """Every model sees every batch once, and is in evaluation mode."""
+    _, models, tokens = compared
+    stages: list[tuple[str, int]] = []
+    steps: list[int] = []
+
+    @contextmanager
+    def progress(title: str, count: int) -> Iterator[Callable[[], None]]:
+        stages.append((title, count))
+        yield lambda: steps.append(1)
+
+    monkeypatch.setattr(comparison, "batches", lambda windows: windows.split(3))
+    models["fgmp"].train()
+    original = make_model("llama").train()
+    rows = {row.name: row for row in compare(original, models, tokens, progress)}
+    assert stages == [("comparing", 3)] and len(steps) == 3
+    assert not original.training and not models["fgmp"].training
+    assert rows["fgmp"].kl == pytest.approx(compared[0]["fgmp"].kl, rel=1e-6)
 
 
-def test_experts_are_one_kind(tmp_path: Path) -> None:
-    tokens = torch.randint(128, (4, 24), generator=torch.Generator().manual_seed(1))
-    fgmp.save(fgmp.quantize(make_model("mixtral"), tokens, Recipe(clip="off")), tmp_path / "out")
-    kinds = inspect_checkpoint(tmp_path / "out")["fp8_share"]["by_kind"]
-    assert {k for k in kinds if "expert" in k} == {
-        "mlp.experts.*.gate_up_proj",
-        "mlp.experts.*.down_proj",
-    }
-
-
-def test_inspection_notices_damage(
-    compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor], tmp_path: Path
-) -> None:
-    fgmp.save(compared[1]["fgmp"], tmp_path / "out")
-    path = tmp_path / "out" / "model.safetensors"
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor \S+: its bytes must"):
-        inspect_checkpoint(tmp_path / "out")
+def test_a_row_as_json_types() -> None:
+    row = rows(20.0, 24.0, 21.0)
+    facts = json.loads(json.dumps(row.to_dict()))
+    assert facts == {**vars(row), "ci95": list(row.ci95)}

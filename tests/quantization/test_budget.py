@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
+from conftest import make_model
 from small_runs import (
     POINTS,
     activation_blocks,
@@ -21,7 +22,6 @@ from small_runs import (
     stored_bytes,
     weight_blocks,
 )
-from conftest import make_model
 from torch import Tensor, nn
 
 import fgmp

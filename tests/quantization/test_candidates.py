@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import likely_tokens, quantized, same_state
 from conftest import make_model
+from small_runs import likely_tokens, quantized, same_state
 from torch import Tensor, nn
 
 import fgmp

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from conftest import make_model
 from torch import nn
 
-from fgmp.quantization.held_out import Trial, trials
 from fgmp.model.convert import Replacement
-from fgmp.sensitivity.fisher import causal_lm_loss
+from fgmp.model.losses import causal_lm_loss
+from fgmp.quantization.held_out import Trial, trials
 
 COUNTS = torch.full((50,), 10.0, dtype=torch.float64)
 
@@ -52,8 +53,6 @@ def test_increase_is_of_perplexity() -> None:
 
 
 def test_the_original_is_back_after_an_error(tokens: torch.Tensor) -> None:
-    from conftest import make_model
-
     model = make_model("llama")
     name = "model.layers.0.mlp.up_proj"
     old = model.get_submodule(name)

@@ -2,6 +2,7 @@
 
 import mmap
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from conftest import make_model
 from torch import Tensor, nn
 
 from fgmp.errors import InputError, MemoryLimitError
+from fgmp.model.losses import causal_lm_loss
 from fgmp.model.select import linearize, quantizable
 from fgmp.quantization import memory
-from fgmp.sensitivity.fisher import calibrate, causal_lm_loss
 from fgmp.quantization.memory import MemoryEstimate, estimate, peak_bytes, require, reset_peak
+from fgmp.sensitivity.fisher import calibrate
 
 CPU = torch.device("cpu")
 
@@ -37,18 +39,18 @@ def test_parts() -> None:
     model = Chain()
     linears = {"first": model.first, "second": model.second}
     parameters = 8 * 16 + 16 * 4
-    found = estimate(model, linears, torch.zeros(10, 8), squares, 0.6)
-    assert found.fisher == 4 * parameters
-    assert found.scoring == 64 * 8 * 16
+    result = estimate(model, linears, torch.zeros(10, 8), squares, 0.6)
+    assert result.fisher == 4 * parameters
+    assert result.scoring == 64 * 8 * 16
     # A float64 score a block of 16, and 65,536 counts for each input.
-    assert found.packed == int((0.6 + 0.5) * parameters) + 2 * 8 * 65536
+    assert result.packed == int((0.6 + 0.5) * parameters) + 2 * 8 * 65536
     both = estimate(model, linears, torch.zeros(10, 8), squares, 0.6, variants=2, ranked=True)
     # Two scores; one of them in a row with all others, sorted, and its place.
-    assert both.packed - found.packed == 4 * 0.5 * parameters
+    assert both.packed - result.packed == 4 * 0.5 * parameters
     # x, the tanh that is also the second input, and the squared output, of ten rows in fp32;
     # then one weight's gradient and its square.
-    assert found.working == 10 * 4 * (8 + 16 + 4) + 2 * 4 * 8 * 16
-    assert found.held == pytest.approx(memory.held_bytes(CPU), rel=0.05)
+    assert result.working == 10 * 4 * (8 + 16 + 4) + 2 * 4 * 8 * 16
+    assert result.held == pytest.approx(memory.held_bytes(CPU), rel=0.05)
 
 
 def test_the_peak_is_calibrations_or_packings() -> None:
@@ -93,17 +95,17 @@ def test_frozen_parameters_change_nothing(family: str, tokens: Tensor) -> None:
 
 
 def test_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = MemoryEstimate(held=5 * 10**9, fisher=2 * 10**9, packed=0, working=10**9)
+    needed = MemoryEstimate(held=5 * 10**9, fisher=2 * 10**9, packed=0, working=10**9)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1_500_000_000)
     text = (
         "quantizing needs 3.00 GB more on cpu, 1.50 GB are free; "
         "use a shorter seq_len, fisher: factored, compensate: false, or a machine with more memory"
     )
     with pytest.raises(MemoryLimitError, match=f"^{re.escape(text)}$") as caught:
-        require(wanted, CPU)
+        require(needed, CPU)
     assert isinstance(caught.value, InputError)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 10**9)
-    require(wanted, CPU)
+    require(needed, CPU)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +149,8 @@ def test_the_peak_is_measured() -> None:
 def test_compensation_counts_beside_packing() -> None:
     model = Chain()
     linears = {"first": model.first, "second": model.second}
-    found = estimate(model, linears, torch.zeros(10, 8), squares, 0.6, compensation=7000)
-    assert found.compensation == 7000
+    result = estimate(model, linears, torch.zeros(10, 8), squares, 0.6, compensation=7000)
+    assert result.compensation == 7000
     more = MemoryEstimate(held=1000, fisher=400, packed=70, working=90, compensation=50)
     assert more.peak == 1520
 
@@ -182,3 +184,27 @@ def test_factors_are_all_that_calibration_holds() -> None:
     assert taken["exact"] > 0.9 * weights
     # Not even the gradient of one weight.
     assert taken["factored"] < weights / 6
+
+
+def test_memory_counts_what_is_tuned() -> None:
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Linear(16, 4))
+    linears = {"0": model[0], "1": model[1]}
+
+    def loss(model: nn.Module, sample: Tensor) -> tuple[Tensor, int]:
+        return model(sample).square().sum(), len(sample)
+
+    plain, tuned = (
+        estimate(model, linears, torch.zeros(10, 8), loss, 0.6, tuned=t) for t in (False, True)
+    )
+    assert plain.logits == 0
+    large = estimate(model, linears, torch.zeros(10, 8), loss, 0.6, vocabulary=1000)
+    assert large.logits == 5 * 4 * 10 * 1000 and large.working == plain.working
+    assert MemoryEstimate(held=9, fisher=5, packed=7, working=3, logits=8).peak == 9 + 5 + 3 + 8
+    assert MemoryEstimate(held=9, fisher=1, packed=7, working=3, logits=8).peak == 9 + 7 + 8
+    bias, step, dequantized = 4 * (12 + 2 * 4), 4 * (4 + 2 * 4), 4 * 8 * 16
+    assert (plain.tuning, tuned.tuning) == (0, bias + step + dequantized)
+    least = MemoryEstimate(held=9, fisher=5, packed=7, working=3, tuning=20)
+    assert least.peak == 39 and least.tuning_is_the_peak
+    assert not MemoryEstimate(held=9, fisher=50, packed=7, working=3, tuning=20).tuning_is_the_peak
+    with pytest.raises(MemoryLimitError, match="use tune: 0, a shorter seq_len"):
+        require(replace(least, tuning=1 << 60), torch.device("cpu"))

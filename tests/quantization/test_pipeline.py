@@ -4,28 +4,25 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import FAMILIES, make_model
 from small_runs import (
     POINTS,
     activation_blocks,
     quantized,
-    same_state,
     share,
     weight_blocks,
-    weight_masks,
 )
-from conftest import FAMILIES, make_model
 from torch import Tensor, nn
 
 import fgmp
 from fgmp import InputError, Recipe
 from fgmp.formats.spec import THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
 from fgmp.model.linear import mixed_linears, sites
-from fgmp.model.losses import causal_lm_loss, sampled_label_loss
+from fgmp.model.losses import causal_lm_loss
 from fgmp.model.store import config_of
 from fgmp.quantization import memory
 
@@ -320,7 +317,6 @@ def test_the_same_twice(tokens: Tensor) -> None:
 
 
 def test_progress_tells_every_step(tokens: Tensor) -> None:
-    from contextlib import contextmanager
 
     stages: list[list[object]] = []
 

@@ -254,37 +254,43 @@ def test_an_error_within_a_sequence_leaves_whole_sequences_only(
         forget(tmp_path)
 
 
-@pytest.mark.parametrize("title", ["scoring activations", "scoring weights"])
+@pytest.mark.parametrize(
+    ("title", "left"), [("scoring activations", (2, 1)), ("scoring weights", (11, 1))]
+)
 def test_scores_are_stored_now_and_then(
-    title: str, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    title: str,
+    left: tuple[int, int],
+    tokens: Tensor,
+    tmp_path: Path,
+    weights_scored: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A run that is killed, not interrupted, resumes from its last periodic state."""
     task, calibration = prepared(tokens, clip="on", policy="random", fp4=0.6)
     task = replace(task, resume=tmp_path)
     expected = score(replace(task, resume=None), calibration)
     monkeypatch.setattr(scoring, "Periodic", partial(Periodic, -1))
-    stored: list[dict[str, bytes]] = []
+    on_disk: list[dict[str, bytes]] = []  # after every step, what a killed run would leave
 
     @contextmanager
     def progress(name: str, steps: int) -> Iterator[Callable[[], None]]:
         def advance() -> None:
             if name == title:
-                stored.append({p.name: p.read_bytes() for p in tmp_path.iterdir()})
+                on_disk.append({p.name: p.read_bytes() for p in tmp_path.iterdir()})
 
         yield advance
 
     score(replace(task, progress=progress), calibration)
-    # What lay on disk when a step ended is what a killed run leaves.
-    for step in (2, len(stored) - 1):
+    for step, steps_left in zip((3, -1), left, strict=True):
         folder = tmp_path / str(step)
         folder.mkdir()
-        for name, content in stored[step].items():
+        for name, content in on_disk[step].items():
             (folder / name).write_bytes(content)
+        weights_scored.clear()
         watch = Watch(task.model)
-        resumed = replace(task, resume=folder, progress=watch)
-        assert same(score(resumed, calibration), expected)
+        assert same(score(replace(task, resume=folder, progress=watch), calibration), expected)
         (stage,) = watch.of("scoring activations")
         if title == "scoring activations":
-            assert 0 < stage.sequences < 5
+            assert (stage.sequences, len(weights_scored)) == (steps_left, 14)
         else:
-            assert stage.sequences == 0
+            assert (stage.sequences, len(weights_scored)) == (0, steps_left)

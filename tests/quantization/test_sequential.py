@@ -16,19 +16,19 @@ from conftest import make_model
 from torch import Tensor, nn
 
 import fgmp
-from fgmp import InputError, Recipe
+from fgmp import Recipe
 from fgmp.assign.policy import POLICIES
 from fgmp.assign.weights import pack_weights, score_weights
 from fgmp.formats.activation import fake_quantize
 from fgmp.model.convert import install
 from fgmp.model.linear import sites
+from fgmp.model.losses import Loss, causal_lm_loss
 from fgmp.model.select import linearize, quantizable, routers
 from fgmp.model.store import config_of
 from fgmp.pack.planes import PackedWeight
-from fgmp.sensitivity.fisher import Loss, causal_lm_loss
-from fgmp.sensitivity.moments import Moments, add_moments, new_moments
 from fgmp.quantization.sequential import Stage, block_of, bytes_needed, pack_in_turn, stages
-from fgmp.storage.resume import Unfinished
+from fgmp.sensitivity.moments import Moments, add_moments, new_moments
+from fgmp.storage.resume import PartialResults
 
 
 class Setting:
@@ -55,8 +55,8 @@ class Setting:
     def in_turn(
         self,
         pack: Callable[..., dict[str, PackedWeight]] | None = None,
-        kept: Unfinished | None = None,
-    ) -> dict:
+        results: PartialResults | None = None,
+    ) -> dict[str, PackedWeight]:
         return pack_in_turn(
             self.model,
             self.linears_of,
@@ -64,7 +64,7 @@ class Setting:
             self.samples,
             self.loss,
             pack or self.pack,
-            kept=kept,
+            results=results,
         )
 
     def with_weights(self, packed: dict[str, PackedWeight]) -> nn.Module:
@@ -95,10 +95,10 @@ class Setting:
     @torch.no_grad()
     def choices(self) -> list[Any]:
         """What the original's routers give, call by call."""
-        found: list[Any] = []
+        outputs: list[Any] = []
         hooks = [
             self.model.get_submodule(name).register_forward_hook(
-                lambda _, __, out: found.append(out)
+                lambda _, __, out: outputs.append(out)
             )
             for name in routers(self.model)
         ]
@@ -106,7 +106,7 @@ class Setting:
             self.loss(self.model, sample)
         for hook in hooks:
             hook.remove()
-        return found
+        return outputs
 
 
 def judged(setting: Setting) -> Callable[..., dict[str, PackedWeight]]:
@@ -116,15 +116,15 @@ def judged(setting: Setting) -> Callable[..., dict[str, PackedWeight]]:
 
     def pack(groups: Any, moments: dict[str, Moments]) -> dict[str, PackedWeight]:
         quantized = setting.with_weights(packed)
-        for owner, found in moments.items():
+        for owner, sums in moments.items():
             x = setting.inputs(setting.model, owner, None)
-            own = setting.inputs(quantized, owner, iter(choices))
+            y = setting.inputs(quantized, owner, iter(choices))
             site = setting.records[owner]
-            q = (fake_quantize(own, site)[0] * site.t).double() if len(own) else own.double()
+            q = (fake_quantize(y, site)[0] * site.t).double() if len(y) else y.double()
             # Sums in fp32, of a few hundred tokens.
             close = {"rtol": 1e-5, "atol": 1e-5 * float(q.square().sum() / q.shape[1])}
-            torch.testing.assert_close(found.h.double(), q.T @ q, **close)
-            torch.testing.assert_close(found.c.double(), x.double().T @ q, **close)
+            torch.testing.assert_close(sums.h.double(), q.T @ q, **close)
+            torch.testing.assert_close(sums.c.double(), x.double().T @ q, **close)
         packed.update(setting.pack(groups, moments))
         return {name: packed[name] for names in groups for name in names}
 
@@ -183,8 +183,7 @@ def test_a_stage_is_of_one_block_and_one_kind() -> None:
     linearize(model)
     names = list(quantizable(model))
     assert block_of(model, names[0]) == "model.layers.0"
-    found = stages(model, names)
-    first = [stage for stage in found if stage.block == "model.layers.0"]
+    first = [stage for stage in stages(model, names) if stage.block == "model.layers.0"]
     experts = "model.layers.0.mlp.experts"
     assert first[-2:] == [
         Stage("model.layers.0", [f"{experts}.{e}.gate_up_proj" for e in range(4)]),
@@ -262,9 +261,9 @@ def test_an_interrupted_run_leaves_the_model_alone(call: int, tokens: Tensor) ->
 def test_an_interrupted_run_goes_on(family: str, stop: int, tokens: Tensor, tmp_path: Path) -> None:
     """Wherever it stopped, also a block on: the same bits, and no stage is packed twice."""
     setting = Setting(make_model(family), tokens, causal_lm_loss)
-    wanted = setting.in_turn()
+    expected = setting.in_turn()
     count = len(stages(setting.model, list(setting.linears_of)))
-    kept, packed, allowed = Unfinished(tmp_path, "a" * 16), 0, stop % count
+    results, packed, allowed = PartialResults(tmp_path, "a" * 16), 0, stop % count
 
     def pack(groups: Any, moments: dict[str, Moments]) -> dict[str, PackedWeight]:
         nonlocal packed
@@ -274,32 +273,54 @@ def test_an_interrupted_run_goes_on(family: str, stop: int, tokens: Tensor, tmp_
         return setting.pack(groups, moments)
 
     with pytest.raises(KeyboardInterrupt):
-        setting.in_turn(pack, kept)
+        setting.in_turn(pack, results)
     allowed = count + 1
-    found = setting.in_turn(pack, kept)
+    weights = setting.in_turn(pack, results)
     assert packed == count
-    assert found.keys() == wanted.keys()
-    for name, weight in wanted.items():
-        own = found[name].tensors()
-        assert all(torch.equal(own[key], plane) for key, plane in weight.tensors().items())
+    assert same(weights, expected)
 
 
-@pytest.mark.parametrize("damage", ["another linear", "no shape"])
-def test_a_stage_that_is_not_what_was_kept_is_told(
+def same(one: dict[str, PackedWeight], other: dict[str, PackedWeight]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(one[name].tensors()[key], plane)
+        for name, weight in other.items()
+        for key, plane in weight.tensors().items()
+    )
+
+
+@pytest.mark.parametrize("damage", ["another linear", "no shape", "cut", "tensors", "header"])
+def test_a_damaged_stage_is_reported_and_packed_again(
     damage: str, tokens: Tensor, tmp_path: Path
 ) -> None:
     setting = Setting(make_model("llama"), tokens[:2], causal_lm_loss)
-    kept = Unfinished(tmp_path, "a" * 16)
-    setting.in_turn(setting.pack, kept)
-    found = kept.load("stage 00003")
-    assert found is not None
-    name = next(n for n in found if n.endswith(".shape"))
-    shape = found.pop(name)
-    if damage == "another linear":
-        found[f"another.{name}"] = shape
-    kept.store("stage 00003", found)
-    with pytest.raises(InputError, match=r"-00003.safetensors: not stage 00003 of this run .*; de"):
-        setting.in_turn(setting.pack, kept)
+    lines: list[str] = []
+    results = PartialResults(tmp_path, "a" * 16, lines.append)
+    expected = setting.in_turn(setting.pack, results)
+    part, packed = "stage 00003", 0
+    path = results.file(part).path
+    whole = path.read_bytes()
+    if damage in ("another linear", "no shape"):  # intact, but not what this run stored
+        state = results.load(part)
+        assert state is not None
+        name = next(n for n in state.tensors if n.endswith(".shape"))
+        shape = state.tensors.pop(name)
+        if damage == "another linear":
+            state.tensors[f"another.{name}"] = shape
+        results.store(part, state.tensors)
+    else:
+        content = bytearray(whole)
+        content[whole.index(b"crc32") + 30 if damage == "header" else -100] ^= 1
+        path.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+
+    def pack(groups: Any, moments: dict[str, Moments]) -> dict[str, PackedWeight]:
+        nonlocal packed
+        packed += 1
+        return setting.pack(groups, moments)
+
+    assert same(setting.in_turn(pack, results), expected)
+    assert packed == 1 and path.read_bytes() == whole
+    (line,) = lines
+    assert line.startswith(f"{path}: ") and line.endswith("done again")
 
 
 def test_bytes_are_moments_of_a_stage_and_outputs_of_a_block() -> None:

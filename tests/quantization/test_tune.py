@@ -1,7 +1,7 @@
 """Tuning what is not quantized: predictions come back, codes stay, and the model with them."""
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,25 +9,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_model
+from small_runs import Watch, same_state
 from torch import Tensor, nn
 
 import fgmp
-from fgmp import InputError, MemoryLimitError, Recipe
-from fgmp.quantization.candidates import Assignment, Choice
+from fgmp import InputError, Recipe
 from fgmp.demo.text import docstrings, standard_library
-from fgmp.quantization.held_out import Trial
 from fgmp.model.gradients import differentiable
 from fgmp.model.linear import mixed_linears
 from fgmp.model.select import linearize
 from fgmp.model.source import load_model, load_tokenizer
 from fgmp.model.store import config_of
-from fgmp.progress import Progress
-from fgmp.quantization.memory import MemoryEstimate, estimate, require
+from fgmp.quantization.candidates import Choice, Decision
+from fgmp.quantization.held_out import Trial
+from fgmp.quantization.install import Assignment
+from fgmp.quantization.task import BudgetResult
 from fgmp.quantization.tune import _Adam, tune
-from fgmp.storage.resume import Unfinished, forget
 
 DEMO = str(Path(fgmp.__file__).parent / "demo" / "model")
 ALL_FP4 = {"fp4": 1.0, "clip": "off", "compensate": False}
+
+
+Report = Callable[[str], None]
 
 
 def quantized(tokens: Tensor, family: str = "llama", **recipe: object) -> nn.Module:
@@ -40,9 +43,9 @@ def test_predictions_come_back_on_text_that_was_held_out() -> None:
     model = load_model(DEMO)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     fgmp.quantize(model, tokens[:8], Recipe(**ALL_FP4, tune=12), held_out=tokens[8:])
-    found = config_of(model).result["tune"]
-    assert found["used"]
-    assert found["held_out_kl"]["with"] < 0.95 * found["held_out_kl"]["without"]
+    outcome = config_of(model).result["tune"]
+    assert outcome["used"]
+    assert outcome["held_out_kl"]["with"] < 0.95 * outcome["held_out_kl"]["without"]
     untuned = fgmp.quantize(load_model(DEMO), tokens[:8], Recipe(**ALL_FP4), held_out=tokens[8:])
     for name, linear in mixed_linears(model).items():
         assert torch.equal(linear.weight, untuned.get_submodule(name).weight)
@@ -50,11 +53,15 @@ def test_predictions_come_back_on_text_that_was_held_out() -> None:
     assert moved == {n for n, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
-def test_ties_biases_and_files_hold(
-    family: str, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def always_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuned parameters are used, whatever they bring."""
     monkeypatch.setattr("fgmp.quantization.held_out.Trial.clearly_better", lambda self, other: True)
+
+
+@pytest.mark.usefixtures("always_used")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
+def test_ties_biases_and_files_hold(family: str, tokens: Tensor, tmp_path: Path) -> None:
     model = quantized(tokens, family, tune=2)
     assert config_of(model).result["tune"]["used"]
     plain = quantized(tokens[:7], family)  # the eighth sequence was held out
@@ -100,78 +107,77 @@ def test_the_original_is_back_after_an_interruption(tokens: Tensor) -> None:
     before = dict(model.named_modules())
     state = {n: p.detach().clone() for n, p in model.named_parameters()}
 
-    class Stopped(Exception):
-        pass
-
-    class Progress:
-        def __call__(self, title: str, total: int) -> "Progress":
-            self.title = title
-            return self
-
-        def __enter__(self) -> "Progress":
-            def advance() -> None:
-                if self.title == "tuning":
-                    raise Stopped
-
-            return advance  # type: ignore[return-value]
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-    with pytest.raises(Stopped):
-        fgmp.quantize(model, tokens, Recipe(**ALL_FP4, tune=1), progress=Progress())  # type: ignore[arg-type]
+    watch = Watch(model, ("tuning", 0, 1))
+    with pytest.raises(KeyboardInterrupt):
+        fgmp.quantize(model, tokens, Recipe(**ALL_FP4, tune=1), progress=watch)
     assert dict(model.named_modules()) == before
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, state[name]) and parameter.grad is None
 
 
-@pytest.mark.parametrize("stop", [1, 3, 9])
-def test_an_interrupted_tuning_goes_on(
-    stop: int, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To the same bits, also in the middle of a pass; steps of 2 sequences, 3 a pass."""
-    monkeypatch.setattr("fgmp.quantization.tune.SEQUENCES_A_STEP", 2)
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps of two sequences, the state stored after each; the numbers of the steps that ran."""
+    monkeypatch.setattr("fgmp.quantization.tune.SEQUENCES_PER_STEP", 2)
     monkeypatch.setattr("fgmp.quantization.tune.SAVE_EVERY_SECONDS", -1)
-    monkeypatch.setattr("fgmp.quantization.held_out.Trial.clearly_better", lambda self, other: True)
     steps: list[int] = []
     step = _Adam.step
 
     def counted(self: _Adam) -> None:
-        if len(steps) == stop:
-            raise KeyboardInterrupt
         step(self)
         steps.append(self.done)
 
-    def run() -> nn.Module:
-        return fgmp.quantize(
-            make_model("gpt2"),
-            tokens[:6],
-            Recipe(**ALL_FP4, tune=4),
-            held_out=tokens[6:],
-            unfinished=tmp_path,
-        )
-
-    wanted = run()
-    forget(tmp_path)
-    tmp_path.mkdir()
     monkeypatch.setattr(_Adam, "step", counted)
+    return steps
+
+
+def tuned(tokens: Tensor, resume: Path | None, watch: Watch, report: Report = print) -> nn.Module:
+    return fgmp.quantize(
+        watch.model,
+        tokens[:6],
+        Recipe(**ALL_FP4, tune=4),
+        held_out=tokens[6:],
+        resume=resume,
+        progress=watch,
+        report=report,
+    )
+
+
+@pytest.mark.parametrize("stop", [1, 3, 9])
+@pytest.mark.usefixtures("always_used")
+def test_an_interrupted_tuning_goes_on(
+    stop: int, tokens: Tensor, tmp_path: Path, small_steps: list[int]
+) -> None:
+    """To the same bits, also in the middle of a pass; steps of 2 sequences, 3 per pass."""
+    expected = tuned(tokens, None, Watch(make_model("gpt2")))
+    assert small_steps == list(range(1, 13))
+    small_steps.clear()
+    # Interrupted after the first sequence of the next step.
     with pytest.raises(KeyboardInterrupt):
-        run()
-    stop = 99
-    found = run()
-    assert steps == list(range(1, 13))
-    for name, parameter in wanted.named_parameters():
-        assert torch.equal(found.get_parameter(name), parameter)
-    (kept,) = tmp_path.iterdir()
-    assert kept.name.endswith("-tuning.safetensors")
+        tuned(tokens, tmp_path, Watch(make_model("gpt2"), ("tuning", 0, 2 * stop + 1)))
+    resumed = Watch(make_model("gpt2"))
+    assert same_state(tuned(tokens, tmp_path, resumed), expected)
+    assert small_steps == list(range(1, 13))
+    (stage,) = resumed.of("tuning")
+    # Two passes forward per sequence, one of the original.
+    assert (stage.done, stage.sequences) == (24, 2 * 2 * (12 - stop))
+    assert len(list(tmp_path.glob("*-tuning.safetensors"))) == 1
 
 
-def test_a_tuning_of_another_model_is_told(tmp_path: Path) -> None:
-    kept = Unfinished(tmp_path, "0" * 16)
-    _Adam({"a": torch.ones(3)}, 5).store(kept)
-    for values in ({"b": torch.ones(3)}, {"a": torch.ones(4)}):
-        with pytest.raises(InputError, match=r"tuning.safetensors: not tuning of this run"):
-            _Adam(values, 5).resume(kept)
+@pytest.mark.usefixtures("always_used")
+def test_a_finished_tuning_is_not_repeated(
+    tokens: Tensor, tmp_path: Path, small_steps: list[int]
+) -> None:
+    expected = tuned(tokens, tmp_path, Watch(make_model("gpt2")))
+    small_steps.clear()
+    assert same_state(tuned(tokens, tmp_path, Watch(make_model("gpt2"))), expected)
+    assert small_steps == []
+    # Other parameters of the same model have another state.
+    other = make_model("gpt2")
+    other.get_parameter("transformer.ln_f.weight").data += 0.5
+    tuned(tokens, tmp_path, Watch(other))
+    assert small_steps == list(range(1, 13))
+    assert len(list(tmp_path.glob("*-tuning.safetensors"))) == 2
 
 
 class Block(nn.Module):
@@ -205,11 +211,11 @@ class Shared(nn.Module):
         return SimpleNamespace(logits=self.head(x))
 
 
+@pytest.mark.usefixtures("always_used")
 @pytest.mark.parametrize("exclude", [(), ("layers.0.up",)])
 def test_what_is_shared_stays_shared(
-    exclude: tuple[str, ...], tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exclude: tuple[str, ...], tokens: Tensor, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("fgmp.quantization.held_out.Trial.clearly_better", lambda self, other: True)
     model, before = Shared(), Shared()
     fgmp.quantize(model, tokens, Recipe(**ALL_FP4, tune=2, exclude=exclude))
     assert model.layers[0].norm is model.layers[1].norm
@@ -221,11 +227,9 @@ def test_what_is_shared_stays_shared(
         assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
-def test_a_forward_that_holds_on_to_its_module_is_tuned(
-    tokens: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("always_used")
+def test_a_forward_that_holds_on_to_its_module_is_tuned(tokens: Tensor) -> None:
     """As hooks that place layers on devices make it."""
-    monkeypatch.setattr("fgmp.quantization.held_out.Trial.clearly_better", lambda self, other: True)
     model = make_model("llama")
     norm = model.get_submodule("model.norm")
     norm.forward = partial(type(norm).forward, norm)  # type: ignore[method-assign]
@@ -257,21 +261,30 @@ def test_a_bound_of_perplexity_holds_for_what_is_tuned(
     """Nearer by KL, but 0.4% or 0.6% over all FP8 where 0.5% were allowed."""
     lines: list[str] = []
     task = SimpleNamespace(recipe=Recipe(max_increase=0.5, tune=1), report=lines.append)
-    found = {"without": trial(2.001, 0.2), "with": trial(2 + math.log1p(increase / 100), 0.1)}
-    monkeypatch.setattr(
-        "fgmp.quantization.tune.tuned_parameters", lambda task, assignment: {"a": tokens}
-    )
-    monkeypatch.setattr("fgmp.quantization.tune.measure", lambda task, candidates: found)
-    before = Choice(Assignment({}, None, {}), {"budget": {"bits": 5, "increase_percent": 0.1}})  # type: ignore[arg-type]
-    after = tune(task, before, {"fp8": trial(2.0, 0.3)})  # type: ignore[arg-type]
+    measured = {"without": trial(2.001, 0.2), "with": trial(2 + math.log1p(increase / 100), 0.1)}
+    module = "fgmp.quantization.tune"
+    monkeypatch.setattr(f"{module}.tuned_parameters", lambda task, assignment: {"a": tokens})
+    monkeypatch.setattr(f"{module}.measure", lambda task, candidates: measured)
+    budget = BudgetResult(bits=5, increase_percent=0.1)
+    assignment = Assignment({}, None, {})  # type: ignore[arg-type]
+    before = Choice(assignment, Decision(False), Decision(None), budget)
+    after = tune(task, before, trial(2.0, 0.3))  # type: ignore[arg-type]
     used = increase <= 0.5
-    assert after.facts["tune"]["used"] == used
+    assert after.tune is not None and after.tune.used == used
+    assert after.tune.held_out_kl == {"without": 0.2, "with": 0.1}
+    assert after.to_dict()["tune"] == {"used": used, "held_out_kl": {"without": 0.2, "with": 0.1}}
     assert bool(after.assignment.parameters) == used
-    told = increase if used else 0.1
-    assert after.facts["budget"]["increase_percent"] == pytest.approx(told)
-    assert before.facts["budget"] == {"bits": 5, "increase_percent": 0.1}
-    expected = f"is {increase:+.2f}%" if used else "+0.60% from all-FP8's, max_increase is 0.5%,"
-    assert expected in lines[-1]
+    reported = increase if used else 0.1
+    assert after.budget.bits == 5
+    assert after.budget.increase_percent == pytest.approx(reported)
+    assert before.tune is None and before.budget == budget
+    line = (
+        f"held-out perplexity is {increase:+.2f}% "
+        if used
+        else "tuning took held-out perplexity to +0.60% from all-FP8's, over the max_increase of "
+        "0.5%: tuned parameters are not used"
+    )
+    assert line in lines[-1]
 
 
 def test_another_loss_and_too_few_sequences_are_refused(tokens: Tensor) -> None:
@@ -282,27 +295,3 @@ def test_another_loss_and_too_few_sequences_are_refused(tokens: Tensor) -> None:
         fgmp.quantize(make_model("llama"), tokens, Recipe(**ALL_FP4, tune=3), loss=loss)
     with pytest.raises(InputError, match=r"^tune needs at least 2 sequences, got 1$"):
         quantized(tokens[:1], tune=1)
-
-
-def test_memory_counts_what_is_tuned() -> None:
-    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Linear(16, 4))
-    linears = {"0": model[0], "1": model[1]}
-
-    def loss(model: nn.Module, sample: Tensor) -> tuple[Tensor, int]:
-        return model(sample).square().sum(), len(sample)
-
-    plain, tuned = (
-        estimate(model, linears, torch.zeros(10, 8), loss, 0.6, tuned=t) for t in (False, True)
-    )
-    assert plain.logits == 0
-    large = estimate(model, linears, torch.zeros(10, 8), loss, 0.6, vocabulary=1000)
-    assert large.logits == 5 * 4 * 10 * 1000 and large.working == plain.working
-    assert MemoryEstimate(held=9, fisher=5, packed=7, working=3, logits=8).peak == 9 + 5 + 3 + 8
-    assert MemoryEstimate(held=9, fisher=1, packed=7, working=3, logits=8).peak == 9 + 7 + 8
-    bias, step, dequantized = 4 * (12 + 2 * 4), 4 * (4 + 2 * 4), 4 * 8 * 16
-    assert (plain.tuning, tuned.tuning) == (0, bias + step + dequantized)
-    least = MemoryEstimate(held=9, fisher=5, packed=7, working=3, tuning=20)
-    assert least.peak == 39 and least.tuning_is_the_peak
-    assert not MemoryEstimate(held=9, fisher=50, packed=7, working=3, tuning=20).tuning_is_the_peak
-    with pytest.raises(MemoryLimitError, match="use tune: 0, a shorter seq_len"):
-        require(replace(least, tuning=1 << 60), torch.device("cpu"))

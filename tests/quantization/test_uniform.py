@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from small_runs import quantized
 from conftest import FAMILIES, make_model
+from small_runs import quantized
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

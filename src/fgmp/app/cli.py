@@ -68,9 +68,32 @@ SeqLen = Annotated[
     int | None,
     typer.Option(help="Tokens in a window. [default: the model's context, at most 2048]"),
 ]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos",
+        help="Start every window with the beginning-of-sequence token. [default: if the tokenizer "
+        "puts it before a text]",
+    ),
+]
 KvCache = Annotated[
     str | None,
     typer.Option(help="Keep keys and values packed: fp8, nvfp4 or mixed, 70% of it in FP4."),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python files that come with the model. Only for models of people you trust.",
+    ),
+]
+CompareBos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos",
+        help="Start every window with the beginning-of-sequence token. [default: as in the "
+        "checkpoint's calibration]",
+    ),
 ]
 
 # Options of `quantize`.
@@ -156,6 +179,8 @@ def quantize(
     policy: Policy = None,
     clip: Clip = None,
     tune: Tune = None,
+    bos: Bos = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL and write a packed checkpoint.
@@ -183,7 +208,16 @@ def quantize(
 
     chosen = Recipe.from_yaml(recipe) if recipe else Recipe()
     chosen = chosen.with_options({k: v for k, v in options.items() if v is not None})
-    summary = quantize_to(model, output, chosen, calib, terminal_reporter(), calibration)
+    summary = quantize_to(
+        model,
+        output,
+        chosen,
+        calib,
+        terminal_reporter(),
+        calibration,
+        bos,
+        trust_remote_code=trust_remote_code,
+    )
     show(summary, as_json, lambda result: print_lines(result.lines()))
 
 
@@ -193,6 +227,8 @@ def evaluate(
     data: Text,
     seq_len: SeqLen = None,
     kv_cache: KvCache = None,
+    bos: Bos = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Perplexity of a model on TEXT.
@@ -202,7 +238,10 @@ def evaluate(
     """
     from fgmp.app.commands import evaluate_model
 
-    evaluation = evaluate_model(model, data, seq_len, terminal_reporter(), kv_cache)
+    reporter, trust = terminal_reporter(), trust_remote_code
+    evaluation = evaluate_model(
+        model, data, seq_len, reporter, kv_cache, bos, trust_remote_code=trust
+    )
     show(evaluation, as_json, lambda result: print_lines(result.lines()))
 
 
@@ -212,6 +251,8 @@ def compare(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Its fgmp checkpoint.")],
     data: Text,
     seq_len: SeqLen = None,
+    bos: CompareBos = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Original, all-FP8, all-NVFP4 and FGMP side by side on TEXT.
@@ -221,7 +262,10 @@ def compare(
     """
     from fgmp.app.commands import compare_models
 
-    comparison = compare_models(model, directory, data, seq_len, terminal_reporter())
+    reporter, trust = terminal_reporter(), trust_remote_code
+    comparison = compare_models(
+        model, directory, data, seq_len, reporter, bos, trust_remote_code=trust
+    )
     show(comparison, as_json, _print_comparison)
 
 
@@ -244,13 +288,24 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
     kv_cache: KvCache = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Continue PROMPT, token by token as they come."""
     from fgmp.app.commands import generate_text
 
     stream = None if as_json else _write
-    text = generate_text(directory, prompt, max_new_tokens, temperature, seed, stream, kv_cache)
+    text = generate_text(
+        directory,
+        prompt,
+        max_new_tokens,
+        temperature,
+        seed,
+        stream,
+        kv_cache,
+        trust_remote_code=trust_remote_code,
+        reporter=terminal_reporter(),
+    )
     show(text, as_json, lambda _: _write("\n"))
 
 

@@ -27,14 +27,16 @@ from fgmp.app.records import (
 from fgmp.assign.frontier import Fractions
 from fgmp.data import (
     CalibrationText,
+    beginning,
+    calibration_stream,
     choose_windows,
     digest,
     evaluation_windows,
     overlap_with,
-    read_documents,
     tokenize,
 )
 from fgmp.demo.text import docstrings, standard_library
+from fgmp.documents import read_documents
 from fgmp.errors import CheckpointError, FGMPError, InputError
 from fgmp.evaluation import compare as comparison
 from fgmp.evaluation.perplexity import batches, next_token_log_probabilities
@@ -49,7 +51,7 @@ from fgmp.pack.checkpoint import QUANT_METHOD
 from fgmp.pack.folder import weight_files
 from fgmp.progress import Progress, silent
 from fgmp.quantization.budget import least_bytes
-from fgmp.quantization.pipeline import prepare, run
+from fgmp.quantization.pipeline import prepare, require_embedded, run
 from fgmp.quantization.uniform import uniform
 from fgmp.recipe import Recipe
 from fgmp.storage.resume import forget, require_own
@@ -90,6 +92,9 @@ def quantize_to(
     calibration_text: str | None = None,
     reporter: Reporter = SILENT,
     calibration: Path | None = None,
+    bos: bool | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> QuantizeSummary:
     """Quantize a model by name and write the checkpoint.
 
@@ -101,19 +106,21 @@ def quantize_to(
         reporter: where progress goes.
         calibration: file that keeps the Fisher information, for other recipes on the same model
             and text.
+        bos: whether every calibration window starts with the beginning-of-sequence token; None: if
+            the tokenizer puts it before a text.
     """
     started = time.perf_counter()
     _require_targets(output, calibration)
-    source = Source(model_name)
+    source = _source(model_name, trust_remote_code, reporter)
     if source.is_packed:
         raise InputError(f"model {model_name}: already quantized, by {QUANT_METHOD!r}")
-    # The text comes before the model, whose loading may take minutes.
-    documents = _calibration_documents(calibration_text)
     tokenizer = source.tokenizer()
-    stream = tokenize(documents, tokenizer)
+    bos_id = beginning(tokenizer, bos)
+    # The text comes before the model, whose loading may take minutes.
+    stream = _calibration_stream(calibration_text, tokenizer, recipe)
     model = source.load()
     source.require_every_tensor(model)
-    text = _calibration_windows(stream, model, recipe, calibration_text, reporter)
+    text = _calibration_windows(stream, bos_id, model, recipe, calibration_text, reporter)
     resume = output.absolute().parent / f".{output.absolute().name}.unfinished"
     require_own(resume)
     with _resumable(resume, reporter):
@@ -130,9 +137,10 @@ def quantize_to(
         run(prepared, calibration=calibration)
         config = config_of(model)
         config.calibration.update(
-            text=Path(calibration_text).name if calibration_text else "docstrings",
+            text=_utf8(Path(calibration_text).name) if calibration_text else "docstrings",
             fingerprint=text.fingerprint,
             seq_len=text.samples.shape[1],
+            bos=bos_id is not None,
             # The held-out slice decided too, so a figure on it would be flattered as well.
             digest=digest(torch.cat([text.samples, text.held_out]), tokenizer),
         )
@@ -142,8 +150,17 @@ def quantize_to(
     return _summary(model, output, time.perf_counter() - started)
 
 
+def _source(name: str, trust_remote_code: bool, reporter: Reporter) -> Source:
+    """The model of this name; says loudly that code which comes with it will run."""
+    if trust_remote_code:
+        reporter.message(f"warning: Python files that come with {name} are run")
+    return Source(name, trust_remote_code=trust_remote_code)
+
+
 def _require_targets(output: Path, calibration: Path | None) -> None:
     """Refuse targets that cannot be written, before any work."""
+    for path in (output, calibration):
+        _require_unicode(f"{path}: the path", str(path))
     checkpoint.require_free(output)
     if calibration is not None and not calibration.exists():
         checkpoint.require_writable(calibration)
@@ -151,12 +168,29 @@ def _require_targets(output: Path, calibration: Path | None) -> None:
             raise InputError(f"{calibration}: lies in {output}, which must be empty until the end")
 
 
-def _calibration_documents(name: str | None) -> list[str]:
-    return read_documents(name) if name else list(docstrings(standard_library()))
+def _require_unicode(name: str, text: str) -> None:
+    """Refuse text with lone surrogates, by which Python stands for bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} is not valid UTF-8 at character {error.start}") from error
+
+
+def _utf8(text: str) -> str:
+    """Text with its lone surrogates replaced by question marks."""
+    return text.encode(errors="replace").decode()
+
+
+def _calibration_stream(name: str | None, tokenizer: Any, recipe: Recipe) -> torch.Tensor:
+    if not name:
+        return tokenize(docstrings(standard_library()), tokenizer)
+    options = {"samples": recipe.samples, "seq_len": recipe.seq_len, "seed": recipe.seed}
+    return calibration_stream(name, tokenizer, **options)
 
 
 def _calibration_windows(
     stream: torch.Tensor,
+    bos_id: int | None,
     model: nn.Module,
     recipe: Recipe,
     name: str | None,
@@ -168,6 +202,7 @@ def _calibration_windows(
         samples=recipe.samples,
         seq_len=seq_len,
         seed=recipe.seed,
+        bos_id=bos_id,
         source=name or "docstrings of the Python library",
     )
     if len(text.samples) < text.asked:
@@ -233,15 +268,24 @@ def evaluate_model(
     seq_len: int | None = None,
     reporter: Reporter = SILENT,
     kv_cache: str | None = None,
+    bos: bool | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> Evaluation:
-    """Perplexity of a model or checkpoint by name, with a packed KV cache if one is named."""
+    """Perplexity of a model or checkpoint by name, with a packed KV cache if one is named.
+
+    ``bos`` is as for :func:`fgmp.evaluation_windows`.
+    """
     if kv_cache:
         require_kind(kv_cache)
     documents = read_documents(data)  # before the model, whose loading may take minutes
-    source = Source(name)
+    source = _source(name, trust_remote_code, reporter)
     tokenizer, model = source.tokenizer(), source.load()
-    windows = evaluation_windows(data, tokenizer, _window_length(model, seq_len), documents)
-    cache = _packed_cache(model, tokenizer, kv_cache) if kv_cache else None
+    length = _window_length(model, seq_len)
+    windows = evaluation_windows(data, tokenizer, length, documents, bos=bos)
+    del documents
+    require_embedded(f"text {data}", windows, model)
+    cache = _packed_cache(model, tokenizer, kv_cache, bos) if kv_cache else None
     stored = 0
 
     comparison.start_counting(model)
@@ -281,16 +325,27 @@ def compare_models(
     data: str,
     seq_len: int | None = None,
     reporter: Reporter = SILENT,
+    bos: bool | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> Comparison:
-    """Original, all-FP8, all-NVFP4 and the checkpoint in ``directory``, on the same windows."""
+    """Original, all-FP8, all-NVFP4 and the checkpoint in ``directory``, on the same windows.
+
+    ``bos`` is as for :func:`fgmp.evaluation_windows`; None: as in the checkpoint's calibration.
+    """
     checkpoint.read_config(directory)
-    source = Source(model_name)
+    source = _source(model_name, trust_remote_code, reporter)
     if source.is_packed:
         raise InputError(f"model {model_name}: the original must not be quantized")
     documents = read_documents(data)
     tokenizer = source.tokenizer()
     original, mixed = source.load(), Source(str(directory)).load()
-    windows = evaluation_windows(data, tokenizer, _window_length(original, seq_len), documents)
+    length = _window_length(original, seq_len)
+    if bos is None:
+        bos = _calibrated_bos(mixed)
+    windows = evaluation_windows(data, tokenizer, length, documents, bos=bos)
+    del documents
+    require_embedded(f"text {data}", windows, original)
     models = {
         "fp8": uniform(sharing_copy(original), mixed, "fp8"),
         "nvfp4": uniform(sharing_copy(original), mixed, "nvfp4"),
@@ -302,6 +357,12 @@ def compare_models(
     return Comparison(rows, coverage(mixed), calibration_overlap=repeated)
 
 
+def _calibrated_bos(model: nn.Module) -> bool | None:
+    """Whether calibration windows started with a beginning-of-sequence token; None if unknown."""
+    bos = config_of(model).calibration.get("bos")
+    return bos if isinstance(bos, bool) else None
+
+
 def generate_text(
     name: str,
     prompt: str,
@@ -310,6 +371,9 @@ def generate_text(
     seed: int = 0,
     stream: Callable[[str], None] | None = None,
     kv_cache: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    reporter: Reporter = SILENT,
 ) -> Generation:
     """Continue a prompt; ``stream`` gets the text as it comes.
 
@@ -317,13 +381,15 @@ def generate_text(
     """
     if kv_cache:
         require_kind(kv_cache)
-    source = Source(name)
+    _require_unicode("the prompt", prompt)
+    source = _source(name, trust_remote_code, reporter)
     tokenizer, model = source.tokenizer(), source.load()
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     length = inputs["input_ids"].shape[1]
     room = context_length(model) - length
     if length == 0 or room < 1:
         raise InputError(f"the prompt has {length} tokens; it must have 1 to {length + room - 1}")
+    require_embedded("the prompt", inputs["input_ids"], model)
     cache = _packed_cache(model, tokenizer, kv_cache) if kv_cache else None
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
@@ -346,13 +412,20 @@ def generate_text(
     )
 
 
-def _packed_cache(model: nn.Module, tokenizer: Any, kind: str) -> PackedCache:
+def _packed_cache(
+    model: nn.Module, tokenizer: Any, kind: str, bos: bool | None = None
+) -> PackedCache:
     """An empty packed KV cache, calibrated on docstrings of the Python library."""
-    stream = tokenize(list(docstrings(standard_library())), tokenizer)
-    length = min(_CACHE_SEQ_LEN, context_length(model))
+    stream = tokenize(docstrings(standard_library()), tokenizer)
     text = choose_windows(
-        stream, samples=_CACHE_SAMPLES, seq_len=length, seed=0, source="docstrings"
+        stream,
+        samples=_CACHE_SAMPLES,
+        seq_len=min(_CACHE_SEQ_LEN, context_length(model)),
+        seed=0,
+        bos_id=beginning(tokenizer, bos),
+        source="docstrings",
     )
+    require_embedded("docstrings", text.samples, model)
     return packed_cache(model, text.samples, kind)
 
 

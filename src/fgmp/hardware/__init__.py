@@ -14,6 +14,7 @@ yosys            the only module that runs Yosys
 
 cells            standard cells, and a library of them by logical effort
 liberty          cell libraries from files
+expression       functions of cells, parsed and evaluated
 netlist          gates and registers of a mapped design
 synthesis        RTL to netlists
 timing           loads, slews, delays

@@ -154,14 +154,34 @@ def _runnable(model: nn.Module) -> nn.Module:
     return run_as_fp32(model) if stored_dtype(model) == torch.float16 else model
 
 
+_CONTEXT_KEYS = (
+    *("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"),
+    *("max_seq_length", "seq_length", "seq_len", "n_ctx", "context_length", "max_context_length"),
+    *("max_target_positions",),
+)
+"""Names of the context length in configurations, most common first."""
+
+
 def context_length(model: nn.Module, default: int = 2048) -> int:
-    """Context length by the model's configuration; ``default`` if it states none."""
+    """Context length by the model's configuration; ``default`` if it states none.
+
+    The configuration of a text model inside a multimodal one comes first.
+    """
     config = getattr(model, "config", None)
-    for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        value = getattr(config, key, None)
-        if isinstance(value, int) and value > 0:
-            return value
+    for part in (_text_config(config), config):
+        for key in _CONTEXT_KEYS:
+            value = getattr(part, key, None)
+            if isinstance(value, int) and value > 0:
+                return value
     return default
+
+
+def _text_config(config: Any) -> Any:
+    """Configuration of the text model; None if there is none or it is ambiguous."""
+    try:
+        return config.get_text_config()
+    except (AttributeError, ValueError):
+        return getattr(config, "text_config", None)
 
 
 def _config(name: str, trust_remote_code: bool) -> Any:

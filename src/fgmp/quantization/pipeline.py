@@ -128,8 +128,8 @@ def prepare(
     The model is linearized, in place.
     """
     if loss is causal_lm_loss:
-        _require_tokens("samples", samples)
-        _require_tokens("held_out", () if held_out is None else held_out)
+        _require_tokens("samples", samples, model)
+        _require_tokens("held_out", () if held_out is None else held_out, model)
     elif recipe.tune:
         raise InputError(
             f"tune needs the predictions of a causal language model, got another loss and tune "
@@ -187,8 +187,8 @@ def run(
     return task.model
 
 
-def _require_tokens(name: str, sequences: Sequence[Any] | Tensor) -> None:
-    """Refuse sequences that are not token ids, before hours of calibration."""
+def _require_tokens(name: str, sequences: Sequence[Any] | Tensor, model: nn.Module) -> None:
+    """Refuse sequences that are not the model's token ids, before hours of calibration."""
     for index, tokens in enumerate(sequences):
         if not isinstance(tokens, Tensor) or tokens.is_floating_point():
             got = f"{tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
@@ -200,6 +200,27 @@ def _require_tokens(name: str, sequences: Sequence[Any] | Tensor) -> None:
             f"{name} must be token ids, int64 (B, L) with L 2 or more, where no other loss is "
             f"given; got {got} as sequence {index}"
         )
+    require_embedded(name, sequences, model)
+
+
+def require_embedded(name: str, sequences: Sequence[Tensor] | Tensor, model: nn.Module) -> None:
+    """Refuse token ids, int64 (L,) per sequence, without a row of the input embedding.
+
+    Raises:
+        InputError: naming the first such id and its position.
+    """
+    try:
+        rows = len(model.get_input_embeddings().weight)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):  # a model that does not name it
+        return
+    for index, tokens in enumerate(sequences):
+        outside = (tokens < 0) | (tokens >= rows)
+        if outside.any():
+            position = int(outside.int().argmax())
+            raise InputError(
+                f"{name}: token id {int(tokens[position])} in sequence {index}, token {position}, "
+                f"but the model's embedding has {rows} rows"
+            )
 
 
 def _split(
