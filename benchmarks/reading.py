@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from provenance import provenance
+from interleaved import machine
 from torch import Tensor
 
 from fgmp.formats.activation import Site, multiplier
@@ -97,7 +97,7 @@ def main() -> None:
     rows = [by_tensors(count, args.repeats) for count in args.tensors]
     sizes = [by_size(size, args.repeats) for size in args.megabytes]
     if args.json:
-        print(json.dumps({**provenance(), "tensors": rows, "sizes": sizes}, indent=1))
+        print(json.dumps({**machine(), "tensors": rows, "sizes": sizes}, indent=1))
         return
     for table in (rows, sizes):
         print("| " + " | ".join(key.replace("_", " ") for key in table[0]) + " |")

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from fgmp.assign import policy as policies
 from fgmp.assign.policy import POLICIES
 from fgmp.errors import InputError
-from fgmp.recipe import BUDGETS, CLIP_CHOICES, PAPER, POLICY_NAMES, Recipe
+from fgmp.recipe import BUDGETS, CLIP_CHOICES, PAPER, Recipe
 
 
 @pytest.mark.parametrize(
@@ -82,8 +83,8 @@ from fgmp.recipe import BUDGETS, CLIP_CHOICES, PAPER, POLICY_NAMES, Recipe
             {"max_bytes": 10, "policy": "error"},
             "recipe: max_bytes needs scores of one unit, policy fisher, got 'error'",
         ),
-        ({"rule": "best"}, "recipe: rule must be benefit, difference or truncated, got 'best'"),
-        ({"scales": 4}, "recipe: scales must be search or max, got 4"),
+        ({"rule": "best"}, "recipe: rule must be difference, benefit or truncated, got 'best'"),
+        ({"scales": 4}, "recipe: scales must be max or search, got 4"),
         (
             {"sensitivities": "e5m2"},
             "recipe: sensitivities must be e4m3 or powers, got 'e5m2'",
@@ -117,13 +118,19 @@ def test_values_out_of_range_are_named(values: dict[str, Any], message: str) -> 
 def test_the_ends_of_every_range_are_inside() -> None:
     Recipe(fp4=0, fp4_activations=1, samples=1, seq_len=2, seed=0, headroom=1)
     Recipe(fp4=1, fp4_activations=0.0, headroom=1024)
-    for policy in POLICY_NAMES:
+    for policy in POLICIES:
         for clip in CLIP_CHOICES:
             Recipe(policy=policy, clip=clip)
 
 
-def test_policies_are_those_that_exist() -> None:
-    assert tuple(POLICIES) == POLICY_NAMES
+def test_names_are_those_of_the_registries() -> None:
+    policies.register("mine", policies.Policy(sensitivity="none"))
+    try:
+        assert Recipe(policy="mine").policy == "mine"
+    finally:
+        del POLICIES["mine"]
+    with pytest.raises(InputError, match=r"policy must be one of fisher, .*, got 'mine'"):
+        Recipe(policy="mine")
 
 
 def test_activations_follow_weights_unless_told() -> None:

@@ -7,7 +7,6 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from conftest import make_model
 from torch import Tensor, nn

@@ -95,7 +95,7 @@ def test_divergence_by_its_definition() -> None:
 def test_evaluating_advances_once_per_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """And leaves the model in evaluation mode: dropout would change every loss."""
     windows = torch.randint(128, (5, 8), generator=torch.Generator().manual_seed(2))
-    monkeypatch.setattr("fgmp.evaluation.perplexity._TOKENS_A_BATCH", 16)
+    monkeypatch.setattr("fgmp.evaluation.perplexity._TOKENS_PER_BATCH", 16)
     model = make_model("gpt2").train()
     assert any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
     steps: list[int] = []

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from fgmp.formats import activation
 from fgmp.formats.activation import (
-    SCALES,
     Site,
     fake_quantize,
     fl32,
@@ -25,6 +24,7 @@ from fgmp.formats.activation import (
     site_threshold,
 )
 from fgmp.formats.codec import decode_e4m3, encode_e2m1
+from fgmp.formats.rules import SCALES
 from fgmp.formats.spec import THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
 
 from . import model
@@ -604,33 +604,6 @@ def test_empty_input():
     units, is_fp8 = fake_quantize(torch.zeros(0, 32), a_site(32))
     assert units.shape == (0, 32)
     assert is_fp8.shape == (0, 2)
-
-
-# The arbitrary rule
-
-
-def hash_in_integers(fp8):
-    """docs/numerics.md, section 5, with 64-bit wrap-around spelt out."""
-    wrap = 2**64 - 1
-    golden = 0x9E3779B97F4A7C15
-    odd = [(i * golden | 1) & (2**63 - 1) for i in range(1, 17)]
-    mixed = sum(code * m for code, m in zip(fp8, odd, strict=True)) & wrap
-    arithmetic_shift = (mixed - (mixed >> 63 << 64)) >> 31
-    mixed = (mixed ^ arithmetic_shift) * odd[0] & wrap
-    return (mixed ^ (mixed - (mixed >> 63 << 64)) >> 29) & (2**60 - 1)
-
-
-def test_random_rule_is_its_hash():
-    codes = quantize(heavy_tailed(200, 16, seed=8), a_site(16, rule="random"))
-    for fp8, score in zip(codes.fp8[:, 0].tolist(), codes.score[:, 0].tolist(), strict=True):
-        assert score == hash_in_integers(fp8)
-
-
-def test_random_rule_is_uniform():
-    """10,000 blocks in ten equal bins: each holds 1,000 within 5 standard deviations of 30."""
-    score = quantize(heavy_tailed(10_000, 16, seed=9), a_site(16, rule="random")).score
-    counts = torch.bincount(score.flatten() // (2**60 // 10 + 1), minlength=10)
-    assert (counts - 1000).abs().max() < 150
 
 
 def test_decoded_scale_codes_are_the_largest_fp8_code():

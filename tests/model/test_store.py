@@ -316,7 +316,10 @@ def test_any_module_needs_its_skeleton(net: nn.Module, tmp_path: Path) -> None:
         (lambda: with_norm(12), r"norm\.weight.*\[12\].*\[24\]|norm\.weight.*\[24\].*\[12\]"),
         (lambda: without("up"), "up: the model has no such layer"),
         (lambda: replaced("up", nn.ReLU()), "up: must be a linear layer, got ReLU"),
-        (lambda: replaced("norm", nn.Identity()), r"tensor norm\.bias belongs to no part of this model"),
+        (
+            lambda: replaced("norm", nn.Identity()),
+            r"tensor norm\.bias belongs to no part of this model",
+        ),
         (lambda: replaced("extra", nn.Linear(2, 2)), r"missing \['extra\.bias', 'extra\.weight'\]"),
     ],
     ids=["linear shape", "other shape", "no layer", "no linear", "unexpected", "missing"],

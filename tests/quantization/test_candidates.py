@@ -1,5 +1,7 @@
 """Candidates are measured as the models they would be, and the nearest to the original is taken."""
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +17,57 @@ from fgmp.model.linear import mixed_linears
 from fgmp.model.losses import causal_lm_loss
 from fgmp.model.store import config_of
 from fgmp.quantization import candidates
+from fgmp.quantization.candidates import Choice, Decision, Tuning, best_of
+from fgmp.quantization.held_out import Trial
+from fgmp.quantization.install import Assignment
+from fgmp.quantization.task import BudgetResult
 from fgmp.quantization.uniform import uniform
+
+# The choice by measurements.
+
+
+def trial(loss: float, kl: float) -> Trial:
+    losses = torch.full((4,), loss, dtype=torch.float64)
+    return Trial(losses, torch.ones(4, dtype=torch.float64), losses, kl)
+
+
+def test_the_first_stays_unless_another_is_better() -> None:
+    measured = {"on": trial(2.0, 0.2), "off": trial(2.0, 0.2), "nvfp4": trial(2.0, 0.1)}
+    assert best_of(measured, ["on", "off"], None, None) == "on"
+    assert best_of(measured, ["off", "on"], None, None) == "off"
+    assert best_of(measured, ["on", "nvfp4", "off"], None, None) == "nvfp4"
+    assert best_of({}, ["on"], None, None) == "on"  # a single candidate is not measured
+
+
+def test_candidates_within_the_bound_come_first() -> None:
+    """Also before one that is nearer to the original; beyond it, the nearest counts again."""
+    measured = {"on": trial(2.1, 0.1), "off": trial(2.004, 0.3), "nvfp4": trial(2.003, 0.2)}
+    fp8 = trial(2.0, 0.05)
+    names = list(measured)
+    assert best_of(measured, names, fp8, 0.5) == "nvfp4"
+    assert best_of(measured, ["on", "off"], fp8, 0.5) == "off"
+    assert best_of(measured, names, fp8, 0.1) == best_of(measured, names, None, None) == "on"
+
+
+def test_a_choice_is_stored_as_plain_types() -> None:
+    assignment = Assignment({}, None, {})  # type: ignore[arg-type]
+    clip = Decision(True, {"on": 2.0, "off": 2.1}, {"on": 0.1, "off": 0.2})
+    choice = Choice(assignment, clip, Decision(None), BudgetResult(bits=5.5))
+    decisions = choice.to_dict()
+    assert decisions == json.loads(json.dumps(decisions))
+    assert decisions == {
+        "clip": {
+            "used": True,
+            "held_out_nll": {"on": 2.0, "off": 2.1},
+            "held_out_kl": {"on": 0.1, "off": 0.2},
+        },
+        "uniform": {"used": None, "held_out_nll": {}, "held_out_kl": {}},
+        "budget": {"bits": 5.5},
+    }
+    tuned = replace(choice, tune=Tuning(False, {"without": 0.1, "with": 0.2}))
+    tune = {"used": False, "held_out_kl": {"without": 0.1, "with": 0.2}}
+    assert tuned.to_dict() == {**decisions, "tune": tune}
+
 
 # The choice of scales.
 

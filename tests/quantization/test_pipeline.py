@@ -3,7 +3,8 @@
 import copy
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ import torch
 from conftest import FAMILIES, make_model
 from small_runs import (
     POINTS,
+    Watch,
     activation_blocks,
     quantized,
+    same_state,
     share,
     weight_blocks,
+    weight_masks,
 )
 from torch import Tensor, nn
 
@@ -22,32 +26,34 @@ import fgmp
 from fgmp import InputError, Recipe
 from fgmp.formats.spec import THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
 from fgmp.model.linear import mixed_linears, sites
-from fgmp.model.losses import causal_lm_loss
+from fgmp.model.losses import causal_lm_loss, sampled_label_loss
 from fgmp.model.store import config_of
 from fgmp.quantization import memory
+from fgmp.quantization.pipeline import prepare
+from fgmp.sensitivity.fisher import calibrate
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reaches_the_asked_shares(family: str, tokens: Tensor) -> None:
     model = quantized(tokens, family, fp4=0.7, fp4_activations=0.55)
-    kept, blocks = weight_blocks(model)
-    assert kept == round(0.7 * blocks)
+    in_fp4, blocks = weight_blocks(model)
+    assert in_fp4 == round(0.7 * blocks)
     result = config_of(model).result
-    assert result["fp4_weights"] == pytest.approx(kept / blocks, abs=1e-12)
+    assert result["fp4_weights"] == pytest.approx(in_fp4 / blocks, abs=1e-12)
     counts = activation_blocks(model, family, tokens)
     assert share(counts) == pytest.approx(0.55, abs=0.2 * POINTS)
     assert result["fp4_activations"] == pytest.approx(share(counts), abs=0.2 * POINTS)
     # Of a single site the histogram tells less: a bin may hold many of its few blocks.
     for owner, site in config_of(model).sites.items():
-        kept, blocks = counts[owner]
-        assert site.fp4_fraction == pytest.approx(kept / max(blocks, 1), abs=2 * POINTS)
+        in_fp4, blocks = counts[owner]
+        assert site.fp4_fraction == pytest.approx(in_fp4 / max(blocks, 1), abs=2 * POINTS)
 
 
 @pytest.mark.parametrize("fp4", [0.0, 0.1, 0.5, 0.95, 1.0])
 def test_every_share(fp4: float, tokens: Tensor) -> None:
     model = quantized(tokens, fp4=fp4)
-    kept, blocks = weight_blocks(model)
-    assert kept == round(fp4 * blocks)
+    in_fp4, blocks = weight_blocks(model)
+    assert in_fp4 == round(fp4 * blocks)
     assert share(activation_blocks(model, "llama", tokens)) == pytest.approx(fp4, abs=0.2 * POINTS)
 
 
@@ -58,14 +64,16 @@ def test_the_quantized_model_runs_close_to_its_share(tokens: Tensor) -> None:
         site.counting = True
     with torch.no_grad():
         model(input_ids=tokens)
-    kept, blocks, _ = (sum(c) for c in zip(*(s.counts for s in sites(model).values()), strict=True))
-    assert kept / blocks == pytest.approx(0.7, abs=2 * POINTS)
+    in_fp4, blocks, _ = (
+        sum(c) for c in zip(*(s.counts for s in sites(model).values()), strict=True)
+    )
+    assert in_fp4 / blocks == pytest.approx(0.7, abs=2 * POINTS)
 
 
 @pytest.mark.parametrize("policy", ["fisher", "fisher-per-layer", "error", "random"])
 def test_every_policy_reaches_its_share(policy: str, tokens: Tensor) -> None:
     model = quantized(tokens, policy=policy, fp4=0.6)
-    kept, blocks = weight_blocks(model)
+    in_fp4, blocks = weight_blocks(model)
     counts = activation_blocks(model, "llama", tokens)
     if policy == "fisher-per-layer":
         for linear in mixed_linears(model).values():
@@ -75,7 +83,7 @@ def test_every_policy_reaches_its_share(policy: str, tokens: Tensor) -> None:
             # Of one site's few hundred blocks a handful lie in the bin where the threshold is.
             assert count[0] / count[1] == pytest.approx(0.6, abs=2 * POINTS), owner
     else:
-        assert kept == round(0.6 * blocks)
+        assert in_fp4 == round(0.6 * blocks)
         # Random scores follow from the codes, which repeat now and then.
         assert share(counts) == pytest.approx(0.6, abs=(2 if policy == "random" else 0.2) * POINTS)
     rule = "random" if policy == "random" else "benefit"
@@ -83,12 +91,8 @@ def test_every_policy_reaches_its_share(policy: str, tokens: Tensor) -> None:
 
 
 def test_policies_differ(tokens: Tensor) -> None:
-    flags = {}
-    for policy in ("fisher", "fisher-per-layer", "error", "random"):
-        model = quantized(tokens, policy=policy, fp4=0.6)
-        flags[policy] = torch.cat(
-            [m.packed.is_fp8().flatten() for m in mixed_linears(model).values()]
-        )
+    policies = ("fisher", "fisher-per-layer", "error", "random")
+    flags = {policy: weight_masks(quantized(tokens, policy=policy, fp4=0.6)) for policy in policies}
     for one in flags:
         for other in flags:
             assert torch.equal(flags[one], flags[other]) == (one == other)
@@ -146,7 +150,7 @@ def test_auto_holds_out_the_last_eighth(tokens: Tensor) -> None:
         fgmp.quantize(make_model("llama"), tokens[:1])
 
 
-@pytest.mark.parametrize("labels, loss", [("model", drawn_label_loss), ("text", causal_lm_loss)])
+@pytest.mark.parametrize("labels, loss", [("model", sampled_label_loss), ("text", causal_lm_loss)])
 def test_memory_is_predicted_of_the_loss_that_is_differentiated(
     labels: str, loss: object, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,22 +166,22 @@ def test_memory_is_predicted_of_the_loss_that_is_differentiated(
     assert seen == [loss]
 
 
-def test_labels_of_the_model_and_of_the_text(tokens: Tensor, tmp_path: Any) -> None:
+def test_labels_of_the_model_and_of_the_text(tokens: Tensor, tmp_path: Path) -> None:
     """Calibrations not mistaken for each other; another loss, here the text's, has its own."""
-    state, recipe = tmp_path / "kept.safetensors", {"clip": "off", "compensate": False}
+    file, recipe = tmp_path / "run.safetensors", {"clip": "off", "compensate": False}
 
-    def masks(labels: str, **options: Any) -> list[Tensor]:
-        model = fgmp.quantize(
-            make_model("llama"), tokens, Recipe(labels=labels, **recipe), **options
+    def masks(labels: str, **options: Any) -> Tensor:
+        return weight_masks(
+            fgmp.quantize(make_model("llama"), tokens, Recipe(labels=labels, **recipe), **options)
         )
-        return [m.packed.is_fp8() for m in mixed_linears(model).values()]
 
-    drawn, text = masks("model", state=state), masks("text")
-    own = masks("model", loss=lambda model, sample: causal_lm_loss(model, sample))
-    assert any(not torch.equal(a, b) for a, b in zip(drawn, text, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(own, text, strict=True))
-    with pytest.raises(InputError, match="a calibration of another loss, or other labels"):
-        masks("text", state=state, reuse=True)
+    sampled, text = masks("model", calibration=file), masks("text")
+    another = masks("model", loss=lambda model, sample: causal_lm_loss(model, sample))
+    assert not torch.equal(sampled, text)
+    assert torch.equal(another, text)
+    message = f"^{file}: a calibration of another loss, or with other labels"
+    with pytest.raises(InputError, match=message):
+        masks("text", calibration=file)
 
 
 # What is quantized, and how far.
@@ -209,16 +213,12 @@ def test_no_linear(tokens: Tensor) -> None:
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_factored_fisher_information(family: str, tokens: Tensor) -> None:
     model = quantized(tokens, family, fp4=0.7, fisher="factored")
-    kept, blocks = weight_blocks(model)
-    assert kept == round(0.7 * blocks)
+    in_fp4, blocks = weight_blocks(model)
+    assert in_fp4 == round(0.7 * blocks)
     exact = quantized(tokens, family, fp4=0.7)
     assert config_of(model).recipe["fisher"] == "factored"
-    flags = [
-        torch.cat([m.packed.is_fp8().flatten() for m in mixed_linears(x).values()])
-        for x in (model, exact)
-    ]
     # Another ranking of the blocks, but a near one: chance alone agrees on 58% of them.
-    agreement = (flags[0] == flags[1]).double().mean().item()
+    agreement = (weight_masks(model) == weight_masks(exact)).double().mean().item()
     assert 0.8 < agreement < 1
 
 
@@ -256,7 +256,7 @@ def test_no_samples(tokens: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("samples", "found"),
+    ("samples", "got"),
     [
         (lambda t: [t[:1]], r"samples must be token ids, .* got shape \[1, \d+\] as sequence 0"),
         (lambda t: t[:, :1], r"got shape \[1\] as sequence 0"),
@@ -265,15 +265,15 @@ def test_no_samples(tokens: Tensor) -> None:
     ],
 )
 def test_what_is_no_sequence_is_refused_first(
-    samples: Callable[[Tensor], Any], match: str, tokens: Tensor
+    samples: Callable[[Tensor], Any], got: str, tokens: Tensor
 ) -> None:
-    with pytest.raises(InputError, match=match):
+    with pytest.raises(InputError, match=got):
         fgmp.quantize(make_model("llama"), samples(tokens))
 
 
 def test_held_out_text_must_hold_something(tokens: Tensor) -> None:
-    expected = "max_increase needs at least 2 held-out sequences, an eighth of 16 samples, got 1"
-    with pytest.raises(InputError, match=expected):
+    message = "max_increase needs at least 2 held-out sequences, an eighth of 16 samples, got 1"
+    with pytest.raises(InputError, match=message):
         fgmp.quantize(make_model("llama"), tokens, Recipe(max_increase=1), held_out=tokens[:1])
     with pytest.raises(InputError, match="held_out needs at least one sequence, got none"):
         fgmp.quantize(make_model("llama"), tokens, held_out=tokens[:0])
@@ -290,7 +290,7 @@ def test_unreached_experts_are_reported(tokens: Tensor) -> None:
     model = make_model("mixtral")
     fgmp.quantize(model, tokens[:1, :2], Recipe(clip="off"), report=lines.append)
     # Two tokens with two experts each, in each of two layers, reach half of the experts.
-    assert any("sites were reached by no calibration token" in line for line in lines)
+    assert any("sites saw no calibration token" in line for line in lines)
     idle = {o for o, s in sites(model).items() if s.record.gamma == 0}
     shares = {o: s.fp4_fraction for o, s in config_of(model).sites.items()}
     assert idle and all(shares[owner] == 1 for owner in idle)
@@ -306,32 +306,18 @@ def test_dropout_plays_no_part(family: str, tokens: Tensor) -> None:
     fgmp.quantize(model, tokens, Recipe(clip="off"))
     assert model.training and all(m.training for m in mixed_linears(model).values())
     assert config_of(model).sites == config_of(quiet).sites
-    for name, value in quiet.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
+    assert same_state(model, quiet)
 
 
 def test_the_same_twice(tokens: Tensor) -> None:
     one, two = quantized(tokens, policy="random"), quantized(tokens, policy="random")
-    for name, value in one.state_dict().items():
-        assert torch.equal(two.state_dict()[name], value), name
+    assert same_state(one, two)
 
 
-def test_progress_tells_every_step(tokens: Tensor) -> None:
-
-    stages: list[list[object]] = []
-
-    @contextmanager
-    def stage(title: str, steps: int):
-        entry: list[object] = [title, steps, 0]
-        stages.append(entry)
-
-        def advance() -> None:
-            entry[2] += 1
-
-        yield advance
-
-    fgmp.quantize(make_model("llama"), tokens, progress=stage)
-    assert [s[0] for s in stages] == [
+def test_every_step_is_reported_as_progress(tokens: Tensor) -> None:
+    watch = Watch(make_model("llama"))
+    fgmp.quantize(watch.model, tokens, progress=watch)
+    assert [stage.title for stage in watch.stages] == [
         "calibrating",
         "scoring activations",
         "scoring weights",
@@ -340,7 +326,7 @@ def test_progress_tells_every_step(tokens: Tensor) -> None:
         "compensating",
         "checking on held-out text",
     ]
-    assert all(steps == done for _, steps, done in stages)
+    assert all(stage.done == stage.steps for stage in watch.stages)
 
 
 # Any module, with a loss of its own.
@@ -366,8 +352,8 @@ def test_any_module() -> None:
     samples = [(torch.randn(n, 20, generator=g), torch.randn(n, 20, generator=g)) for n in (30, 9)]
     model = fgmp.quantize(Net(), samples, Recipe(fp4=0.5, clip="off"), loss=net_loss)
     assert list(mixed_linears(model)) == ["layers.0", "layers.2"]
-    kept, blocks = weight_blocks(model)
-    assert blocks == 48 * 2 + 20 * 3 and kept == round(0.5 * blocks)
+    in_fp4, blocks = weight_blocks(model)
+    assert blocks == 48 * 2 + 20 * 3 and in_fp4 == round(0.5 * blocks)
     assert config_of(model).calibration == {"sequences": 2, "predictions": 39}
     with torch.no_grad():
         x = samples[0][0]
@@ -386,3 +372,157 @@ def test_a_copied_quantized_model_still_runs(
         assert torch.equal(linear.weight, weights[name])
     with torch.no_grad():
         assert other(input_ids=tokens).logits.isfinite().all()
+
+
+# Stored calibrations.
+
+
+@pytest.mark.parametrize("recipe", [{"clip": "on", "compensate": False}, {"policy": "random"}])
+def test_a_calibration_gives_the_bits_of_calibrating(
+    recipe: dict[str, object], tokens: Tensor, tmp_path: Path
+) -> None:
+    """As an object or from a file, any number of times; an object leaves no partial results."""
+    expected = quantized(tokens[:4], **recipe)
+    task = prepare(make_model("llama"), tokens[:4], Recipe(**{"clip": "off", **recipe})).task
+    calibration = calibrate(task.model, task.linears, task.samples, task.fisher_loss)
+    file, resume = tmp_path / "calibration.safetensors", tmp_path / "unfinished"
+    for stored in (calibration, calibration, file, file):
+        watch = Watch(make_model("llama"))
+        lines: list[str] = []
+        reused = stored is calibration or file.exists()
+        model = fgmp.quantize(
+            watch.model,
+            tokens[:4],
+            Recipe(**{"clip": "off", **recipe}),
+            calibration=stored,
+            resume=resume if stored is calibration else None,
+            progress=watch,
+            report=lines.append,
+        )
+        assert same_state(model, expected)
+        assert config_of(model).calibration == config_of(expected).calibration
+        assert sum(stage.sequences for stage in watch.of("calibrating")) == (0 if reused else 4)
+        assert any(str(file) in line for line in lines) == (reused and stored is file)
+    assert not resume.exists()
+
+
+@pytest.mark.parametrize("place", ["tensors", "header"])
+def test_a_damaged_calibration_file_is_refused_by_name(
+    place: str, tokens: Tensor, tmp_path: Path
+) -> None:
+    file = tmp_path / "calibration.safetensors"
+    fgmp.quantize(make_model("llama"), tokens[:2], Recipe(clip="off"), calibration=file)
+    flip(file, place)
+    damaged = file.read_bytes()
+    with pytest.raises(InputError, match=f"^{file}: "):
+        fgmp.quantize(make_model("llama"), tokens[:2], Recipe(clip="off"), calibration=file)
+    assert file.read_bytes() == damaged
+
+
+# Partial results.
+
+
+def flip(file: Path, place: str) -> None:
+    """Flip one bit in the middle of a state file's header, or of its tensors."""
+    content = bytearray(file.read_bytes())
+    header = int.from_bytes(content[:8], "little")
+    assert header < len(content) - 8 or place == "header"
+    position = 8 + header // 2 if place == "header" else (8 + header + len(content)) // 2
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
+@dataclass
+class Whole:
+    """A run that stored every partial result: its model, and its files by name."""
+
+    model: nn.Module
+    files: dict[str, bytes]
+
+    def restore(self, resume: Path) -> None:
+        """Put all files into a folder."""
+        for name, content in self.files.items():
+            (resume / name).write_bytes(content)
+
+    def equals(self, model: nn.Module) -> bool:
+        """Whether a model has the same bits, and the same results were measured on the way."""
+        one, other = vars(config_of(self.model)), vars(config_of(model))
+        facts = ("sites", "calibration", "result")
+        return same_state(model, self.model) and all(one[key] == other[key] for key in facts)
+
+
+def run_every_stage(resume: Path, watch: Watch, report: Callable[[str], None]) -> nn.Module:
+    """Quantize the first layer of a small model by all stages that there are."""
+    tokens = torch.randint(128, (6, 24), generator=torch.Generator().manual_seed(1))
+    recipe = Recipe(max_increase=0.01, tune=2, include=("*.layers.0.*",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fgmp.quantization.tune.SAVE_EVERY_SECONDS", -1)
+        # What is tuned is used, so that its damage would show.
+        patch.setattr("fgmp.quantization.tune.best_of", lambda *_: "with")
+        return fgmp.quantize(
+            watch.model,
+            tokens[:4],
+            recipe,
+            held_out=tokens[4:],
+            resume=resume,
+            progress=watch,
+            report=report,
+        )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    resume = tmp_path_factory.mktemp("whole")
+    model = run_every_stage(resume, Watch(make_model("llama")), lambda line: None)
+    return Whole(model, {file.name: file.read_bytes() for file in resume.iterdir()})
+
+
+def test_what_is_finished_is_not_done_again(whole: Whole, tmp_path: Path) -> None:
+    whole.restore(tmp_path)
+    watch = Watch(make_model("llama"))
+    lines: list[str] = []
+    assert whole.equals(run_every_stage(tmp_path, watch, lines.append))
+    assert all(stage.done == stage.steps for stage in watch.stages)
+    running = {stage.title for stage in watch.stages if stage.sequences}
+    assert running == {"checking on held-out text"}
+    assert not any("done again" in line for line in lines)
+
+
+PARTS = {
+    "calibration": ("tensors", "header"),
+    "activation-scores": ("tensors", "header"),
+    "weight-scores-nearest": ("tensors", "header"),
+    "weight-scores-searched": ("tensors", "header"),
+    "stage-00000": ("tensors", "header"),
+    "stage-00003": ("tensors", "header"),
+    "tuning": ("tensors", "header"),
+    "increase": ("header",),  # one number, and no tensor
+}
+
+
+def test_every_stage_stores_partial_results(whole: Whole) -> None:
+    """One file per stage and candidate, but for numbers of the points that were tried."""
+    parts = [name[17:].removesuffix(".safetensors") for name in whole.files]
+    assert set(PARTS) | {"stage-00001", "stage-00002"} == set(parts)
+    for part, count in (("calibration", 1), ("activation-scores", 1), ("tuning", 1)):
+        assert parts.count(part) == count
+    assert parts.count("stage-00000") == 2 and parts.count("increase") > 2
+
+
+@pytest.mark.parametrize(
+    ("part", "place"), [(part, place) for part, places in PARTS.items() for place in places]
+)
+def test_one_flipped_bit_never_changes_the_result(
+    part: str, place: str, whole: Whole, tmp_path: Path
+) -> None:
+    """The damaged stage is reported and done again, to the same bits."""
+    whole.restore(tmp_path)
+    file = next(iter(sorted(tmp_path.glob(f"*-{part}.safetensors"))))
+    flip(file, place)
+    assert file.read_bytes() != whole.files[file.name]
+    lines: list[str] = []
+    model = run_every_stage(tmp_path, Watch(make_model("llama")), lines.append)
+    assert whole.equals(model)
+    (line,) = [line for line in lines if str(file) in line]
+    assert line.endswith(f"{part.replace('-', ' ')} is done again")
+    assert file.read_bytes() == whole.files[file.name]

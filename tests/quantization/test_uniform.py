@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from fgmp import InputError
 from fgmp.formats.spec import THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
 from fgmp.model.linear import mixed_linears, sites
+from fgmp.model.store import config_of
 from fgmp.quantization.uniform import uniform
 
 
@@ -23,6 +24,11 @@ def test_uniform_baselines(name: str, fp4: float, tokens: Tensor) -> None:
     for owner, site in sites(base).items():
         assert site.record.r == sites(mixed)[owner].record.r
         assert site.record.threshold == (THRESHOLD_ALL_FP4 if fp4 else THRESHOLD_ALL_FP8)
+        assert (site.record.rule, site.record.scales) == ("difference", "max")
+        assert (sites(mixed)[owner].rule, sites(mixed)[owner].scales) == ("benefit", "search")
+    assert config_of(base).recipe["policy"] == name
+    result = config_of(base).result
+    assert (result["fp4_weights"], result["fp4_activations"]) == (fp4, fp4)
     for linear, other in zip(
         mixed_linears(base).values(), mixed_linears(mixed).values(), strict=True
     ):

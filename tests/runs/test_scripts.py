@@ -4,7 +4,7 @@ Scripts are run in this process with ``--help``, which shows that they import.
 """
 
 import ast
-import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -21,12 +21,15 @@ LONGEST = 60
 """Lines of a function."""
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_help(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = importlib.import_module(path.stem)
-    assert script.__file__ == str(path)
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)  # dataclasses look their module up
+    spec.loader.exec_module(script)
     monkeypatch.setattr(sys, "argv", [path.name, "--help"])
     with pytest.raises(SystemExit) as ended:
         script.main()
@@ -47,6 +50,22 @@ def test_runs_use_public_names_only() -> None:
                 dunder = node.attr in ("__doc__", "__init__", "__version__", "__name__")
                 private = node.attr.startswith("_") and not dunder
                 assert ours or not private, f"{path.name}:{node.lineno}: {node.attr}"
+
+
+def test_scripts_import_from_their_own_folder() -> None:
+    """Run as a script, a file sees its own folder; the tests see both."""
+    modules = {
+        folder: {path.stem for path in (ROOT / folder).glob("*.py")}
+        for folder in ("runs", "benchmarks")
+    }
+    for folder, other in (("runs", "benchmarks"), ("benchmarks", "runs")):
+        for path in (ROOT / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom):
+                    names = [node.module or ""]
+                strangers = set(names) & (modules[other] - modules[folder])
+                assert not strangers, f"{path}: {strangers}"
 
 
 def test_functions_are_short() -> None:

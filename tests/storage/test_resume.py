@@ -241,10 +241,13 @@ def test_forgetting_removes_partial_results_and_nothing_else(tmp_path: Path) -> 
     folder = tmp_path / "unfinished"
     for key in ("0" * 16, "1" * 16):
         PartialResults(folder, key).store("tuning", {"a": torch.ones(3)})
-    (folder / "notes.txt").write_text("mine")
+    names = {"notes.txt", "model.safetensors"}
+    for name in names:
+        (folder / name).write_text("mine")
     forget(folder)
-    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
-    (folder / "notes.txt").unlink()
+    assert {p.name for p in folder.iterdir()} == names
+    for name in names:
+        (folder / name).unlink()
     forget(folder)
     forget(folder)  # also where there is none
     assert not folder.exists()
