@@ -271,7 +271,7 @@ def test_pieces_of_a_large_text_hold_every_character_once(lines: str, tmp_path: 
     texts = {
         "short": "".join(f"line {n}\n" for n in range(200)),
         "long": "".join(map(str, range(500))),
-        "wide": "".join(chr(0x1F600 + n) for n in range(80)) * 4,  # 4 bytes each, no line end
+        "wide": "x" + "".join(chr(0x1F600 + n) for n in range(80)) * 4,  # 4 bytes each, no line end
         "mixed": "".join(f"{n} " * (n % 40) + "é\n" for n in range(60)),
     }
     text = texts[lines]

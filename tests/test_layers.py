@@ -19,7 +19,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": set(),
     "storage": {"errors"},
     "demo": set(),
-    "data": {"errors"},
+    "documents": {"errors"},
+    "data": {"errors", "documents"},
     "formats": {"errors"},
     "pack": {"errors", "formats"},
     "kernels": {"errors", "formats", "pack"},
@@ -34,8 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("recipe", "hardware"),
     },
     "app": {
-        *("errors", "progress", "storage", "demo", "data", "formats", "pack", "model", "assign"),
-        *("recipe", "hardware", "evaluation", "quantization"),
+        *("errors", "progress", "storage", "demo", "documents", "data", "formats", "pack"),
+        *("model", "assign", "recipe", "hardware", "evaluation", "quantization"),
     },
 }
 """A part is a package or a module below ``fgmp``. Each may import those named, which all stand
@@ -48,10 +49,10 @@ ONLY_IN = {
     "amaranth": {"hardware"},
     "platformdirs": {"hardware"},
     "yaml": {"recipe"},
-    "datasets": {"data"},
-    "safetensors": {"storage", "pack"},
+    "datasets": {"documents"},
+    "safetensors": {"storage", "pack", "model"},
     "huggingface_hub": {"pack"},
-    "psutil": {"quantization"},
+    "psutil": {"pack", "quantization"},
     "triton": {"kernels"},
     "numpy": {"storage", "hardware", "pack"},
 }
@@ -69,7 +70,47 @@ CYCLES = [
 ]
 """Modules that may import each other: a record of parameters creates the RTL that reads it."""
 
-TESTED_AS: dict[str, str] = {}
+TESTED_AS: dict[str, str] = {
+    "fgmp": "test_exports.py: its public names",
+    "fgmp.kernels.triton.launch": "kernels/triton/test_quantize.py: every launch goes through it",
+    "fgmp.kernels.triton.planes": "kernels/triton/test_linear.py: device functions of its kernels",
+    "fgmp.pack.checksums": "pack/test_checkpoint.py: seen through the files that it protects",
+    "fgmp.pack.folder": "test_cases.py: through every reader of a folder",
+    "fgmp.pack.reader": "pack/test_checkpoint.py: reads what the writer wrote",
+    "fgmp.progress": "app/test_cli.py: bars are seen on a terminal",
+    "fgmp.demo.text": "app/test_quickstart.py: the texts of the demonstration",
+    **dict.fromkeys(
+        (f"fgmp.hardware.{name}" for name in ("array", "image", "run", "simulate")),
+        "hardware/test_accelerator.py: an array runs images in a simulator",
+    ),
+    **dict.fromkeys(
+        (f"fgmp.hardware.{name}" for name in ("export", "plot", "verify", "yosys")),
+        "app/test_hw.py: what the commands write and compare",
+    ),
+    **dict.fromkeys(
+        (f"fgmp.hardware.{name}" for name in ("cells", "netlist", "silicon", "timing")),
+        "hardware/test_synthesis.py: netlists and their cells",
+    ),
+    "fgmp.hardware.stimulus": "hardware/test_power.py: what drives the gates",
+    **dict.fromkeys(
+        (f"fgmp.hardware.rtl.{name}" for name in ("accelerator", "schedule", "table", "tiles")),
+        "hardware/test_accelerator.py: units of the array, in the array",
+    ),
+    **dict.fromkeys(
+        (f"fgmp.hardware.rtl.{name}" for name in ("decode", "dot", "lane", "registers", "unpack")),
+        "hardware/test_lane.py: units of the lane, in the lane",
+    ),
+    **dict.fromkeys(
+        (
+            f"fgmp.hardware.rtl.{name}"
+            for name in ("elements", "encode", "pipeline", "ppu", "rules", "score", "search")
+        ),
+        "hardware/test_quantizer.py: steps of the quantizer, in the quantizer",
+    ),
+    "fgmp.hardware.rtl.epilogue": "hardware/test_epilogue.py: one level up",
+    "fgmp.hardware.rtl.floats": "hardware/test_epilogue.py: roundings, in the epilogue",
+    "fgmp.hardware.rtl.verilog": "hardware/test_verilator.py: what it writes is run",
+}
 """Modules whose tests lie elsewhere, each with the file that has them and the reason."""
 
 

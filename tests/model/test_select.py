@@ -10,7 +10,14 @@ from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedConfig, Q
 from transformers.pytorch_utils import Conv1D
 
 from fgmp.errors import InputError
-from fgmp.model.select import Experts, linearize, matrices, output_head, quantizable
+from fgmp.model.select import (
+    Experts,
+    linearize,
+    matrices,
+    other_linears,
+    output_head,
+    quantizable,
+)
 
 SIZES = {
     "vocab_size": 128,
@@ -190,13 +197,28 @@ def test_a_router_must_be_named() -> None:
     assert list(quantizable(model, ("*", "*.gate"))) == ["layer.gate", "layer.gate_proj"]
 
 
-def test_a_subclass_of_linear_is_not_one() -> None:
-    """It may compute something else; what it computes is unknown here."""
+def test_a_subclass_of_linear_is_one_if_it_computes_one() -> None:
+    """What its own ``forward`` computes is compared, or unknown if it takes other inputs."""
 
-    class Other(nn.Linear):
+    class Renamed(nn.Linear):
         pass
 
-    assert not quantizable(nn.ModuleDict({"a": Other(16, 16)}))
+    class Same(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return input @ self.weight.T + self.bias
+
+    class Squared(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).square()
+
+    class Routed(nn.Linear):
+        def forward(self, input: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(input * mask)
+
+    kinds = {"renamed": Renamed, "same": Same, "squared": Squared, "routed": Routed}
+    model = nn.ModuleDict({name: kind(16, 16) for name, kind in kinds.items()})
+    assert list(quantizable(model)) == ["renamed", "same"]
+    assert other_linears(model) == {"squared": "Squared", "routed": "Routed"}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mixtral", "gpt_oss"])
