@@ -46,7 +46,8 @@ def test_candidates_within_the_bound_come_first() -> None:
     names = list(measured)
     assert best_of(measured, names, fp8, 0.5) == "nvfp4"
     assert best_of(measured, ["on", "off"], fp8, 0.5) == "off"
-    assert best_of(measured, names, fp8, 0.1) == best_of(measured, names, None, None) == "on"
+    assert best_of(measured, ["off", "on"], fp8, 0.1) == "on"
+    assert best_of(measured, names, None, 0.5) == best_of(measured, names, fp8, None) == "on"
 
 
 def test_a_choice_is_stored_as_plain_types() -> None:
