@@ -61,7 +61,7 @@ class Texts:
         """Calibration text of a seed."""
         options = {"samples": samples, "seq_len": self.seq_len, "seed": seed}
         if self.calib_windows is None:
-            return calibration_text(self.calib, self.tokenizer, **options)
+            return calibration_text(self.calib, self.tokenizer, **options, bos=False)
         return choose_windows(self.calib_windows.flatten(), **options, source=self.calib)
 
 
@@ -69,7 +69,7 @@ def read_texts(args: argparse.Namespace, original: nn.Module) -> Texts:
     """Read the evaluation text; halve it where it is the calibration text, too."""
     tokenizer = load_tokenizer(args.model)
     seq_len = args.seq_len or min(512, context_length(original))
-    windows, first = evaluation_windows(args.data, tokenizer, seq_len), None
+    windows, first = evaluation_windows(args.data, tokenizer, seq_len, bos=False), None
     calib = args.calib or args.data
     if calib == args.data:
         half = len(windows) // 2

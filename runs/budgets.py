@@ -71,7 +71,12 @@ def main() -> None:
         parser.error(str(error))
     logging.disable_progress_bar()
     text = calibration_text(
-        args.calib, load_tokenizer(args.model), samples=args.samples, seq_len=args.seq_len, seed=0
+        args.calib,
+        load_tokenizer(args.model),
+        samples=args.samples,
+        seq_len=args.seq_len,
+        seed=0,
+        bos=False,
     )
     facts = {
         "model": Path(args.model).name,

@@ -94,7 +94,12 @@ def causal_lm(args: argparse.Namespace) -> Callable[..., nn.Module]:
     model = load_model(args.model)
     seq_len = min(args.seq_len, context_length(model))
     text = calibration_text(
-        args.calib, load_tokenizer(args.model), samples=args.samples, seq_len=seq_len, seed=0
+        args.calib,
+        load_tokenizer(args.model),
+        samples=args.samples,
+        seq_len=seq_len,
+        seed=0,
+        bos=False,
     )
     recipe = Recipe(fp4=args.fp4, clip="on")
     return partial(quantize, model, text.samples, recipe, held_out=text.held_out)

@@ -63,7 +63,7 @@ CONSTANTS = {
 def setting_and_windows(args: argparse.Namespace) -> tuple[Setting, dict[str, Tensor]]:
     """Setting of the first half of the text, and windows to measure on, by kind of text."""
     tokenizer = load_tokenizer(args.model)
-    windows = evaluation_windows(args.calib, tokenizer, args.seq_len)
+    windows = evaluation_windows(args.calib, tokenizer, args.seq_len, bos=False)
     windows = windows[: len(windows) // 2]
     text = choose_windows(
         windows.flatten(), samples=args.samples, seq_len=args.seq_len, seed=0, source=args.calib
@@ -72,7 +72,7 @@ def setting_and_windows(args: argparse.Namespace) -> tuple[Setting, dict[str, Te
     unseen = [not (seen == window).all(1).any() for window in windows]
     measured = {"same text": windows[unseen][: args.windows]}
     if args.other:
-        other = evaluation_windows(args.other, tokenizer, args.seq_len)
+        other = evaluation_windows(args.other, tokenizer, args.seq_len, bos=False)
         measured["other"] = other[: args.windows]
     stem = args.cache / f"{text.fingerprint[:8]}-{Path(args.model).name}"
     return Setting(args.model, text, args.seq_len, 0, stem, Console(stderr=True)), measured

@@ -106,14 +106,14 @@ def setting_and_windows(args: argparse.Namespace) -> tuple[Setting, Tensor]:
     if context % args.calibrated:
         raise InputError(f"--calibrated must divide the context, {context}")
     tokenizer = load_tokenizer(args.model)
-    windows = evaluation_windows(args.data, tokenizer, context)
+    windows = evaluation_windows(args.data, tokenizer, context, bos=False)
     options = {"samples": args.samples, "seq_len": args.calibrated, "seed": 0}
     if args.calib in (None, args.data):
         half = len(windows) // 2
         first, windows = windows[:half], windows[half:]
         text = choose_windows(first.flatten(), **options, source=args.data)
     else:
-        text = calibration_text(args.calib, tokenizer, **options)
+        text = calibration_text(args.calib, tokenizer, **options, bos=False)
     stem = args.cache / f"{text.fingerprint[:8]}-{Path(args.model).name}-headroom"
     console = Console(stderr=True)
     setting = Setting(args.model, text, args.calibrated, 0, stem, console)

@@ -127,8 +127,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     console = Console(stderr=True)
     tokenizer, model = load_tokenizer(args.model), load_model(args.model).eval()
     seq_len = min(args.seq_len, context_length(model))
-    windows = evaluation_windows(args.data, tokenizer, seq_len)
-    calibration = evaluation_windows(args.calib, tokenizer, seq_len)
+    windows = evaluation_windows(args.data, tokenizer, seq_len, bos=False)
+    calibration = evaluation_windows(args.calib, tokenizer, seq_len, bos=False)
     if args.calib == args.data:
         calibration, windows = windows.chunk(2)
     windows = windows[: args.windows]

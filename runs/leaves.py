@@ -109,7 +109,9 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer, model = load_tokenizer(args.model), load_model(args.model)
     seq_len = min(256, context_length(model))
-    text = calibration_text(args.calib, tokenizer, samples=args.samples, seq_len=seq_len, seed=0)
+    text = calibration_text(
+        args.calib, tokenizer, samples=args.samples, seq_len=seq_len, seed=0, bos=False
+    )
     linearize(model)
     sites = list(calibrate(model, quantizable(model), text.samples).sites.values())
     inputs = site_inputs(model, sites, text.held_out[:HELD_OUT])

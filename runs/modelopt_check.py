@@ -116,7 +116,7 @@ def main() -> None:
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(args.model)
     text = calibration_text(
-        args.calib, tokenizer, samples=args.samples, seq_len=args.seq_len, seed=0
+        args.calib, tokenizer, samples=args.samples, seq_len=args.seq_len, seed=0, bos=False
     )
     state = auto_quantize(load_model(args.model).float().eval(), text.samples, args.bits)
     with tempfile.TemporaryDirectory() as folder:

@@ -511,7 +511,7 @@ def run_model(checkpoint: Path, data: str, tokens: int) -> dict[str, Any]:
     config = QuantizerConfig(record.rule, record.scales)
     datapath = replace(MIXED, k_max=1024)
     array = Array(datapath=datapath, lanes=4, rows=1, outputs_max=2048, quantizer=config)
-    window = evaluation_windows(data, load_tokenizer(str(checkpoint)), tokens)[:1]
+    window = evaluation_windows(data, load_tokenizer(str(checkpoint)), tokens, bos=False)[:1]
     with tempfile.TemporaryDirectory() as folder:
         simulated = Simulated(checkpoint, array, Model(array.create(), Path(folder)))
         loss = loss_of(simulated.network, window)

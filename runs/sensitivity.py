@@ -131,7 +131,12 @@ def main() -> None:
     args.cache.mkdir(parents=True, exist_ok=True)
     seq_len = args.seq_len or min(512, context_length(load_model(args.model)))
     text = calibration_text(
-        args.calib, load_tokenizer(args.model), samples=args.samples, seq_len=seq_len, seed=0
+        args.calib,
+        load_tokenizer(args.model),
+        samples=args.samples,
+        seq_len=seq_len,
+        seed=0,
+        bos=False,
     )
     stem = args.cache / f"{text.fingerprint[:8]}-{Path(args.model).name}-sensitivity"
     setting = Setting(args.model, text, seq_len, 0, stem, Console(stderr=True))

@@ -78,7 +78,6 @@ TESTED_AS: dict[str, str] = {
     "fgmp.pack.folder": "test_cases.py: through every reader of a folder",
     "fgmp.pack.reader": "pack/test_checkpoint.py: reads what the writer wrote",
     "fgmp.progress": "app/test_cli.py: bars are seen on a terminal",
-    "fgmp.demo.text": "app/test_quickstart.py: the texts of the demonstration",
     **dict.fromkeys(
         (f"fgmp.hardware.{name}" for name in ("array", "image", "run", "simulate")),
         "hardware/test_accelerator.py: an array runs images in a simulator",

@@ -91,6 +91,7 @@ def test_quantize(run: Run, place: Place, tmp_path: Path) -> None:
         "fingerprint",
         "digest",
         "seq_len",
+        "bos",
     }
     assert config["calibration"]["sequences"] == 6 and config["calibration"]["seq_len"] == 32
     assert (out / "tokenizer.json").exists()
@@ -99,7 +100,7 @@ def test_quantize(run: Run, place: Place, tmp_path: Path) -> None:
 def test_eval(run: Run, place: Place) -> None:
     plain = run("eval", place.model, "--data", place.text, "--json").json
     packed = run("eval", place.checkpoint, "--data", place.text, "--seq-len", "32", "--json").json
-    common = {"perplexity", "nll", "tokens", "fp4_activations"}
+    common = {"perplexity", "nll", "tokens", "fp4_activations", "bos"}
     assert plain.keys() == common and plain["fp4_activations"] is None
     extra = {"saturated", "drift", "quantized_share", "unquantized", "calibration_overlap"}
     assert packed.keys() == common | extra
@@ -131,7 +132,9 @@ def test_a_packed_kv_cache(run: Run, place: Place) -> None:
 
 def test_compare(run: Run, place: Place) -> None:
     facts = run("compare", place.model, place.checkpoint, "--data", place.text, "--json").json
-    assert facts.keys() == {"rows", "quantized_share", "unquantized", "calibration_overlap"}
+    assert facts.keys() == {
+        *("rows", "quantized_share", "unquantized", "calibration_overlap", "bos"),
+    }
     assert [row["name"] for row in facts["rows"]] == ["original", "fp8", "nvfp4", "fgmp"]
     assert set(facts["rows"][0]) == {
         *("name", "perplexity", "ci95", "kl", "bits_per_weight", "bits_per_activation"),
@@ -313,7 +316,7 @@ def test_evaluating_on_calibration_text_is_warned_of(
             warned = "of the evaluation windows repeat calibration text" in done.err
             assert (done.json["calibration_overlap"] > 0) == warned == repeats
     assert run("inspect", out, "--json").json["calibration"].keys() == {
-        *("sequences", "predictions", "text", "fingerprint", "seq_len")
+        *("sequences", "predictions", "text", "fingerprint", "seq_len", "bos")
     }
     # Checkpoints of before remember nothing, and nothing is said.
     old = tmp_path / "old"

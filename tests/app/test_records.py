@@ -146,7 +146,13 @@ def test_coverage_in_words() -> None:
     assert str(Coverage(None, [])) == "the checkpoint does not say"
 
 
-PLAIN = {"perplexity": 12.5, "nll": 2.525729, "tokens": 3717, "fp4_activations": None}
+PLAIN = {
+    "perplexity": 12.5,
+    "nll": 2.525729,
+    "tokens": 3717,
+    "fp4_activations": None,
+    "bos": False,
+}
 
 
 def test_eval_keys() -> None:
@@ -212,8 +218,15 @@ def test_compare_keys() -> None:
         "quantized_share": 0.9375,
         "unquantized": ["lm_head.weight"],
         "calibration_overlap": 0.0,
+        "bos": False,
     }
     assert Comparison([ROW], COVERAGE).lines() == {"quantized": str(COVERAGE)}
+
+
+def test_windows_with_bos_are_shown() -> None:
+    line = "each starts with the beginning-of-sequence token"
+    for result in (Evaluation(**{**PLAIN, "bos": True}), Comparison([ROW], COVERAGE, bos=True)):
+        assert as_json(result)["bos"] is True and result.lines()["windows"] == line
 
 
 def test_generate_keys() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from fgmp.errors import InputError
 from fgmp.kernels import check, ops

@@ -281,8 +281,8 @@ def evaluate_model(
     documents = read_documents(data)  # before the model, whose loading may take minutes
     source = _source(name, trust_remote_code, reporter)
     tokenizer, model = source.tokenizer(), source.load()
-    length = _window_length(model, seq_len)
-    windows = evaluation_windows(data, tokenizer, length, documents, bos=bos)
+    length, bos_id = _window_length(model, seq_len), beginning(tokenizer, bos)
+    windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
     del documents
     require_embedded(f"text {data}", windows, model)
     cache = _packed_cache(model, tokenizer, kv_cache, bos) if kv_cache else None
@@ -303,6 +303,7 @@ def evaluate_model(
         nll=losses.nll,
         tokens=losses.predicted_tokens,
         fp4_activations=comparison.activation_fraction(model) if quantized else None,
+        bos=bos_id is not None,
         cache=_cache_use(kv_cache, stored / windows.numel(), cache),
         online=_online(model, windows, tokenizer, reporter) if quantized else None,
     )
@@ -341,9 +342,8 @@ def compare_models(
     tokenizer = source.tokenizer()
     original, mixed = source.load(), Source(str(directory)).load()
     length = _window_length(original, seq_len)
-    if bos is None:
-        bos = _calibrated_bos(mixed)
-    windows = evaluation_windows(data, tokenizer, length, documents, bos=bos)
+    bos_id = beginning(tokenizer, _calibrated_bos(mixed) if bos is None else bos)
+    windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
     del documents
     require_embedded(f"text {data}", windows, original)
     models = {
@@ -354,7 +354,7 @@ def compare_models(
     rows = comparison.compare(original, models, windows, reporter.progress)
     _warn_of_drift(mixed, reporter)
     repeated = _warn_of_overlap(mixed, windows, tokenizer, reporter)
-    return Comparison(rows, coverage(mixed), calibration_overlap=repeated)
+    return Comparison(rows, coverage(mixed), calibration_overlap=repeated, bos=bos_id is not None)
 
 
 def _calibrated_bos(model: nn.Module) -> bool | None:

@@ -168,6 +168,7 @@ class Evaluation:
         fp4_activations: fraction of activation blocks that ran in FP4; None if not quantized.
         cache: of a packed KV cache.
         online: of a quantized model.
+        bos: whether every window started with the beginning-of-sequence token.
     """
 
     perplexity: float
@@ -176,6 +177,7 @@ class Evaluation:
     fp4_activations: float | None
     cache: CacheUse | None = None
     online: Online | None = None
+    bos: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -190,6 +192,7 @@ class Evaluation:
             "perplexity": f"{self.perplexity:.6g}",
             "nll": f"{self.nll:.6g}",
             "tokens": f"{self.tokens:,}",
+            **_bos_line(self.bos),
         }
         if self.fp4_activations is not None:
             lines["fp4 activations"] = f"{self.fp4_activations:.1%} of blocks"
@@ -199,12 +202,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``fgmp compare`` measured: rows, coverage, and the share of windows that repeat
-    calibration text, where the checkpoint records it."""
+    """What ``fgmp compare`` measured.
+
+    Attributes:
+        rows: one per model.
+        coverage: what is quantized.
+        calibration_overlap: share of windows that repeat calibration text; None if unknown.
+        bos: whether every window started with the beginning-of-sequence token.
+    """
 
     rows: list[Row]
     coverage: Coverage
     calibration_overlap: float | None = None
+    bos: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -212,11 +222,16 @@ class Comparison:
             "rows": [row.to_dict() for row in self.rows],
             **asdict(self.coverage),
             "calibration_overlap": self.calibration_overlap,
+            "bos": self.bos,
         }
 
     def lines(self) -> Lines:
         """Labelled lines, beside the table of rows."""
-        return {"quantized": str(self.coverage)}
+        return {**_bos_line(self.bos), "quantized": str(self.coverage)}
+
+
+def _bos_line(bos: bool) -> Lines:
+    return {"windows": "each starts with the beginning-of-sequence token"} if bos else {}
 
 
 @dataclass(frozen=True)
