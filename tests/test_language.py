@@ -56,7 +56,7 @@ def sentences(markdown: str) -> Iterator[str]:
     text = re.sub(r"`[^`\n]+`", "code", text)
     text = re.sub(r"^ *(?:[-*+]|\d+\.) ", "\n\n", text, flags=re.MULTILINE)
     for paragraph in re.split(r"\n\s*\n", text):
-        for sentence in re.split(r"(?<=[.!?:;])[\"')\]*_]*\s+", paragraph.strip()):
+        for sentence in re.split(r"(?<=[.!?])[\"')\]*_]*\s+", paragraph.strip()):
             if sentence:
                 yield sentence
 

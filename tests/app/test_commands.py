@@ -505,7 +505,7 @@ def test_what_cannot_be_saved_costs_no_compensation(
 ) -> None:
     command = ("quantize", place.model, "-o", tmp_path / "out", "--calib", place.text, *SMALL)
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise InputError("the disk is full")
 
     with monkeypatch.context() as patch:

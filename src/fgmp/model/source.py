@@ -189,6 +189,8 @@ def _config(name: str, trust_remote_code: bool) -> Any:
     folder = Path(name)
     if looks_local and not folder.is_dir():
         raise InputError(f"model {name}: no such folder")
+    if folder.is_dir() and not (folder / CONFIG).exists():
+        raise InputError(f"model {name}: cannot be loaded: it has no {CONFIG}")
     if folder.is_dir():  # Transformers would wait for a pipe, and run files named by `auto_map`
         _require_harmless(read_json(folder / CONFIG), str(folder / CONFIG), trust_remote_code)
     try:

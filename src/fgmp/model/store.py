@@ -59,6 +59,15 @@ def run_as_fp32(model: nn.Module) -> nn.Module:
     return nn.Module.float(model)  # Transformers refuses model.float() on quantized models
 
 
+@torch.no_grad()
+def round_to_stored(model: nn.Module) -> None:
+    """Round parameters that run in fp32 and are stored in fp16, in place: as a reader gets them."""
+    half = getattr(model, _FP16, ())
+    for name, parameter in model.named_parameters():
+        if name in half:
+            parameter.copy_(parameter.half())
+
+
 def save(
     model: nn.Module,
     directory: str | Path,
