@@ -525,3 +525,11 @@ def test_help_and_import_wait_for_no_torch(code: str) -> None:
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_misspelt_quantization_config_is_no_random_model(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantisation_config"] = config.pop("quantization_config")
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"does not read tensor .* it would be lost"):
+        Source(str(checkpoint)).load()

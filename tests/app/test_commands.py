@@ -387,7 +387,7 @@ def test_a_window_is_no_longer_than_2048(place: Place) -> None:
 
 
 def test_drift_beyond_3_points_is_warned_of(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the sites that moved further, the furthest is named; a site that saw nothing is none."""
+    """The site with the largest drift is named; a site without tokens is not counted."""
     model = fgmp.load(place.checkpoint)
     messages: list[str] = []
     drift = {"a": 0.03, "b": -0.031, "c": 0.25, "d": float("nan")}

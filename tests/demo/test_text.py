@@ -54,7 +54,7 @@ def test_the_standard_library_is_without_its_tests() -> None:
 
 @pytest.mark.usefixtures("reference")
 def test_a_document_is_the_docstrings_of_a_file(write: Callable[[str, str], Path]) -> None:
-    """Of module, classes and functions, cleaned; other strings and comments are none."""
+    """Docstrings of module, classes and functions, cleaned; no other strings or comments."""
     path = write(
         "a.py",
         '"""Module."""\n# comment\nx = "string"\nclass C:\n    """Class."""\n'
