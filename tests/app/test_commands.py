@@ -23,6 +23,7 @@ import fgmp
 from fgmp.app import commands
 from fgmp.app.commands import Reporter
 from fgmp.errors import InputError
+from fgmp.model import precision
 from fgmp.pack.planes import PackedWeight
 from fgmp.pack.stream import image_bytes
 from fgmp.progress import Progress
@@ -87,6 +88,7 @@ def test_quantize(run: Run, place: Place, tmp_path: Path) -> None:
     assert config["calibration"].keys() == {
         "sequences",
         "predictions",
+        "dtype",
         "text",
         "fingerprint",
         "digest",
@@ -548,9 +550,13 @@ def test_a_bound_of_perplexity_goes_on_from_what_was_measured(
     assert count == len(packed) + 1
 
 
-def test_an_fp16_model_stays_one(run: Run, place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_narrow_model_stays_one(
+    dtype: torch.dtype, run: Run, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It runs in fp32; what is not quantized is stored and counted as it was."""
-    model = a_model().half()
+    monkeypatch.setattr(precision, "has_bf16_arithmetic", lambda: False)
+    model = a_model().to(dtype)
     model.save_pretrained(tmp_path / "model")
     a_tokenizer().save_pretrained(tmp_path / "model")
     options = ("--calib", place.text, *SMALL, "--max-bytes", "40k", "--tune", "1")
@@ -559,10 +565,12 @@ def test_an_fp16_model_stays_one(run: Run, place: Place, tmp_path: Path) -> None
     assert done["tensor_bytes"] == sum(t.nbytes for t in stored.values()) <= 40_000
     names = {name for name, _ in model.named_parameters()} & stored.keys()
     assert "model.embed_tokens.weight" in names
-    assert {stored[name].dtype for name in names} == {torch.float16}
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+    assert {stored[name].dtype for name in names} == {dtype}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    assert config["quantization_config"]["calibration"]["dtype"] == "float32"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert loaded.dtype == torch.float16
+    assert loaded.dtype == dtype
     windows = ("--data", place.text, "--seq-len", "32", "--json")
     rows = run("compare", tmp_path / "model", tmp_path / "out", *windows).json["rows"]
     assert rows[0]["bits_per_weight"] == 16 and rows[0]["compression"] == 1

@@ -63,6 +63,14 @@ app = typer.Typer(
 
 app.add_typer(hardware, name="hw")
 
+
+def _use_threads(count: int | None) -> None:
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+
+
 Text = Annotated[str, typer.Option("--data", help="Evaluation text: file, JSON lines or dataset.")]
 SeqLen = Annotated[
     int | None,
@@ -85,6 +93,22 @@ TrustRemoteCode = Annotated[
     typer.Option(
         "--trust-remote-code",
         help="Run Python files that come with the model. Only for models of people you trust.",
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Dtype of the model's passes: stored (that of its files), float32, or auto (float32 "
+        "for fp16 models, and for bf16 models on CPUs without bf16 arithmetic)."
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        callback=_use_threads,
+        expose_value=False,
+        help="CPU threads. [default: one per core, or OMP_NUM_THREADS]",
     ),
 ]
 CompareBos = Annotated[
@@ -181,6 +205,8 @@ def quantize(
     tune: Tune = None,
     bos: Bos = None,
     trust_remote_code: TrustRemoteCode = False,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL and write a packed checkpoint.
@@ -217,6 +243,7 @@ def quantize(
         calibration,
         bos,
         trust_remote_code=trust_remote_code,
+        dtype=dtype,
     )
     show(summary, as_json, lambda result: print_lines(result.lines()))
 
@@ -229,6 +256,8 @@ def evaluate(
     kv_cache: KvCache = None,
     bos: Bos = None,
     trust_remote_code: TrustRemoteCode = False,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity of a model on TEXT.
@@ -240,7 +269,7 @@ def evaluate(
 
     reporter, trust = terminal_reporter(), trust_remote_code
     evaluation = evaluate_model(
-        model, data, seq_len, reporter, kv_cache, bos, trust_remote_code=trust
+        model, data, seq_len, reporter, kv_cache, bos, trust_remote_code=trust, dtype=dtype
     )
     show(evaluation, as_json, lambda result: print_lines(result.lines()))
 
@@ -253,6 +282,8 @@ def compare(
     seq_len: SeqLen = None,
     bos: CompareBos = None,
     trust_remote_code: TrustRemoteCode = False,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Original, all-FP8, all-NVFP4 and FGMP side by side on TEXT.
@@ -264,7 +295,7 @@ def compare(
 
     reporter, trust = terminal_reporter(), trust_remote_code
     comparison = compare_models(
-        model, directory, data, seq_len, reporter, bos, trust_remote_code=trust
+        model, directory, data, seq_len, reporter, bos, trust_remote_code=trust, dtype=dtype
     )
     show(comparison, as_json, _print_comparison)
 
@@ -289,6 +320,8 @@ def generate(
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
     kv_cache: KvCache = None,
     trust_remote_code: TrustRemoteCode = False,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Continue PROMPT, token by token as they come."""
@@ -304,6 +337,7 @@ def generate(
         stream,
         kv_cache,
         trust_remote_code=trust_remote_code,
+        dtype=dtype,
         reporter=terminal_reporter(),
     )
     show(text, as_json, lambda _: _write("\n"))
@@ -314,6 +348,7 @@ def quickstart(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path(
         "fgmp-quickstart"
     ),
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """The whole job on the model that ships with the package, offline.
@@ -334,6 +369,9 @@ def main() -> None:
     """Run a command and exit: 0 done, 1 refused, 2 wrong usage, 130 interrupted or terminated."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as batch systems end what runs
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Threads that wait must not spin: beside another busy process that costs up to 30 times the
+    # time. PyTorch's OpenMP runtime reads this when it is loaded, which is later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     app()
 

@@ -44,8 +44,9 @@ from fgmp.evaluation.perplexity import evaluate as evaluate_windows
 from fgmp.model.cache import PackedCache, packed_cache, require_kind
 from fgmp.model.convert import sharing_copy
 from fgmp.model.linear import sites
+from fgmp.model.precision import round_to_stored
 from fgmp.model.source import Source, context_length
-from fgmp.model.store import config_of, round_to_stored, save
+from fgmp.model.store import config_of, save
 from fgmp.pack import checkpoint
 from fgmp.pack.checkpoint import QUANT_METHOD
 from fgmp.pack.folder import weight_files
@@ -93,6 +94,7 @@ def quantize_to(
     bos: bool | None = None,
     *,
     trust_remote_code: bool = False,
+    dtype: str = "auto",
 ) -> QuantizeSummary:
     """Quantize a model by name and write the checkpoint.
 
@@ -106,10 +108,11 @@ def quantize_to(
             and text.
         bos: whether every calibration window starts with the beginning-of-sequence token; None: if
             the tokenizer puts it before a text.
+        trust_remote_code, dtype: as for :class:`fgmp.model.source.Source`.
     """
     started = time.perf_counter()
     _require_targets(output, calibration)
-    source = _source(model_name, trust_remote_code, reporter)
+    source = _source(model_name, trust_remote_code, dtype, reporter)
     if source.is_packed:
         raise InputError(f"model {model_name}: already quantized, by {QUANT_METHOD!r}")
     tokenizer = source.tokenizer()
@@ -128,6 +131,7 @@ def quantize_to(
             recipe,
             held_out=text.held_out,
             resume=resume,
+            dtype=dtype,
             progress=reporter.progress,
             report=reporter.message,
         )
@@ -143,16 +147,16 @@ def quantize_to(
             digest=digest(torch.cat([text.samples, text.held_out]), tokenizer),
         )
         save(model, output, tokenizer, extra_files=source.processor_files())
-        _verify_written(model, output, text.held_out[0])
+        _verify_written(model, output, dtype, text.held_out[0])
     forget(resume)
     return _summary(model, output, time.perf_counter() - started)
 
 
-def _source(name: str, trust_remote_code: bool, reporter: Reporter) -> Source:
+def _source(name: str, trust_remote_code: bool, dtype: str, reporter: Reporter) -> Source:
     """The model of this name; says loudly that code which comes with it will run."""
     if trust_remote_code:
         reporter.message(f"warning: Python files that come with {name} are run")
-    return Source(name, trust_remote_code=trust_remote_code)
+    return Source(name, trust_remote_code=trust_remote_code, dtype=dtype)
 
 
 def _require_targets(output: Path, calibration: Path | None) -> None:
@@ -222,7 +226,7 @@ def _resumable(folder: Path, reporter: Reporter) -> Iterator[None]:
         raise
 
 
-def _verify_written(model: nn.Module, output: Path, tokens: torch.Tensor) -> None:
+def _verify_written(model: nn.Module, output: Path, dtype: str, tokens: torch.Tensor) -> None:
     """Read the checkpoint back and compare its logits with the model's on one sequence.
 
     Raises:
@@ -232,7 +236,9 @@ def _verify_written(model: nn.Module, output: Path, tokens: torch.Tensor) -> Non
     tokens = tokens[:_VERIFIED_TOKENS].unsqueeze(0)
     with torch.no_grad():
         expected = next_token_log_probabilities(model.eval(), tokens)
-        actual = next_token_log_probabilities(Source(str(output)).load().eval(), tokens)
+        actual = next_token_log_probabilities(
+            Source(str(output), dtype=dtype).load().eval(), tokens
+        )
     difference = (actual - expected).abs().max().item()
     if difference != 0:
         raise CheckpointError(
@@ -269,6 +275,7 @@ def evaluate_model(
     bos: bool | None = None,
     *,
     trust_remote_code: bool = False,
+    dtype: str = "auto",
 ) -> Evaluation:
     """Perplexity of a model or checkpoint by name, with a packed KV cache if one is named.
 
@@ -277,7 +284,7 @@ def evaluate_model(
     if kv_cache:
         require_kind(kv_cache)
     documents = read_documents(data)  # before the model, whose loading may take minutes
-    source = _source(name, trust_remote_code, reporter)
+    source = _source(name, trust_remote_code, dtype, reporter)
     tokenizer, model = source.tokenizer(), source.load()
     length, bos_id = _window_length(model, seq_len), beginning(tokenizer, bos)
     windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
@@ -327,18 +334,19 @@ def compare_models(
     bos: bool | None = None,
     *,
     trust_remote_code: bool = False,
+    dtype: str = "auto",
 ) -> Comparison:
     """Original, all-FP8, all-NVFP4 and the checkpoint in ``directory``, on the same windows.
 
     ``bos`` is as for :func:`fgmp.evaluation_windows`; None: as in the checkpoint's calibration.
     """
     checkpoint.read_config(directory)
-    source = _source(model_name, trust_remote_code, reporter)
+    source = _source(model_name, trust_remote_code, dtype, reporter)
     if source.is_packed:
         raise InputError(f"model {model_name}: the original must not be quantized")
     documents = read_documents(data)
     tokenizer = source.tokenizer()
-    original, mixed = source.load(), Source(str(directory)).load()
+    original, mixed = source.load(), Source(str(directory), dtype=dtype).load()
     length = _window_length(original, seq_len)
     bos_id = beginning(tokenizer, _calibrated_bos(mixed) if bos is None else bos)
     windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
@@ -371,6 +379,7 @@ def generate_text(
     kv_cache: str | None = None,
     *,
     trust_remote_code: bool = False,
+    dtype: str = "auto",
     reporter: Reporter = SILENT,
 ) -> Generation:
     """Continue a prompt; ``stream`` gets the text as it comes.
@@ -380,7 +389,7 @@ def generate_text(
     if kv_cache:
         require_kind(kv_cache)
     _require_unicode("the prompt", prompt)
-    source = _source(name, trust_remote_code, reporter)
+    source = _source(name, trust_remote_code, dtype, reporter)
     tokenizer, model = source.tokenizer(), source.load()
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     length = inputs["input_ids"].shape[1]

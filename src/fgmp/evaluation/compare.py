@@ -23,7 +23,7 @@ from fgmp.evaluation.perplexity import (
 )
 from fgmp.formats.spec import BLOCK, FP4_BITS, FP8_BITS, stream_bits
 from fgmp.model.linear import mixed_linears, sites
-from fgmp.model.store import stored_dtype
+from fgmp.model.precision import stored_dtype
 from fgmp.progress import Progress, silent
 
 CONTEXT = 4096

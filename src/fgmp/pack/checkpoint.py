@@ -79,7 +79,8 @@ class CheckpointConfig:
     Attributes:
         sites: by *owner*, the linear that holds the site's tensors.
         recipe: ``Recipe.to_dict()``.
-        calibration: the calibration set: fingerprint, sequences, tokens.
+        calibration: the calibration text (fingerprint, sequences, tokens), and the dtype of the
+            passes.
         result: fractions of FP4 blocks, the decision on scale search and its measurements.
         producer: name and version of the program that wrote the checkpoint.
         run: measurements during quantization, in seconds and bytes; stored in :data:`RUN`.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fgmp.assign.methods import DEFAULT_METHODS, Methods
@@ -21,6 +22,7 @@ from fgmp.formats.spec import E2M1, E4M3, FP4_BITS
 from fgmp.formats.weight import check_finite
 from fgmp.model.linear import mixed_linears
 from fgmp.model.losses import Loss, causal_lm_loss
+from fgmp.model.precision import run_in, stored_dtype
 from fgmp.model.select import (
     linearize,
     matches,
@@ -54,6 +56,7 @@ def quantize(
     calibration: Path | Calibration | None = None,
     resume: Path | None = None,
     methods: Methods = DEFAULT_METHODS,
+    dtype: str = "auto",
     progress: Progress = silent,
     report: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
@@ -75,12 +78,14 @@ def quantize(
         resume: folder for partial results, from which the same call resumes after an interruption.
             The caller deletes it once the result is safe.
         methods: steps of assignment to replace, for research.
+        dtype: in which the model's passes run, one of :data:`fgmp.model.precision.CHOICES`.
         progress: reports on long stages; see ``fgmp.progress``.
         report: gets a line of text now and then.
 
     Returns:
-        ``model``, its linears replaced by packed ones. They are of a uniform format if that takes
-        no more bits and is closer to the original on held-out text.
+        ``model``, its linears replaced by packed ones. Its other parameters have the dtype of the
+        passes, and are saved in the one that they had. Weights are of a uniform format if that
+        takes no more bits and is closer to the original on held-out text.
         ``fgmp.model.store.config_of(model)`` holds what was reached.
 
     Raises:
@@ -96,6 +101,7 @@ def quantize(
         held_out=held_out,
         resume=resume,
         methods=methods,
+        dtype=dtype,
         progress=progress,
         report=report,
     )
@@ -120,13 +126,16 @@ def prepare(
     held_out: Sequence[Any] | Tensor | None = None,
     resume: Path | None = None,
     methods: Methods = DEFAULT_METHODS,
+    dtype: str = "auto",
     progress: Progress = silent,
     report: Callable[[str], None] = lambda line: None,
 ) -> Prepared:
     """Check everything that can be checked without calibration; arguments as for :func:`quantize`.
 
-    The model is linearized, in place.
+    The model is linearized and converted to the dtype of its passes, in place.
     """
+    run_in(model, dtype)
+    report(_passes(model))
     if loss is causal_lm_loss:
         _require_tokens("samples", samples, model)
         _require_tokens("held_out", () if held_out is None else held_out, model)
@@ -171,7 +180,8 @@ def run(
     if recipe.tune:
         choice = tune(task, choice, fp8)
     config = install(task.model, choice.assignment, recipe, prepared.matrices)
-    config.calibration.update(sequences=len(task.samples), predictions=predictions)
+    dtype = str(next(task.model.parameters()).dtype).removeprefix("torch.")
+    config.calibration.update(sequences=len(task.samples), predictions=predictions, dtype=dtype)
     config.result.update(
         choice.to_dict(),
         sensitivities_floored=floored,
@@ -185,6 +195,17 @@ def run(
         peak_bytes_predicted=prepared.memory.peak,
     )
     return task.model
+
+
+def _passes(model: nn.Module) -> str:
+    """In which dtype and on what the passes of a model run."""
+    parameter = next(model.parameters())
+    ran, stored = (str(d).removeprefix("torch.") for d in (parameter.dtype, stored_dtype(model)))
+    line = f"passes run in {ran}" + (f" (stored: {stored})" if ran != stored else "")
+    if parameter.device.type != "cpu":
+        return f"{line} on {parameter.device}"
+    threads = torch.get_num_threads()
+    return f"{line}, CPU threads: {threads}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _require_tokens(name: str, sequences: Sequence[Any] | Tensor, model: nn.Module) -> None:

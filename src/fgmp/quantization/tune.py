@@ -9,8 +9,9 @@ all layers are quantized. Here scales are codes and stay.
 
 A step takes the mean gradient of 8 sequences, run one by one. It moves a parameter by at most about
 ``RATE`` times the root mean square of its tensor. The rate rises over the first tenth of the steps,
-then falls to zero as a cosine. A tensor of zeros does not move. Values are fp32 during training and
-rounded to the model's dtype after each step. Held-out text decides whether the result is used.
+then falls to zero as a cosine. A tensor of zeros does not move. Values are fp32 during training,
+and rounded after each step to the dtype in which the model's files store them. Held-out text
+decides whether the result is used.
 """
 
 import math
@@ -26,6 +27,7 @@ from fgmp.model.gradients import differentiable
 from fgmp.model.linear import MixedLinear
 from fgmp.model.losses import next_token_logits
 from fgmp.model.observe import frozen
+from fgmp.model.precision import stored_dtypes
 from fgmp.quantization.candidates import Choice, Tuning, best_of, measure, with_increase
 from fgmp.quantization.held_out import Trial
 from fgmp.quantization.install import Assignment
@@ -86,9 +88,10 @@ def tuned_parameters(task: Task, assignment: Assignment) -> dict[str, Tensor]:
     linears = assignment.replacement(model).linears
     with Replacement(linears).within(model):
         values = {name: p.detach().clone() for name, p in model.named_parameters()}
+        stored = stored_dtypes(model)
     packed = Replacement(linears, values)
     steps = _steps(len(samples), task.recipe)
-    adam = _Adam(values, len(steps))
+    adam = _Adam(values, stored, len(steps))
     results = task.partial_results(assignment, task.recipe.tune)
     if results:
         adam.resume(results)
@@ -149,8 +152,10 @@ class _Adam:
         done: steps so far.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], steps: int) -> None:
-        self.values = values
+    def __init__(
+        self, values: Mapping[str, Tensor], stored: Mapping[str, torch.dtype], steps: int
+    ) -> None:
+        self.values, self.stored = values, stored
         self.gradients: dict[str, Tensor | None] = dict.fromkeys(values)
         self.copies = {n: v.to(torch.float32, copy=True) for n, v in values.items()}
         self.rates = [RATE * copy.square().mean().sqrt().item() for copy in self.copies.values()]
@@ -173,7 +178,7 @@ class _Adam:
         self.done += 1
         for name, copy in self.copies.items():
             copy.grad = None
-            self.values[name].copy_(copy)
+            self.values[name].copy_(copy.to(self.stored[name]))
 
     def store(self, results: PartialResults) -> None:
         """Store all that the next step depends on."""
@@ -195,7 +200,7 @@ class _Adam:
             copy = self.copies[name]
             if kind == "value":
                 copy.copy_(tensor)
-                self.values[name].copy_(copy)
+                self.values[name].copy_(copy.to(self.stored[name]))
             else:
                 device = "cpu" if kind == "step" else copy.device
                 self.optimizer.state[copy][kind] = tensor.to(device)
