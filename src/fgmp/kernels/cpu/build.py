@@ -26,7 +26,7 @@ _FLAGS = (
     "-Wno-maybe-uninitialized",
 )
 
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt")
 _AVX512 = (
     *_AVX2,
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),

@@ -3,6 +3,7 @@
 #include "gemm.h"
 #include "gemv.h"
 #include "gemv_bf16.h"
+#include "gemv_int8.h"
 #include "quantize.h"
 #include "unpack.h"
 
@@ -23,6 +24,9 @@ int64_t FGMP_NAME(linear)(const fgmp::Weight *w, const fgmp::Matrix *x, const fg
     return gemv_bf16(*w, *x, out, *team);
   if (x->is_bf16 && x->rows > kFewTokens)
     return gemm<Bf16>(*w, *x, out, *team);
+#elif defined(__AVX2__)
+  if (x->is_bf16 && !w->fp8 && x->rows <= kFewTokensInt8)
+    return gemv_int8(*w, *x, out, *team);
 #endif
   if (x->rows <= kFewTokens)
     return gemv(*w, *x, out, *team);
