@@ -224,6 +224,49 @@ def test_many_tokens_and_panels(kernels: Kernels) -> None:
     assert (error <= error_bound(units, values, 1.0, 1.0)).all()
 
 
+def test_a_block_of_fp4_weights_is_exact(kernels: Kernels) -> None:
+    """Few tokens by FP4 weights on AVX2: integers, so that only sums of blocks are rounded."""
+    if kernels.instruction_set != "avx2":
+        return
+    k = 16 * 40
+    weight = packed(30, k, 0.0)
+    values = unpack_units(weight)
+    for seed in range(6):
+        units = quantize(tokens(8, k, seed), site(k, "benefit", "search")).units(k)
+        only = torch.zeros_like(units)
+        for row, block in enumerate(range(seed, 40, 5)):
+            only[row, 16 * block :][:16] = units[row, 16 * block :][:16]
+        y, _ = kernels.linear(only.bfloat16(), planes(weight), 1.0, None, torch.float32)
+        assert torch.equal(y, exact_linear(only, values, 1.0, 1.0))
+
+
+def hard_tokens(k: int) -> Tensor:
+    """Units, bf16 (8, k): large beside tiny ones, values of no site, zeros, an infinity."""
+    units = quantize(tokens(8, k), site(k)).units(k)
+    wide = torch.tensor([2688.0, 6 * 2.0**-9]).repeat(k // 2)
+    free = torch.randn(k, generator=torch.Generator().manual_seed(3)) * 2.0 ** (
+        torch.arange(k) % 50
+    )
+    units[1], units[2], units[3], units[4] = wide, free, 0, units[4] * 2.0**-70
+    units[5, ::16], units[5, 1::16] = 2688, 6 * 2.0**-9
+    units[6, 3] = torch.inf
+    return units.bfloat16()
+
+
+@pytest.mark.parametrize("share", MODES.values(), ids=MODES)
+def test_a_token_alone_is_the_token_in_a_batch(kernels: Kernels, share: float) -> None:
+    weight, k = packed(37, 496, share), 496
+    units, values = hard_tokens(k), unpack_units(weight)
+    batch, _ = kernels.linear(units, planes(weight), 1.0, None, torch.float32)
+    for m in range(8):
+        alone, fault = kernels.linear(units[m : m + 1], planes(weight), 1.0, None, torch.float32)
+        assert fault == -1 and same_bits(alone[0], batch[m])
+        if m != 6:
+            exact = units[m].double() @ values.double().T
+            bound = error_bound(units[m : m + 1].float(), values, 1.0, 1.0)[0]
+            assert ((alone[0].double() - exact).abs() <= bound).all()
+
+
 def test_nan_reaches_its_outputs_and_no_others(kernels: Kernels) -> None:
     weight, k = packed(20, 64, 0.3), 64
     for m in (2, 20):
