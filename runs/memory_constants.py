@@ -37,7 +37,7 @@ from fgmp.model.losses import causal_lm_loss, sampled_label_loss
 from fgmp.pack.planes import pack
 from fgmp.quantization import memory
 from fgmp.quantization.candidates import pack_candidates
-from fgmp.quantization.held_out import trials
+from fgmp.quantization.held_out import held_out_metrics
 from fgmp.quantization.pipeline import prepare
 from fgmp.quantization.scoring import score
 from fgmp.quantization.tune import tuned_parameters
@@ -136,7 +136,7 @@ def logits_copies(vocabulary: int, seq_len: int, dtype: torch.dtype) -> dict[str
         sizes[f"calibrating, labels {label}"] = extra - counted.fisher - counted.working
     same = {"original": Replacement({})}
     sizes["comparing"], _ = extra_bytes(
-        partial(trials, task.model, same, task.held_out, causal_lm_loss)
+        partial(held_out_metrics, task.model, same, task.held_out, causal_lm_loss)
     )
     scores = score(task, calibration)
     (assignment,) = pack_candidates(

@@ -52,7 +52,7 @@ from fgmp.pack.checkpoint import QUANT_METHOD
 from fgmp.pack.folder import weight_files
 from fgmp.progress import Progress, silent
 from fgmp.quantization.budget import least_bytes
-from fgmp.quantization.pipeline import prepare, require_embedded, run
+from fgmp.quantization.pipeline import prepare, require_valid_token_ids, run
 from fgmp.quantization.uniform import uniform
 from fgmp.recipe import Recipe
 from fgmp.storage.resume import forget, require_own
@@ -289,7 +289,7 @@ def evaluate_model(
     length, bos_id = _window_length(model, seq_len), beginning(tokenizer, bos)
     windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
     del documents
-    require_embedded(f"text {data}", windows, model)
+    require_valid_token_ids(f"text {data}", windows, model)
     cache = _packed_cache(model, tokenizer, kv_cache, bos) if kv_cache else None
     stored = 0
 
@@ -351,7 +351,7 @@ def compare_models(
     bos_id = beginning(tokenizer, _calibrated_bos(mixed) if bos is None else bos)
     windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
     del documents
-    require_embedded(f"text {data}", windows, original)
+    require_valid_token_ids(f"text {data}", windows, original)
     models = {
         "fp8": uniform(sharing_copy(original), mixed, "fp8"),
         "nvfp4": uniform(sharing_copy(original), mixed, "nvfp4"),
@@ -396,7 +396,7 @@ def generate_text(
     room = context_length(model) - length
     if length == 0 or room < 1:
         raise InputError(f"the prompt has {length} tokens; it must have 1 to {length + room - 1}")
-    require_embedded("the prompt", inputs["input_ids"], model)
+    require_valid_token_ids("the prompt", inputs["input_ids"], model)
     cache = _packed_cache(model, tokenizer, kv_cache) if kv_cache else None
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
@@ -432,7 +432,7 @@ def _packed_cache(
         bos_id=beginning(tokenizer, bos),
         source="docstrings",
     )
-    require_embedded("docstrings", text.samples, model)
+    require_valid_token_ids("docstrings", text.samples, model)
     return packed_cache(model, text.samples, kind)
 
 

@@ -27,7 +27,7 @@ from fgmp.model.observe import observed_inputs, run_all
 from fgmp.model.store import bytes_to_save
 from fgmp.pack.planes import packed_bytes
 from fgmp.quantization.candidates import perplexity_increase
-from fgmp.quantization.held_out import Trial
+from fgmp.quantization.held_out import HeldOutMetrics
 from fgmp.quantization.task import BudgetResult, OperatingPoint, Scores, Task
 from fgmp.recipe import Recipe
 
@@ -42,7 +42,7 @@ _SITE_BYTES = 4 + 4 + 8
 
 
 def solve(
-    task: Task, scores: Scores, fisher: Mapping[str, Tensor], fp8: Trial | None
+    task: Task, scores: Scores, fisher: Mapping[str, Tensor], fp8: HeldOutMetrics | None
 ) -> OperatingPoint:
     """The fractions that the recipe asks for, or that its budget comes to.
 
@@ -172,7 +172,7 @@ def _bits_of_increase(
     task: Task,
     scores: Scores,
     fisher: Mapping[str, Tensor],
-    fp8: Trial,
+    fp8: HeldOutMetrics,
     frontier: Frontier,
 ) -> float:
     def within(bits: float) -> bool:

@@ -28,7 +28,7 @@ _ROWS = 64
 
 
 @dataclass(frozen=True)
-class Trial:
+class HeldOutMetrics:
     """One candidate on the held-out sequences.
 
     Attributes:
@@ -49,7 +49,7 @@ class Trial:
         return float(self.losses.sum() / self.predictions.sum())
 
     @property
-    def harm(self) -> float:
+    def selection_metric(self) -> float:
         """Selection metric; lower is better.
 
         KL, or the root mean square distance of a sequence's mean loss from the original's.
@@ -61,8 +61,8 @@ class Trial:
         """Squared distance of each sequence's mean loss from the original's."""
         return ((self.losses - self.original) / self.predictions).square()
 
-    def clearly_better(self, other: "Trial") -> bool:
-        """Whether harm is lower than ``other``'s: in KL, or by more than two standard errors."""
+    def clearly_better(self, other: "HeldOutMetrics") -> bool:
+        """Whether the metric is lower than ``other``'s: in KL, or by over two standard errors."""
         if self.kl is not None and other.kl is not None:
             return self.kl < other.kl
         nearer = other._squares - self._squares
@@ -70,17 +70,17 @@ class Trial:
             return False
         return bool(nearer.mean() > _CLEAR * nearer.std() / math.sqrt(len(nearer)))
 
-    def increase_percent(self, base: "Trial") -> float:
+    def increase_percent(self, base: "HeldOutMetrics") -> float:
         """Percent by which perplexity exceeds that of ``base``."""
         return 100 * math.expm1(self._shift(base)[0])
 
-    def increase_interval(self, base: "Trial") -> tuple[float, float]:
+    def increase_interval(self, base: "HeldOutMetrics") -> tuple[float, float]:
         """:meth:`increase_percent` less and plus two standard errors, sequences paired."""
         shift, error = self._shift(base)
         low, high = (100 * math.expm1(shift + sign * _CLEAR * error) for sign in (-1, 1))
         return low, high
 
-    def _shift(self, other: "Trial") -> tuple[float, float]:
+    def _shift(self, other: "HeldOutMetrics") -> tuple[float, float]:
         """Difference of mean losses and its standard error; needs two sequences or more."""
         total = self.predictions.sum()
         difference = self.losses - other.losses
@@ -92,13 +92,13 @@ class Trial:
 
 
 @torch.no_grad()
-def trials(
+def held_out_metrics(
     model: nn.Module,
     candidates: Mapping[str, Replacement],
     samples: Sequence[Any] | Tensor,
     loss: Loss,
     advance: Callable[[], None] = lambda: None,
-) -> dict[str, Trial]:
+) -> dict[str, HeldOutMetrics]:
     """Measure candidates on sequences.
 
     Args:
@@ -129,7 +129,7 @@ def trials(
     predictions = torch.tensor(counts, dtype=torch.float64)
     total = float(predictions.sum())
     return {
-        name: Trial(
+        name: HeldOutMetrics(
             torch.tensor(values, dtype=torch.float64),
             predictions,
             torch.tensor(original, dtype=torch.float64),
