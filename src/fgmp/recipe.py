@@ -90,7 +90,7 @@ class Recipe:
         exclude: name patterns of linears that keep their precision.
 
     Raises:
-        InputError: a value out of range, or two budgets, or a budget beside a fraction.
+        InputError: a value out of range, two budgets, or a budget together with a fraction.
     """
 
     fp4: float = 0.7

@@ -318,7 +318,7 @@ def test_evaluating_on_calibration_text_is_warned_of(
             warned = "of the evaluation windows repeat calibration text" in done.err
             assert (done.json["calibration_overlap"] > 0) == warned == repeats
     assert run("inspect", out, "--json").json["calibration"].keys() == {
-        *("sequences", "predictions", "text", "fingerprint", "seq_len", "bos")
+        *("sequences", "predictions", "text", "fingerprint", "seq_len", "bos", "dtype")
     }
     # Checkpoints of before remember nothing, and nothing is said.
     old = tmp_path / "old"
@@ -408,7 +408,7 @@ def test_a_short_text_is_remarked_on(run: Run, place: Place, tmp_path: Path) -> 
     text.write_text(TEXT[:200])
     arguments = ("quantize", place.model, "-o", tmp_path / "out", "--calib", text, *SMALL)
     done = run(*arguments, "--json")
-    assert "gives 5 sequences of 32 tokens, fewer than the 6 asked for" in done.err
+    assert "gives 5 sequences of 32 tokens, fewer than the 6 requested" in done.err
     assert done.json["output"] == str(tmp_path / "out")
 
 

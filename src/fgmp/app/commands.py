@@ -101,11 +101,11 @@ def quantize_to(
     Args:
         model_name: folder or hub name.
         output: folder to write.
-        recipe: what the checkpoint shall be.
+        recipe: quantization settings.
         calibration_text: file or data set; default: docstrings of the Python library.
         reporter: where progress goes.
-        calibration: file that keeps the Fisher information, for other recipes on the same model
-            and text.
+        calibration: file for the Fisher information, so that other recipes on the same model and
+            text can reuse it.
         bos: whether every calibration window starts with the beginning-of-sequence token; None: if
             the tokenizer puts it before a text.
         trust_remote_code, dtype: as for :class:`fgmp.model.source.Source`.
@@ -210,7 +210,7 @@ def _calibration_windows(
     if len(text.samples) < text.asked:
         reporter.message(
             f"the calibration text gives {len(text.samples)} sequences of {seq_len} tokens, "
-            f"fewer than the {text.asked} asked for"
+            f"fewer than the {text.asked} requested"
         )
     return text
 
@@ -483,7 +483,7 @@ def _warn_of_drift(model: nn.Module, reporter: Reporter) -> None:
 def _warn_of_overlap(
     model: nn.Module, windows: torch.Tensor, tokenizer: Any, reporter: Reporter
 ) -> float | None:
-    """Share of windows that repeat calibration text, with a warning; None if unknown."""
+    """Fraction of windows that repeat calibration text, with a warning; None if unknown."""
     known = config_of(model).calibration.get("digest")
     if not isinstance(known, str):
         return None
@@ -491,6 +491,6 @@ def _warn_of_overlap(
     if share:
         reporter.message(
             f"warning: at least {share:.1%} of the evaluation windows repeat calibration text; "
-            "their figures flatter the model"
+            "their perplexity is biased downwards"
         )
     return share

@@ -19,9 +19,9 @@ Lines = dict[str, str]
 
 @dataclass(frozen=True)
 class Coverage:
-    """Share of matmul parameters that is quantized, and the matrices that are not.
+    """Fraction of matmul parameters that are quantized, and the matrices that are not.
 
-    The share is None where a checkpoint does not record it.
+    The fraction is None if a checkpoint does not record it.
     """
 
     quantized_share: float | None
@@ -42,11 +42,11 @@ class QuantizeSummary:
         output: the checkpoint folder.
         fp4_fraction: fractions of blocks in FP4.
         coverage: what is quantized.
-        bits_per_weight: of packed weights, every byte counted.
-        bytes, tensor_bytes: of the safetensors files, and of their tensors.
+        bits_per_weight: bits per packed weight, counting every stored byte.
+        bytes, tensor_bytes: size of the safetensors files, and of their tensors.
         budget, clip, uniform, tune: the run's decisions, as the checkpoint stores them.
-        seconds: of the whole command.
-        peak_bytes: largest memory held.
+        seconds: time of the whole command.
+        peak_bytes: peak memory.
     """
 
     output: str
@@ -88,12 +88,12 @@ class QuantizeSummary:
 def _budget_lines(budget: Mapping[str, float]) -> Lines:
     lines = {}
     if "bits" in budget:
-        lines["budget"] = f"{budget['bits']:.3f} bits, mean of weight and activation formats"
+        lines["budget"] = f"{budget['bits']:.3f} bits, mean of weights and activations"
     if "energy_percent" in budget:
         lines["energy"] = f"{budget['energy_percent']:.1f}% of all-FP8's"
     if "increase_percent" in budget:
         lines["increase"] = (
-            f"{budget['increase_percent']:+.2f}% of all-FP8's perplexity on held-out text "
+            f"{budget['increase_percent']:+.2f}% perplexity on held-out text relative to all-FP8 "
             f"({budget['increase_low']:+.2f}% to {budget['increase_high']:+.2f}%)"
         )
     return lines
@@ -131,7 +131,7 @@ class Online:
     Attributes:
         saturated: elements beyond the largest FP8 value.
         drift: by site, the fraction of FP4 blocks less its value at calibration.
-        calibration_overlap: share of windows that repeat calibration text; None if unknown.
+        calibration_overlap: fraction of windows that repeat calibration text; None if unknown.
         coverage: what is quantized.
     """
 
@@ -166,8 +166,8 @@ class Evaluation:
         perplexity, nll: exp of the mean loss, and the mean loss in nats per token.
         tokens: predicted tokens.
         fp4_activations: fraction of activation blocks that ran in FP4; None if not quantized.
-        cache: of a packed KV cache.
-        online: of a quantized model.
+        cache: use of a packed KV cache, if any.
+        online: activation statistics, if the model is quantized.
         bos: whether every window started with the beginning-of-sequence token.
     """
 
@@ -207,7 +207,7 @@ class Comparison:
     Attributes:
         rows: one per model.
         coverage: what is quantized.
-        calibration_overlap: share of windows that repeat calibration text; None if unknown.
+        calibration_overlap: fraction of windows that repeat calibration text; None if unknown.
         bos: whether every window started with the beginning-of-sequence token.
     """
 
@@ -226,7 +226,7 @@ class Comparison:
         }
 
     def lines(self) -> Lines:
-        """Labelled lines, beside the table of rows."""
+        """Labelled lines, in addition to the table of rows."""
         return {**_bos_line(self.bos), "quantized": str(self.coverage)}
 
 
@@ -273,7 +273,7 @@ class Quickstart:
         }
 
     def lines(self) -> Lines:
-        """Labelled lines, beside the table of rows."""
+        """Labelled lines, in addition to the table of rows."""
         return {
             **self.summary.lines(),
             "report": str(self.report),

@@ -1,11 +1,11 @@
 """The selection metric: how far a candidate is from the original on held-out text.
 
-All candidates see the same sequences, side by side with the original. For a causal language model
-the metric is the mean KL divergence of a candidate's predictions from the original's. It needs far
-less text than the loss to separate candidates, since a lucky wrong prediction does not help it.
+All candidates run on the same sequences as the original. For a causal language model the metric is
+the mean KL divergence of a candidate's predictions from the original's. It needs far less text than
+the loss to separate candidates, because it does not depend on the labels of the text.
 
-For any other model only the loss is known. A lower loss is not taken for a better model: the metric
-is the distance of a candidate's loss from the original's, sequence by sequence. One candidate is
+For any other model only the loss is known. A lower loss is not necessarily better: the metric is
+the distance of a candidate's loss from the original's, sequence by sequence. One candidate is
 clearly better if the difference exceeds two standard errors.
 """
 
@@ -29,13 +29,13 @@ _ROWS = 64
 
 @dataclass(frozen=True)
 class HeldOutMetrics:
-    """One candidate on the held-out sequences.
+    """Metrics of one candidate on the held-out sequences.
 
     Attributes:
         losses: summed loss of each sequence in nats, float64 (B,).
         predictions: number of predictions in each sequence, float64 (B,).
         original: the original's losses, float64 (B,).
-        kl: mean KL from the original, nats per prediction; None where only a loss is known.
+        kl: mean KL from the original, nats per prediction; None if only a loss is known.
     """
 
     losses: Tensor
@@ -65,10 +65,10 @@ class HeldOutMetrics:
         """Whether the metric is lower than ``other``'s: in KL, or by over two standard errors."""
         if self.kl is not None and other.kl is not None:
             return self.kl < other.kl
-        nearer = other._squares - self._squares
-        if len(nearer) < 2:
+        gain = other._squares - self._squares
+        if len(gain) < 2:
             return False
-        return bool(nearer.mean() > _CLEAR * nearer.std() / math.sqrt(len(nearer)))
+        return bool(gain.mean() > _CLEAR * gain.std() / math.sqrt(len(gain)))
 
     def increase_percent(self, base: "HeldOutMetrics") -> float:
         """Percent by which perplexity exceeds that of ``base``."""
