@@ -2,11 +2,12 @@
 
     python runs/memory_constants.py [--rows N] [--columns K] [--vocabulary V] [--seq-len T] [--json]
 
-``bytes_per_element``: what scoring, compensating and packing one weight (N, K) take beside it and
-its Fisher information, over its elements. Scores and packed planes, which stay, are subtracted.
+``bytes_per_element``: memory for scoring, compensating and packing one weight (N, K), in addition
+to it and its Fisher information, divided by its elements. Scores and packed planes, which stay, are
+subtracted.
 
-``logits_copies``: what a step of quantizing a tiny Llama with a large vocabulary takes beside what
-the prediction counts apart, over the bytes of one sequence's logits in fp32.
+``logits_copies``: memory for a step of quantizing a tiny Llama with a large vocabulary, in addition
+to what the prediction counts separately, divided by the bytes of one sequence's logits in fp32.
 
 Both are resident memory by the kernel's count: the peak of the step less what was held before.
 """

@@ -69,7 +69,7 @@ _CACHE_SAMPLES, _CACHE_SEQ_LEN = 8, 256
 
 @dataclass(frozen=True)
 class Reporter:
-    """Where progress and messages go; by default nowhere."""
+    """Receivers of progress and messages; the defaults discard them."""
 
     progress: Progress = silent
     message: Callable[[str], None] = lambda text: None
@@ -79,7 +79,7 @@ SILENT = Reporter()
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """What of a packed model is quantized."""
+    """Fraction of matmul parameters that are quantized, and the matrices that are not."""
     result = config_of(model).result
     return Coverage(result.get("quantized_share"), result.get("unquantized", []))
 
@@ -103,7 +103,7 @@ def quantize_to(
         output: folder to write.
         recipe: quantization settings.
         calibration_text: file or data set; default: docstrings of the Python library.
-        reporter: where progress goes.
+        reporter: receives progress and messages.
         calibration: file for the Fisher information, so that other recipes on the same model and
             text can reuse it.
         bos: whether every calibration window starts with the beginning-of-sequence token; None: if
@@ -315,7 +315,7 @@ def evaluate_model(
 
 
 def _online(model: nn.Module, windows: torch.Tensor, tokenizer: Any, reporter: Reporter) -> Online:
-    """What the activation sites did since counting started; warns of surprises."""
+    """Activation statistics since counting started; warns of drift and of overlapping text."""
     _warn_of_drift(model, reporter)
     return Online(
         saturated=comparison.saturated_elements(model),

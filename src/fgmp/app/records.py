@@ -36,12 +36,12 @@ class Coverage:
 
 @dataclass(frozen=True)
 class QuantizeSummary:
-    """What ``fgmp quantize`` wrote.
+    """Result of ``fgmp quantize``.
 
     Attributes:
         output: the checkpoint folder.
         fp4_fraction: fractions of blocks in FP4.
-        coverage: what is quantized.
+        coverage: which matrices are quantized.
         bits_per_weight: bits per packed weight, counting every stored byte.
         bytes, tensor_bytes: size of the safetensors files, and of their tensors.
         budget, clip, uniform, tune: the run's decisions, as the checkpoint stores them.
@@ -126,13 +126,13 @@ class CacheUse:
 
 @dataclass(frozen=True)
 class Online:
-    """What a quantized model's activation sites did during an evaluation.
+    """Statistics of a quantized model's activation sites during an evaluation.
 
     Attributes:
         saturated: elements beyond the largest FP8 value.
         drift: by site, the fraction of FP4 blocks less its value at calibration.
         calibration_overlap: fraction of windows that repeat calibration text; None if unknown.
-        coverage: what is quantized.
+        coverage: which matrices are quantized.
     """
 
     saturated: int
@@ -160,7 +160,7 @@ class Online:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``fgmp eval`` measured.
+    """Result of ``fgmp eval``.
 
     Attributes:
         perplexity, nll: exp of the mean loss, and the mean loss in nats per token.
@@ -202,11 +202,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``fgmp compare`` measured.
+    """Result of ``fgmp compare``.
 
     Attributes:
         rows: one per model.
-        coverage: what is quantized.
+        coverage: which matrices are quantized.
         calibration_overlap: fraction of windows that repeat calibration text; None if unknown.
         bos: whether every window started with the beginning-of-sequence token.
     """
@@ -236,7 +236,7 @@ def _bos_line(bos: bool) -> Lines:
 
 @dataclass(frozen=True)
 class Generation:
-    """What ``fgmp generate`` wrote: text, its tokens, speed, and a packed KV cache's size."""
+    """Result of ``fgmp generate``: text, its tokens, speed, and a packed KV cache's size."""
 
     text: str
     tokens: int
@@ -252,7 +252,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Quickstart:
-    """What ``fgmp quickstart`` wrote and measured."""
+    """Result of ``fgmp quickstart``."""
 
     output: Path
     checkpoint: Path

@@ -49,8 +49,8 @@ def write_report(
         path: HTML file to write.
         title: heading.
         rows: from ``fgmp.evaluation.compare``.
-        summary: of the quantizing run.
-        inspection: of its checkpoint.
+        summary: summary of the quantizing run.
+        inspection: inspection of its checkpoint.
     """
     ours = next(row for row in rows if row.name == "fgmp")
     shares = inspection.fp8_share
