@@ -1,11 +1,11 @@
 """Ablation: FP4 scales by a local Hessian instead of the Fisher information's diagonal.
 
-Compensation rounds a block's columns one after the other and moves each error to the columns still
-to come. What a scale costs the layer's output, with everything after the block free to make up for
-it, is the sum of GPTQ's squared errors over the block. Their matrix is the local Hessian (arXiv
-2210.17323, and the objective that others name after it). Here every candidate scale goes through
-the block's rounding, and the cheapest one stays. The product instead searches the scale that
-weights each element's squared error by its Fisher information.
+Compensation rounds a block's columns one after the other and spreads each error over the columns
+not yet rounded. The effect of a scale on the layer's output error, if all later columns compensate,
+is the sum of GPTQ's squared errors over the block. Their matrix is the local Hessian (arXiv
+2210.17323). Here every candidate scale is tried in the block's rounding, and the one with the least
+error is used. The default method instead searches the scale with the least Fisher-weighted squared
+error.
 """
 
 from collections.abc import Sequence

@@ -2,11 +2,12 @@
 
     python runs/memory_constants.py [--rows N] [--columns K] [--vocabulary V] [--seq-len T] [--json]
 
-``bytes_per_element``: what scoring, compensating and packing one weight (N, K) take beside it and
-its Fisher information, over its elements. Scores and packed planes, which stay, are subtracted.
+``bytes_per_element``: memory for scoring, compensating and packing one weight (N, K), in addition
+to it and its Fisher information, divided by its elements. Scores and packed planes, which stay, are
+subtracted.
 
-``logits_copies``: what a step of quantizing a tiny Llama with a large vocabulary takes beside what
-the prediction counts apart, over the bytes of one sequence's logits in fp32.
+``logits_copies``: memory for a step of quantizing a tiny Llama with a large vocabulary, in addition
+to what the prediction counts separately, divided by the bytes of one sequence's logits in fp32.
 
 Both are resident memory by the kernel's count: the peak of the step less what was held before.
 """
@@ -37,7 +38,7 @@ from fgmp.model.losses import causal_lm_loss, sampled_label_loss
 from fgmp.pack.planes import pack
 from fgmp.quantization import memory
 from fgmp.quantization.candidates import pack_candidates
-from fgmp.quantization.held_out import trials
+from fgmp.quantization.held_out import held_out_metrics
 from fgmp.quantization.pipeline import prepare
 from fgmp.quantization.scoring import score
 from fgmp.quantization.tune import tuned_parameters
@@ -136,7 +137,7 @@ def logits_copies(vocabulary: int, seq_len: int, dtype: torch.dtype) -> dict[str
         sizes[f"calibrating, labels {label}"] = extra - counted.fisher - counted.working
     same = {"original": Replacement({})}
     sizes["comparing"], _ = extra_bytes(
-        partial(trials, task.model, same, task.held_out, causal_lm_loss)
+        partial(held_out_metrics, task.model, same, task.held_out, causal_lm_loss)
     )
     scores = score(task, calibration)
     (assignment,) = pack_candidates(

@@ -204,7 +204,7 @@ def test_a_calibration_serves_several_budgets(
         shares = done.json["fp4_fraction"]
         mean = (shares["weights"] + shares["activations"]) / 2
         assert mean == pytest.approx((8 - bits) / 3.5, abs=0.02)
-        assert ("using the gradients in" in done.err.replace("\n", " ")) == (bits == 6.0)
+        assert ("using the Fisher information in" in done.err.replace("\n", " ")) == (bits == 6.0)
     sizes = [stored_bytes(tmp_path / f"out{bits}") for bits in (5.0, 6.0)]
     facts = run(*arguments, "-o", tmp_path / "bytes", "--max-bytes", sizes[1] - 1, "--json").json
     assert sizes[0] < facts["tensor_bytes"] == stored_bytes(tmp_path / "bytes") < sizes[1]
@@ -260,20 +260,20 @@ def test_a_calibration_of_something_else_is_refused(run: Run, place: Place, tmp_
         (quantize("--calibration", place.text), "name another file, or move this one away"),
         (quantize("--calibration", tmp_path), "is a folder, not a state file"),
         (quantize("--bits", "4.4"), "bits must be from 4.5 (all FP4) to 8 (all FP8), got 4.4"),
-        (quantize("--bits", "5", "--fp4", "0.5"), "give one of fp4, bits, max_bytes,"),
+        (quantize("--bits", "5", "--fp4", "0.5"), "set only one of fp4, bits, max_bytes,"),
         (quantize("--max-bytes", "1k"), "max_bytes must be more than "),
         (quantize("--max-bytes", "much"), "max_bytes must be a number of bytes, with k, M or G"),
         (quantize("--max-energy", "20%"), "max_energy must be at least "),
         (quantize("--max-energy", "120%"), "max_energy must be a percentage above 0 and at most"),
         (quantize("--max-increase=-1%"), "max_increase must be a percentage of 0 or more"),
-        (quantize("--bits", "5", "--policy", "error"), "bits needs scores of one unit, policy fis"),
+        (quantize("--bits", "5", "--policy", "error"), "bits needs policy fisher, whose scores"),
     ]
     for arguments, message in cases:
         done = run(*arguments)
         assert done.code == 1 and done.out == "" and "Traceback" not in done.err, (arguments, done)
         assert message in done.err and done.err.count("delete it") <= 1, (message, done.err)
         used = message == "max_energy must be at least "
-        assert ("using the gradients in" in done.err) == used, done.err
+        assert ("using the Fisher information in" in done.err) == used, done.err
         assert not (tmp_path / "out").exists()
 
 
@@ -318,7 +318,7 @@ def test_evaluating_on_calibration_text_is_warned_of(
             warned = "of the evaluation windows repeat calibration text" in done.err
             assert (done.json["calibration_overlap"] > 0) == warned == repeats
     assert run("inspect", out, "--json").json["calibration"].keys() == {
-        *("sequences", "predictions", "text", "fingerprint", "seq_len", "bos")
+        *("sequences", "predictions", "text", "fingerprint", "seq_len", "bos", "dtype")
     }
     # Checkpoints of before remember nothing, and nothing is said.
     old = tmp_path / "old"
@@ -408,7 +408,7 @@ def test_a_short_text_is_remarked_on(run: Run, place: Place, tmp_path: Path) -> 
     text.write_text(TEXT[:200])
     arguments = ("quantize", place.model, "-o", tmp_path / "out", "--calib", text, *SMALL)
     done = run(*arguments, "--json")
-    assert "gives 5 sequences of 32 tokens, fewer than the 6 asked for" in done.err
+    assert "gives 5 sequences of 32 tokens, fewer than the 6 requested" in done.err
     assert done.json["output"] == str(tmp_path / "out")
 
 

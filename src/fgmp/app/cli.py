@@ -49,7 +49,7 @@ app = typer.Typer(
     help=(
         "Fine-grained mixed-precision quantization of language models.\n\n"
         "Every block of 16 weights or activations along the dot product is NVFP4 or FP8. "
-        "Fisher-weighted impact decides which: one threshold for all weights, one for all "
+        "Fisher-weighted scores decide which: one threshold for all weights, one for all "
         "activations. MODEL is a folder or a hub name of a Hugging Face causal LM; DIR is a "
         "folder that `quantize` wrote. TEXT is a text file, JSON lines with a `text` field, or "
         "the name of a Hugging Face dataset."
@@ -74,7 +74,7 @@ def _use_threads(count: int | None) -> None:
 Text = Annotated[str, typer.Option("--data", help="Evaluation text: file, JSON lines or dataset.")]
 SeqLen = Annotated[
     int | None,
-    typer.Option(help="Tokens in a window. [default: the model's context, at most 2048]"),
+    typer.Option(help="Tokens per window. [default: the model's context, at most 2048]"),
 ]
 Bos = Annotated[
     bool | None,
@@ -86,7 +86,7 @@ Bos = Annotated[
 ]
 KvCache = Annotated[
     str | None,
-    typer.Option(help="Keep keys and values packed: fp8, nvfp4 or mixed, 70% of it in FP4."),
+    typer.Option(help="Pack keys and values: fp8, nvfp4 or mixed (70% of blocks in FP4)."),
 ]
 TrustRemoteCode = Annotated[
     bool,
@@ -124,38 +124,38 @@ CompareBos = Annotated[
 Model = Annotated[str, typer.Argument(help="Hugging Face causal LM: folder or hub name.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
 Fp4 = Annotated[
-    float | None, typer.Option(help="Share of blocks kept in FP4, 0 to 1. [default: 0.7]")
+    float | None, typer.Option(help="Fraction of weight blocks in FP4, 0 to 1. [default: 0.7]")
 ]
 Fp4Activations = Annotated[
-    float | None, typer.Option(help="The same for activations. [default: as --fp4]")
+    float | None, typer.Option(help="Fraction of activation blocks in FP4. [default: as --fp4]")
 ]
 Bits = Annotated[
     float | None,
     typer.Option(
-        help="A budget instead of shares: mean of the formats' bits of a weight and of an "
-        "activation value, 4.5 (all FP4) to 8 (all FP8)."
+        help="Budget instead of fractions: mean of bits per weight and bits per activation value, "
+        "4.5 (all FP4) to 8 (all FP8)."
     ),
 ]
 MaxBytes = Annotated[
     str | None,
-    typer.Option(help="A budget: bytes of the checkpoint's tensors, such as 3.5M or 4G."),
+    typer.Option(help="Budget: bytes of the checkpoint's tensors, such as 3.5M or 4G."),
 ]
 MaxIncrease = Annotated[
     str | None,
     typer.Option(
-        help="A budget: perplexity on held-out text over all-FP8's, such as 1%. Packs and "
-        "measures about eight times."
+        help="Budget: increase of perplexity on held-out text over all-FP8, such as 1%. Packs and "
+        "evaluates about eight times."
     ),
 ]
 MaxEnergy = Annotated[
     str | None,
     typer.Option(
-        help="A budget: energy of matrix products over all-FP8's on hardware as in "
-        "docs/energy.md, such as 75%."
+        help="Budget: energy of matmuls in percent of an FP8-only accelerator's "
+        "(docs/energy.md), such as 75%."
     ),
 ]
 RecipeFile = Annotated[
-    Path | None, typer.Option(help="YAML file with any recipe keys; options override it.")
+    Path | None, typer.Option(help="YAML file with recipe fields; options override it.")
 ]
 CalibrationText = Annotated[
     str | None,
@@ -164,23 +164,24 @@ CalibrationText = Annotated[
 CalibrationFile = Annotated[
     Path | None,
     typer.Option(
-        help="File that keeps the calibration: written if missing, else used, which saves most of "
-        "the time under another recipe. Must be of this model and text."
+        help="File for the Fisher information: written if missing, else read, which saves most of "
+        "the time of another recipe. Must be of this model and text."
     ),
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration sequences. [default: 512]")]
 CalibrationSeqLen = Annotated[
-    int | None, typer.Option(help="Tokens in a calibration sequence. [default: 512]")
+    int | None, typer.Option(help="Tokens per calibration sequence. [default: 512]")
 ]
-Seed = Annotated[int | None, typer.Option(help="Chooses the sequences. [default: 0]")]
+Seed = Annotated[int | None, typer.Option(help="Random seed for sampling sequences. [default: 0]")]
 Policy = Annotated[
     str | None, typer.Option(help="fisher, fisher-per-layer, error, random, fp8 or nvfp4.")
 ]
 Clip = Annotated[
-    str | None, typer.Option(help="Search FP4 block scales: auto, on or off. [default: auto]")
+    str | None,
+    typer.Option(help="Scale search of FP4 weight blocks: auto, on or off. [default: auto]"),
 ]
 Tune = Annotated[
-    int | None, typer.Option(help="Passes that tune norms, embeddings and biases. [default: 0]")
+    int | None, typer.Option(help="Epochs of tuning norms, embeddings and biases. [default: 0]")
 ]
 
 
@@ -211,9 +212,9 @@ def quantize(
 ) -> None:
     """Quantize MODEL and write a packed checkpoint.
 
-    Calibrates (one forward and backward pass over the calibration text), chooses the format of
-    every block, and packs. Interrupt it with Ctrl-C and run the same command again: it resumes
-    where it stopped.
+    Calibrates (one forward and backward pass over the calibration set), chooses the format of
+    every block, and packs. After an interruption (Ctrl-C) the same command resumes where it
+    stopped.
     """
     options = {
         "fp4": fp4,
@@ -289,7 +290,7 @@ def compare(
     """Original, all-FP8, all-NVFP4 and FGMP side by side on TEXT.
 
     The gap is all-NVFP4 minus all-FP8, in perplexity and in KL from the original; "recovered" is
-    how much of it FGMP closes.
+    the percentage of it that FGMP closes.
     """
     from fgmp.app.commands import compare_models
 
@@ -314,9 +315,9 @@ def inspect(
 @app.command()
 def generate(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="An fgmp checkpoint or a model.")],
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to make.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
     kv_cache: KvCache = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -351,7 +352,7 @@ def quickstart(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """The whole job on the model that ships with the package, offline.
+    """Run the whole pipeline on the model that ships with the package, offline.
 
     Quantizes it at 70% FP4, compares it with FP8 and NVFP4 on the interpreter's own language
     reference, and writes a checkpoint and a one-page report.

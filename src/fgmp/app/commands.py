@@ -52,7 +52,7 @@ from fgmp.pack.checkpoint import QUANT_METHOD
 from fgmp.pack.folder import weight_files
 from fgmp.progress import Progress, silent
 from fgmp.quantization.budget import least_bytes
-from fgmp.quantization.pipeline import prepare, require_embedded, run
+from fgmp.quantization.pipeline import prepare, require_valid_token_ids, run
 from fgmp.quantization.uniform import uniform
 from fgmp.recipe import Recipe
 from fgmp.storage.resume import forget, require_own
@@ -69,7 +69,7 @@ _CACHE_SAMPLES, _CACHE_SEQ_LEN = 8, 256
 
 @dataclass(frozen=True)
 class Reporter:
-    """Where progress and messages go; by default nowhere."""
+    """Receivers of progress and messages; the defaults discard them."""
 
     progress: Progress = silent
     message: Callable[[str], None] = lambda text: None
@@ -79,7 +79,7 @@ SILENT = Reporter()
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """What of a packed model is quantized."""
+    """Fraction of matmul parameters that are quantized, and the matrices that are not."""
     result = config_of(model).result
     return Coverage(result.get("quantized_share"), result.get("unquantized", []))
 
@@ -101,11 +101,11 @@ def quantize_to(
     Args:
         model_name: folder or hub name.
         output: folder to write.
-        recipe: what the checkpoint shall be.
+        recipe: quantization settings.
         calibration_text: file or data set; default: docstrings of the Python library.
-        reporter: where progress goes.
-        calibration: file that keeps the Fisher information, for other recipes on the same model
-            and text.
+        reporter: receives progress and messages.
+        calibration: file for the Fisher information, so that other recipes on the same model and
+            text can reuse it.
         bos: whether every calibration window starts with the beginning-of-sequence token; None: if
             the tokenizer puts it before a text.
         trust_remote_code, dtype: as for :class:`fgmp.model.source.Source`.
@@ -210,7 +210,7 @@ def _calibration_windows(
     if len(text.samples) < text.asked:
         reporter.message(
             f"the calibration text gives {len(text.samples)} sequences of {seq_len} tokens, "
-            f"fewer than the {text.asked} asked for"
+            f"fewer than the {text.asked} requested"
         )
     return text
 
@@ -289,7 +289,7 @@ def evaluate_model(
     length, bos_id = _window_length(model, seq_len), beginning(tokenizer, bos)
     windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
     del documents
-    require_embedded(f"text {data}", windows, model)
+    require_valid_token_ids(f"text {data}", windows, model)
     cache = _packed_cache(model, tokenizer, kv_cache, bos) if kv_cache else None
     stored = 0
 
@@ -315,7 +315,7 @@ def evaluate_model(
 
 
 def _online(model: nn.Module, windows: torch.Tensor, tokenizer: Any, reporter: Reporter) -> Online:
-    """What the activation sites did since counting started; warns of surprises."""
+    """Activation statistics since counting started; warns of drift and of overlapping text."""
     _warn_of_drift(model, reporter)
     return Online(
         saturated=comparison.saturated_elements(model),
@@ -351,7 +351,7 @@ def compare_models(
     bos_id = beginning(tokenizer, _calibrated_bos(mixed) if bos is None else bos)
     windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
     del documents
-    require_embedded(f"text {data}", windows, original)
+    require_valid_token_ids(f"text {data}", windows, original)
     models = {
         "fp8": uniform(sharing_copy(original), mixed, "fp8"),
         "nvfp4": uniform(sharing_copy(original), mixed, "nvfp4"),
@@ -396,7 +396,7 @@ def generate_text(
     room = context_length(model) - length
     if length == 0 or room < 1:
         raise InputError(f"the prompt has {length} tokens; it must have 1 to {length + room - 1}")
-    require_embedded("the prompt", inputs["input_ids"], model)
+    require_valid_token_ids("the prompt", inputs["input_ids"], model)
     cache = _packed_cache(model, tokenizer, kv_cache) if kv_cache else None
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
@@ -432,7 +432,7 @@ def _packed_cache(
         bos_id=beginning(tokenizer, bos),
         source="docstrings",
     )
-    require_embedded("docstrings", text.samples, model)
+    require_valid_token_ids("docstrings", text.samples, model)
     return packed_cache(model, text.samples, kind)
 
 
@@ -483,7 +483,7 @@ def _warn_of_drift(model: nn.Module, reporter: Reporter) -> None:
 def _warn_of_overlap(
     model: nn.Module, windows: torch.Tensor, tokenizer: Any, reporter: Reporter
 ) -> float | None:
-    """Share of windows that repeat calibration text, with a warning; None if unknown."""
+    """Fraction of windows that repeat calibration text, with a warning; None if unknown."""
     known = config_of(model).calibration.get("digest")
     if not isinstance(known, str):
         return None
@@ -491,6 +491,6 @@ def _warn_of_overlap(
     if share:
         reporter.message(
             f"warning: at least {share:.1%} of the evaluation windows repeat calibration text; "
-            "their figures flatter the model"
+            "their perplexity is biased downwards"
         )
     return share

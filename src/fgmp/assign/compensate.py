@@ -2,8 +2,8 @@
 
 After every block has its format, the packed weight V need not be the original W rounded to nearest.
 Any V whose codes fit the formats is allowed. The best V has an output on quantized activations q
-that is closest to W's output on the original activations x. With the moments H = sum q q^T and
-C = sum x q^T,
+that is closest to W's output on the original activations x. With the moments H = sum q q^T (GPTQ's
+Hessian up to a factor of 2) and C = sum x q^T,
 
     sum |W x - V q|^2 + m |V - W|^2 = (V - W*) (H + m I) (V - W*)^T + terms without V
     W* = (W C + m W) (H + m I)^-1
@@ -14,13 +14,13 @@ starting from W*: columns are rounded one after the other. Each column's error i
 columns not yet rounded, along the rows of the Cholesky factor U of (H + m I)^-1. The scale of an
 FP4 block is chosen when its first column is reached, for the values that the block has by then.
 
-Some rows are exempt. A row that ends up more than 8 times (``LIMIT``) as far from W*, by the
-measure above, as round to nearest would, gets the codes of round to nearest. This happens where the
-two models of the loss disagree. F may see no sensitivity of the loss to a large weight; the scale
-search then fits the other weights of its block and clips it. H counts all outputs alike, so the
-rest of the row moves far to compensate. One such row of an encoder of 22.7M parameters, whose
-normalization cancels an outlier channel, was two thousand times as far and ruined the model.
-Elsewhere rows end at half the distance, a few at up to four times.
+Some rows are exempt. If a row's squared distance from W*, the quadratic form above, exceeds 8
+(``LIMIT``) times that of round to nearest, it gets the codes of round to nearest. This happens if
+the two models of the loss disagree. F may see no sensitivity of the loss to a large weight; the
+scale search then fits the other weights of its block and clips it. H counts all outputs alike, so
+the rest of the row moves far to compensate. In one such row of an encoder of 22.7M parameters,
+whose normalization cancels an outlier channel, the ratio was two thousand, which ruined the model.
+Elsewhere it is about a half, in a few rows up to four.
 
 The damping m, a fraction of the mean of H's diagonal, keeps V close to W where the calibration set
 has little signal. The loss model here is the layer's output error, with equal weight per output.
@@ -45,14 +45,14 @@ from fgmp.formats.weight import (
 from fgmp.sensitivity.moments import Moments
 
 DAMPING = 0.3
-"""Damping m over the mean of H's diagonal; chosen with ``runs/constants.py damping``."""
+"""Damping m over the mean of H's diagonal (percdamp); chosen with ``runs/constants.py damping``."""
 
 ScaleSearch = Callable[[Tensor, Tensor, float], Tensor]
-"""Scale search: (weight (N, K), sensitivities (N, K), tensor scale) to E4M3 scale codes, uint8
+"""Scale search: maps (weight (N, K), sensitivities (N, K), tensor scale) to E4M3 scale codes, uint8
 (N, G)."""
 
 LIMIT = 8.0
-"""Largest distance of a compensated row from W*, over the distance of round to nearest. Chosen
+"""Largest squared distance of a compensated row from W*, over that of round to nearest. Chosen
 between two ratios that were observed without a script: up to four in rows that do no harm, two
 thousand in one that ruins a model. ``runs/compensation.py`` prints such ratios."""
 
@@ -105,7 +105,7 @@ def compensated(
 
     Args:
         weight: finite, (N, K).
-        factors: of the layer's input.
+        factors: factors of the layer's input moments.
         is_fp8: format of every block, bool (N, G).
         t: tensor scale.
         sensitivity: sensitivities (N, K) for the scale search of FP4 blocks; None: no search.
@@ -147,7 +147,7 @@ def compensated(
 
 
 def distances(v: Tensor, weight: Tensor, factors: Factors) -> Tensor:
-    """Distance (V - W*) (H + m I) (V - W*)^T of each row, float64 (N,), for V float64 (N, K)."""
+    """Squared distance (V - W*) (H + m I) (V - W*)^T of each row, float64 (N,); V is (N, K)."""
     difference = v - weight.double() @ factors.transfer
     # H + m I is U^-1 U^-T.
     roots: Tensor = torch.linalg.solve_triangular(

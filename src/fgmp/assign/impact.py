@@ -1,12 +1,12 @@
-"""Scores of weight blocks: the loss of having a block in FP4 rather than FP8.
+"""Scores of weight blocks: the increase in loss if a block is FP4 rather than FP8.
 
     difference    sum F_i (Q4(v_i) - Q8(v_i))^2                          the paper's *impact*
     benefit       sum F_i ((Q4(v_i) - v_i)^2 - (Q8(v_i) - v_i)^2)        at least 0
 
 Half of either estimates a loss increase in nats per token (arXiv 2504.14152, equation 3). That
-holds for weights and activations, so scores of different layers compare. The impact measures how
-far the two formats are apart. The benefit measures the error that FP8 avoids, which is zero where
-a block happens to fit its FP4 grid.
+holds for weights and activations, so scores are comparable across layers. The impact measures the
+difference between the two formats. The benefit measures the reduction in error from FP4 to FP8,
+which is zero if a block happens to lie on its FP4 grid.
 """
 
 from collections.abc import Callable

@@ -101,7 +101,7 @@ def sensitivities(policy: Policy, fisher: Tensor) -> Tensor:
 def weight_masks(
     policy: Policy, scores: dict[str, Tensor], fp4_fraction: float
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Which blocks of the weights are FP8: those whose score exceeds a threshold.
+    """Masks of FP8 weight blocks: those whose score exceeds a threshold.
 
     Args:
         policy: whether one threshold holds for all linears or one for each.

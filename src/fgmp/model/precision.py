@@ -53,7 +53,7 @@ def compute_dtype(stored: torch.dtype, device: torch.device, choice: str = "auto
 
     Args:
         stored: dtype of the model's parameters in its files.
-        device: where the model is.
+        device: device of the model.
         choice: one of :data:`CHOICES`. fp16 becomes fp32 in any case.
 
     Raises:
@@ -66,7 +66,7 @@ def compute_dtype(stored: torch.dtype, device: torch.device, choice: str = "auto
 
 
 def run_in(model: nn.Module, choice: str = "auto") -> nn.Module:
-    """Convert a model to the dtype in which its passes shall run, in place, and return it.
+    """Convert a model to the dtype of its passes, in place, and return it.
 
     It is saved in its stored dtypes again. A model that was converted stays as it is.
 

@@ -103,7 +103,7 @@ def quantizable(
     """Linears to quantize, by name, in module order.
 
     Args:
-        model: linearized.
+        model: the linearized model.
         include: name patterns (shell style); ``*`` leaves out output heads and routers.
         exclude: name patterns of linears to leave out.
 

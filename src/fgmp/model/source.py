@@ -32,7 +32,7 @@ class Source:
         name: folder or hub name.
         trust_remote_code: run Python files that come with the model. Models that Transformers
             implements never need them; they are never stored.
-        dtype: in which passes shall run, one of :data:`fgmp.model.precision.CHOICES`.
+        dtype: dtype of the model's passes, one of :data:`fgmp.model.precision.CHOICES`.
 
     Raises:
         InputError: no configuration can be loaded there, the model needs its own Python files, or

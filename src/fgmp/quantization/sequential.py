@@ -1,23 +1,25 @@
-"""Error compensation in order of execution, stage by stage.
+"""Sequential error compensation (GPTQ), in order of execution.
 
-A layer is packed so that its output on quantized inputs q is close to the original's on x. In the
-final model, q carries the errors of all earlier layers. So q comes from a model in which those
-layers are packed already, and x from the original: the layer compensates for earlier errors, too.
+A layer is packed so that its output on quantized inputs q is close to the original layer's output
+on the original inputs x. In the final model, q includes the errors of all earlier layers. So q is
+taken from the model with those layers already packed, and x from the original model. The layer then
+also compensates earlier errors.
 
-A *stage* is a set of sites that are compensated together. Sites share a stage if they lie in one
-block (an entry of the model's outermost module list, such as a decoder layer) and have the same
-name within it, apart from indices of inner lists, such as experts. Outside of any block each site
-is a stage. Grouping too many sites costs accuracy, not correctness.
+A *stage* is a set of sites that are compensated together. Sites share a stage if they are in the
+same decoder layer (an entry of the model's outermost module list; ``block`` in this file) and have
+the same name within it, apart from indices of inner lists, such as those of experts. A site outside
+of all such lists is a stage of its own. Sites of a stage do not compensate each other's errors.
 
-Each stage runs the samples through both models, up to the stage's inputs. To keep the cost from
-growing with the square of the depth, a finished block runs one last time, in the pass of the next
-stage. Its outputs are stored, and from then on it returns them without running. This shortcut is
-valid if a block's output is all that later blocks depend on. The first sample checks that in every
-stage, against one run without shortcuts. If the check fails, all shortcuts are dropped and every
-pass runs the whole model: slow, and correct. The same holds for a loss that runs the model twice.
+Each stage runs the samples through both models, up to the stage's inputs. To avoid a cost quadratic
+in depth, outputs of finished decoder layers are cached (``shortcuts``): such a layer runs a last
+time in the pass of the next stage, which stores its outputs; later passes return them without
+running it. The cache is valid if later layers depend only on the layer's output. This is checked in
+every stage on the first sample, against one run without the cache. If the check fails, caching is
+disabled and every pass runs the whole model: slow but correct. A loss that runs the model twice
+also fails it.
 
-Finished stages can be stored on disk. A resumed run installs their weights and computes no moments
-for them; the next stage's pass runs all earlier blocks once.
+Finished stages can be stored on disk. A resumed run installs their weights instead of accumulating
+moments; the pass of the first stage that is not stored runs all earlier layers once.
 
 Routers of the quantized model repeat the choices of the original's, so that each expert sees the
 same tokens in both models.
@@ -44,20 +46,27 @@ from fgmp.sensitivity.moments import MOMENT_BYTES, Moments, add_moments, new_mom
 from fgmp.storage.resume import PartialResults
 
 PackStage = Callable[..., dict[str, PackedWeight]]
-"""(linears of a stage grouped by site, moments= by site owner) to packed weights by linear."""
+"""Packs a stage: maps (lists of linear names, one per site; ``moments`` by site owner) to packed
+weights by linear."""
 
 _FACTOR_MATRICES = 5
-"""float64 matrices held at once by ``factorize``: H, C, the inverse, its factor, the transfer."""
+"""float64 (K, K) matrices that ``factorize`` holds at once: H, C, (H + m I)^-1, its Cholesky
+factor, and the matrix that maps W to W*."""
 
 _SAMPLED = 4096
-"""Elements of a tensor that the check of shortcuts compares."""
+"""Number of elements per tensor that the check of cached outputs compares."""
 _TOLERANCE = 2.0**-8
 """Relative distance allowed between two runs of the same computation: one rounding to bf16."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Sites, by owner, that are compensated together; ``block`` is empty outside of all blocks."""
+    """Sites that are compensated together.
+
+    Attributes:
+        block: name of their module-list entry, such as ``model.layers.0``; empty if in none.
+        owners: the sites, each named by its first linear.
+    """
 
     block: str
     owners: list[str]
@@ -173,7 +182,7 @@ def pack_in_turn(
 def _restored(
     results: PartialResults | None, number: int, groups: Mapping[str, list[str]], model: nn.Module
 ) -> dict[str, PackedWeight] | None:
-    """Weights of a stage that was packed before, on the devices of the weights they replace."""
+    """Packed weights of a stored stage, on the devices of their linears; None if there are none."""
     state = results.load(_part(number)) if results else None
     if results is None or state is None:
         return None
@@ -198,11 +207,11 @@ def _part(number: int) -> str:
 
 
 class _StageReached(Exception):
-    """Ends a forward pass once every input of interest has been seen."""
+    """Raised by a hook to end a forward pass after the last input of a stage."""
 
 
 class _Run:
-    """The original model and the one packed so far; they share everything that is not packed."""
+    """The original and the partly quantized model; they share all modules that are not packed."""
 
     def __init__(
         self,
@@ -241,7 +250,7 @@ class _Run:
                 for x, y in zip(original[owner], quantized[owner], strict=False):
                     if y.numel():
                         q = module(y).float() * module.record.t
-                        # A router without a known name may have sent other tokens.
+                        # An unrecognized router may have sent this expert different tokens.
                         add_moments(moments[owner], x if x.shape == y.shape else y, q)
             advance()
         self.closed += self.closing
@@ -254,11 +263,11 @@ class _Run:
         sites: Mapping[str, Site],
         linears_of: Mapping[str, list[str]],
     ) -> None:
-        """Run the quantized model with these packed weights from now on."""
+        """Install these packed weights in the quantized model."""
         self.packed |= packed_linears(self.model, weights, sites, linears_of)
 
     def close(self, block: str) -> None:
-        """Note that this block has no further stages."""
+        """Cache the outputs of this layer in the next pass; its last stage is packed."""
         if self.shortcuts:
             self.closing.append(block)
 
@@ -309,7 +318,7 @@ class _Run:
         return seen
 
     def _take_shortcuts(self, stack: ExitStack, last: str, quantized: bool, index: int) -> None:
-        """Closed blocks return stored outputs, closing ones store theirs, ``last`` ends the run."""
+        """Add hooks: finished layers return or store their outputs; ``last`` ends the pass."""
 
         def store(block: str, _: nn.Module, __: Any, out: Any) -> None:
             self.outputs[_parent(block), quantized, index] = copy.deepcopy(out)
@@ -369,7 +378,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _sampled(x: Tensor) -> Tensor:
-    """Up to 4,096 elements of a tensor, (n,), at random places that depend on its size alone."""
+    """Up to 4,096 elements of a tensor, (n,), at positions fixed by its size."""
     flat, generator = x.flatten(), torch.Generator().manual_seed(0)
     if len(flat) <= _SAMPLED:
         return flat.clone()

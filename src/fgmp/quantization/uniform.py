@@ -1,4 +1,4 @@
-"""Baselines of one format: all FP8 and all NVFP4, rounded to nearest, on a mixed model's sites."""
+"""Uniform baselines: all-FP8 and all-NVFP4, rounded to nearest, on a mixed model's sites."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,7 +29,7 @@ def uniform_assignment(
     linears_of: Mapping[str, list[str]],
     fp4: float,
 ) -> Assignment:
-    """Every block in FP4 (``fp4`` 1) or FP8 (0), with scales of the largest magnitude."""
+    """Every block in FP4 (``fp4`` 1) or FP8 (0), with absmax scales."""
     threshold = site_threshold(-torch.inf if fp4 == 0 else torch.inf, 1.0, 1.0)
     rule, scales = PAPER_QUANTIZER.rule, PAPER_QUANTIZER.scales
     constants = {

@@ -5,8 +5,9 @@ over the calibration tokens:
 
     H = sum q q^T        C = sum x q^T        fp32 (K, K) each
 
-They give the output error sum |W x - V q|^2 of any weight V against the original W, a quadratic
-form in V, without running the model. :mod:`fgmp.assign.compensate` minimizes it.
+H is GPTQ's Hessian up to a factor of 2. Up to a constant, H and C give the output error
+sum |W x - V q|^2 of any weight V, a quadratic form in V, without running the model.
+:mod:`fgmp.assign.compensate` minimizes it.
 
 Both grow with the square of a layer's width. They are therefore collected after the Fisher
 information, for a few sites at a time (:mod:`fgmp.quantization.sequential`), and freed once the

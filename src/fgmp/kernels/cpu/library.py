@@ -105,10 +105,10 @@ class Kernels:
 
         Args:
             units: activations in units of t_x, bf16 or fp32 (M, K).
-            planes: of the weight (N, K).
+            planes: planes of the weight (N, K).
             t: product of both tensor scales.
             bias: fp32 (N,) or None.
-            dtype: of the result, bf16 or fp32.
+            dtype: dtype of the result, bf16 or fp32.
 
         Returns:
             The output (M, N), and the first row whose planes contradict each other, or -1.
