@@ -4,10 +4,11 @@
                                 [--batches M ...] [--sets SET ...]
 
 A row is one shape, batch, thread count, share of FP8 blocks and instruction set. It gives ``us`` of
-the packed linear with activations of which 70% of the blocks are FP4 and a bf16 result, how many times faster it is than torch's linear
-in bf16 and fp32, and the rate at which its planes are read, as a share of the read bandwidth. The
-widest instruction set is timed through the operator, as models call it, the others by their
-kernels. ``read_gbps`` is the median over all rounds of summing a buffer of a packed weight's size.
+the packed linear, with activations of which 70% of the blocks are FP4 and a bf16 result, how many
+times faster it is than torch's linear in bf16 and fp32, and the rate at which its planes are read,
+as a share of the read bandwidth. The widest instruction set is timed through the operator, as
+models call it, the others by their kernels. ``read_gbps`` is the median over all rounds of summing
+a buffer of a packed weight's size.
 """
 
 import argparse
