@@ -366,6 +366,14 @@ def quickstart(
     show(run(output, terminal_reporter()), as_json, print_result)
 
 
+@app.command()
+def doctor(threads: Threads = None, as_json: Json = False) -> None:
+    """Show what this machine can do: versions, kernels, dtypes, memory, and what is missing."""
+    from fgmp.app.doctor import diagnose
+
+    show(diagnose(), as_json, lambda result: print_lines(result.lines()))
+
+
 def main() -> None:
     """Run a command and exit: 0 done, 1 refused, 2 wrong usage, 130 interrupted or terminated."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as batch systems end what runs

@@ -281,6 +281,71 @@ class Quickstart:
         }
 
 
+@dataclass(frozen=True)
+class PassSpeed:
+    """Milliseconds of one matrix product, by PyTorch in two dtypes and packed."""
+
+    name: str
+    float32: float
+    bfloat16: float
+    packed: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Result of ``fgmp doctor``.
+
+    Attributes:
+        versions: of packages; None if one is not installed.
+        processor, threads, cores: of the CPU; threads are those that PyTorch uses.
+        torch_instruction_set, kernel_instruction_set: what PyTorch and the C++ kernels run on; None
+            if these are not compiled.
+        gpus: their names.
+        memory_bytes, memory_free_bytes: of the machine.
+        bfloat16_runs_in: the dtype in which passes of bf16 models run on this CPU.
+        products: times of matrix products.
+        advice: what is missing and how to get it.
+    """
+
+    versions: dict[str, str | None]
+    processor: str
+    threads: int
+    cores: int
+    torch_instruction_set: str
+    kernel_instruction_set: str | None
+    gpus: list[str]
+    memory_bytes: int
+    memory_free_bytes: int
+    bfloat16_runs_in: str
+    products: list[PassSpeed]
+    advice: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    def lines(self) -> Lines:
+        """Labelled lines."""
+        installed = [f"{name} {v}" for name, v in self.versions.items() if v is not None]
+        missing = [name for name, v in self.versions.items() if v is None]
+        return {
+            "installed": ", ".join(installed),
+            "not installed": ", ".join(missing) or "-",
+            "processor": f"{self.processor}, {self.cores} cores, {self.threads} threads in use",
+            "instruction sets": f"PyTorch {self.torch_instruction_set}, kernels "
+            f"{self.kernel_instruction_set or 'not compiled'}",
+            "GPUs": ", ".join(self.gpus) or "none",
+            "memory": f"{self.memory_bytes / 1e9:.1f} GB, {self.memory_free_bytes / 1e9:.1f} GB free",
+            "bf16 models": f"passes run in {self.bfloat16_runs_in}",
+            **{
+                f"product, {p.name}": f"float32 {p.float32:.2f} ms, bfloat16 {p.bfloat16:.2f} ms, "
+                f"packed {p.packed:.2f} ms"
+                for p in self.products
+            },
+            **{f"advice {i}": text for i, text in enumerate(self.advice, 1)},
+        }
+
+
 def inspection_lines(inspection: Inspection) -> Lines:
     """Labelled lines of ``fgmp inspect``."""
     bits, size = inspection.bits_per_weight, inspection.bytes

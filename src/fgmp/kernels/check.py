@@ -1,8 +1,8 @@
 """Checks of the operators' arguments; every violation has its own message.
 
-Shapes, dtypes and devices are checked on every call, and messages are made only where a check fails:
-a token takes some hundred calls. Whether ``row_ptr`` counts the flags of
-``scale`` takes a pass over the weight: kernels check it while they read, :func:`counts` beforehand.
+Shapes, dtypes and devices are checked on every call. A token takes hundreds of calls, so that
+messages are made only where a check fails. Whether ``row_ptr`` counts the flags of ``scale`` takes
+a pass over the weight: kernels check it while they read, :func:`counts` beforehand.
 """
 
 import torch
