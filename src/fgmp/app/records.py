@@ -335,7 +335,8 @@ class Diagnosis:
             "instruction sets": f"PyTorch {self.torch_instruction_set}, kernels "
             f"{self.kernel_instruction_set or 'not compiled'}",
             "GPUs": ", ".join(self.gpus) or "none",
-            "memory": f"{self.memory_bytes / 1e9:.1f} GB, {self.memory_free_bytes / 1e9:.1f} GB free",
+            "memory": f"{self.memory_bytes / 1e9:.1f} GB, "
+            f"{self.memory_free_bytes / 1e9:.1f} GB free",
             "bf16 models": f"passes run in {self.bfloat16_runs_in}",
             **{
                 f"product, {p.name}": f"float32 {p.float32:.2f} ms, bfloat16 {p.bfloat16:.2f} ms, "
