@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fgmp.assign import policy as policies
-from fgmp.assign.policy import POLICIES
+from fgmp.assign.policy import POLICIES, Policy
 from fgmp.errors import InputError
 from fgmp.recipe import BUDGETS, CLIP_CHOICES, PAPER, Recipe
 
@@ -272,3 +272,12 @@ def test_an_option_replaces_the_file_s_amount() -> None:
         InputError, match=r"set only one of fp4, bits, .* got fp4_activations and bits"
     ):
         file.with_options({"fp4_activations": 0.5})
+
+
+def test_a_registered_policy_of_fisher_scores_takes_budgets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(POLICIES, "mine", Policy(sensitivity="fisher"))
+    assert Recipe(policy="mine", bits=5.4, sensitivities="powers").budget == "bits"
+    with pytest.raises(InputError, match="bits needs policy fisher"):
+        Recipe(policy="fisher-per-layer", bits=5.4)

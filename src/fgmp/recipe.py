@@ -9,6 +9,7 @@ activations (online).
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -147,10 +148,10 @@ class Recipe:
                 raise InputError(
                     f"recipe: {name} must be {_listed(allowed)}, got {getattr(self, name)!r}"
                 )
-        if self.sensitivities == "powers" and not self.policy.startswith("fisher"):
+        if self.sensitivities == "powers" and POLICIES[self.policy].sensitivity != "fisher":
+            fitting = [name for name, p in POLICIES.items() if p.sensitivity == "fisher"]
             raise InputError(
-                f"recipe: sensitivities powers needs policy fisher or fisher-per-layer, "
-                f"got {self.policy!r}"
+                f"recipe: sensitivities powers needs policy {_listed(fitting)}, got {self.policy!r}"
             )
         if not isinstance(self.compensate, bool):
             raise InputError(f"recipe: compensate must be true or false, got {self.compensate!r}")
@@ -190,7 +191,8 @@ class Recipe:
         fractions = [name for name, default in defaults.items() if getattr(self, name) != default]
         if len(budgets) > 1 or (budgets and fractions):
             raise _conflict(fractions + budgets)
-        if self.budget and self.policy != "fisher":
+        policy = POLICIES.get(self.policy)
+        if self.budget and policy and not policy.comparable:
             raise InputError(
                 f"recipe: {self.budget} needs policy fisher, whose scores of weights and "
                 f"activations are comparable, got {self.policy!r}"
@@ -271,7 +273,7 @@ class Recipe:
         return cls.from_dict(values, source=f"recipe {path}")
 
 
-def _listed(names: tuple[str, ...]) -> str:
+def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 

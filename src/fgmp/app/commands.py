@@ -137,19 +137,25 @@ def quantize_to(
         )
         checkpoint.require_space(output, least_bytes(model, prepared.task.linears))
         run(prepared, calibration=calibration)
-        config = config_of(model)
-        config.calibration.update(
-            text=_utf8(Path(calibration_text).name) if calibration_text else "docstrings",
-            fingerprint=text.fingerprint,
-            seq_len=text.samples.shape[1],
-            bos=bos_id is not None,
-            # The held-out slice decided too, so a figure on it would be flattered as well.
-            digest=digest(torch.cat([text.samples, text.held_out]), tokenizer),
-        )
+        _record_text(model, text, tokenizer, calibration_text, bos=bos_id is not None)
         save(model, output, tokenizer, extra_files=source.processor_files())
         _verify_written(model, output, dtype, text.held_out[0])
     forget(resume)
     return _summary(model, output, time.perf_counter() - started)
+
+
+def _record_text(
+    model: nn.Module, text: CalibrationText, tokenizer: Any, name: str | None, *, bos: bool
+) -> None:
+    """Store in a quantized model's configuration which text it was calibrated on."""
+    config_of(model).calibration.update(
+        text=_utf8(Path(name).name) if name else "docstrings",
+        fingerprint=text.fingerprint,
+        seq_len=text.samples.shape[1],
+        bos=bos,
+        # The held-out slice decided too, so a figure on it would be flattered as well.
+        digest=digest(torch.cat([text.samples, text.held_out]), tokenizer),
+    )
 
 
 def _source(name: str, trust_remote_code: bool, dtype: str, reporter: Reporter) -> Source:

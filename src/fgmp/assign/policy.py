@@ -44,6 +44,11 @@ class Policy:
     per_layer: bool = False
     fraction: float | None = None
 
+    @property
+    def comparable(self) -> bool:
+        """Whether scores of weights and activations share a unit, and thresholds are global."""
+        return self.sensitivity == "fisher" and not self.per_layer and self.fraction is None
+
 
 POLICIES = {
     "fisher": Policy(sensitivity="fisher"),
