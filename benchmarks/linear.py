@@ -102,8 +102,7 @@ def main() -> None:
     widest = kernels()
     if widest is None:
         sys.exit("the C++ kernels are not compiled here: install a C++ compiler, reinstall fgmp")
-    supported = list(INSTRUCTION_SETS[: INSTRUCTION_SETS.index(widest.instruction_set) + 1])
-    sets = args.sets or [name for name in supported if name != "portable"] or supported
+    sets = args.sets or widest.supported[1:] or widest.supported
 
     bandwidths, rows = [], []
     for threads in dict.fromkeys(args.threads):

@@ -37,7 +37,9 @@ _AVX512 = (
 def instruction_sets(machine: str) -> dict[str, tuple[str, ...]]:
     """Compiler flags by instruction set, for a machine as ``platform.machine()`` names it."""
     x86 = {"avx2": _AVX2, "avx512": _AVX512}
-    return {"portable": ()} | (x86 if machine in ("x86_64", "AMD64") else {})
+    arm = {"dotprod": ("-march=armv8.2-a+dotprod",)}
+    families = {"x86_64": x86, "AMD64": x86, "aarch64": arm, "arm64": arm}
+    return {"portable": (), **families.get(machine, {})}
 
 
 def compiler() -> str | None:

@@ -24,7 +24,7 @@ int64_t FGMP_NAME(linear)(const fgmp::Weight *w, const fgmp::Matrix *x, const fg
     return gemv_bf16(*w, *x, out, *team);
   if (x->is_bf16 && x->rows > kFewTokens)
     return gemm<Bf16>(*w, *x, out, *team);
-#elif defined(__AVX2__)
+#elif defined(FGMP_INT8)
   if (x->is_bf16 && !w->fp8 && x->rows <= kFewTokensInt8)
     return gemv_int8(*w, *x, out, *team);
 #endif

@@ -32,8 +32,9 @@ def implements(rule: str) -> bool:
     return rule in RULES and RULES[rule].cpu is not None
 
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
-"""Instruction sets, narrowest first."""
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "dotprod")
+"""Instruction sets: any processor's, x86's, and ARM's dot products of bytes. Of those that a
+processor supports, the last is the fastest."""
 
 
 class _Weight(Structure):
@@ -70,7 +71,10 @@ class Kernels:
     Args:
         path: the library that :func:`fgmp.kernels.cpu.build.build` compiled.
         instruction_set: one of :data:`INSTRUCTION_SETS` that this processor supports; default:
-            the widest.
+            the fastest.
+
+    Attributes:
+        supported: the instruction sets of the library that this processor supports.
 
     Raises:
         OSError: the library cannot be loaded.
@@ -79,9 +83,10 @@ class Kernels:
 
     def __init__(self, path: Path = LIBRARY, instruction_set: str | None = None) -> None:
         library = ctypes.CDLL(str(path))
-        widest = library.fgmp_instruction_set()
-        self.instruction_set = instruction_set or INSTRUCTION_SETS[widest]
-        if INSTRUCTION_SETS.index(self.instruction_set) > widest:
+        bits = library.fgmp_instruction_sets()
+        self.supported = [name for i, name in enumerate(INSTRUCTION_SETS) if bits >> i & 1]
+        self.instruction_set = instruction_set or self.supported[-1]
+        if self.instruction_set not in self.supported:
             raise ValueError(f"this processor has no {instruction_set}")
 
         def bind(name: str, *arguments: type) -> Callable[..., int]:
@@ -160,7 +165,7 @@ class Kernels:
 
 @cache
 def kernels() -> Kernels | None:
-    """Kernels of the widest instruction set of this processor; None if none are compiled."""
+    """Kernels of the fastest instruction set of this processor; None if none are compiled."""
     try:
         return Kernels()
     except OSError:
