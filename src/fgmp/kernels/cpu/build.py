@@ -36,10 +36,12 @@ _AVX512 = (
 
 def instruction_sets(machine: str) -> dict[str, tuple[str, ...]]:
     """Compiler flags by instruction set, for a machine as ``platform.machine()`` names it."""
-    x86 = {"avx2": _AVX2, "avx512": _AVX512}
-    arm = {"dotprod": ("-march=armv8.2-a+dotprod",)}
-    families = {"x86_64": x86, "AMD64": x86, "aarch64": arm, "arm64": arm}
-    return {"portable": (), **families.get(machine, {})}
+    flags: dict[str, tuple[str, ...]] = {"portable": ()}
+    if machine in ("x86_64", "AMD64"):
+        flags |= {"avx2": _AVX2, "avx512": _AVX512}
+    if machine in ("aarch64", "arm64"):
+        flags |= {"dotprod": ("-march=armv8.2-a+dotprod",)}
+    return flags
 
 
 def compiler() -> str | None:
