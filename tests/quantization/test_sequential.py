@@ -326,6 +326,6 @@ def test_a_damaged_stage_is_reported_and_packed_again(
 def test_bytes_are_moments_of_a_stage_and_outputs_of_a_block() -> None:
     model, samples = Chain(), torch.zeros(3, 20, 32)
     needed = bytes_needed(model, quantizable(model), samples, squares)
-    moments, factors = 8 * 48**2, 5 * 8 * 48**2
+    moments, factors = 8 * 48**2, 2 * 4 * 48**2
     outputs = 2 * 3 * (20 * 32 * 4)
     assert needed == moments + factors + outputs

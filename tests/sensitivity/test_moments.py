@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fgmp.sensitivity.moments import MOMENT_BYTES, Moments, add_moments, new_moments
+from fgmp.sensitivity.moments import MOMENT_BYTES, Moments, Source, add_moments, new_moments
 
 K = 44
 
@@ -59,3 +59,34 @@ def test_the_output_error_of_any_weight_is_a_quadratic_form(tokens: tuple[Tensor
     form = (x.double() @ w.T).square().sum() - 2 * (v * (w @ c)).sum() + (v * (v @ h)).sum()
     # A difference of sums some hundred times as large, of fp32 terms.
     torch.testing.assert_close(form, error, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("rows", [8, 40])
+def test_narrow_weights_enter_their_product_with_c(
+    rows: int, tokens: tuple[Tensor, Tensor]
+) -> None:
+    x, q = tokens
+    g = torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(n, K, generator=g) for name, n in (("a", rows), ("b", 12))}
+    source = Source(weights)
+    assert bool(source.rows) == (rows == 8)
+    moments = new_moments(K, x.device, source.rows)
+    for part, quantized in zip(x.split(70), q.split(70), strict=True):
+        add_moments(moments, source(part.unsqueeze(0)), quantized.unsqueeze(0))
+    assert moments.c.shape == (20 if source.rows else K, K)
+    for name, weight in weights.items():
+        difference = (x - q).double().T @ q.double()
+        expected = weight.double() @ difference
+        torch.testing.assert_close(
+            moments.drift(name, weight).double(), expected, rtol=1e-3, atol=5e-3
+        )
+
+
+def test_panels_of_h_do_not_matter(
+    tokens: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = moments_of(*tokens)
+    monkeypatch.setattr("fgmp.sensitivity.moments._PANEL", 16)
+    parts = moments_of(*tokens)
+    torch.testing.assert_close(parts.h, whole.h)
+    assert torch.equal(parts.h, parts.h.T) and torch.equal(parts.c, whole.c)

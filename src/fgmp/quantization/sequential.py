@@ -46,8 +46,8 @@ from fgmp.storage.resume import PartialResults
 PackStage = Callable[..., dict[str, PackedWeight]]
 """(linears of a stage grouped by site, moments= by site owner) to packed weights by linear."""
 
-_FACTOR_MATRICES = 5
-"""float64 matrices held at once by ``factorize``: H, C, the inverse, its factor, the transfer."""
+_FACTOR_MATRICES = 2
+"""fp32 matrices held beside H and C while a weight is packed: the root, and C - H."""
 
 _SAMPLED = 4096
 """Elements of a tensor that the check of shortcuts compares."""
@@ -123,7 +123,7 @@ def stage_bytes(model: nn.Module, linears: dict[str, nn.Linear]) -> int:
     """
     widths = {name: linear.in_features**2 for name, linear in linears.items()}
     moments = max(sum(widths[n] for n in stage.owners) for stage in stages(model, list(linears)))
-    return MOMENT_BYTES * moments + 8 * _FACTOR_MATRICES * max(widths.values())
+    return MOMENT_BYTES * moments + 4 * _FACTOR_MATRICES * max(widths.values())
 
 
 @torch.no_grad()
