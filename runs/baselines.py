@@ -189,9 +189,10 @@ def gptq(setting: Setting) -> nn.Module:
                 packed[name] = pack(codes, none)
         return packed
 
+    samples, packers = setting.text.samples, {"gptq": pack_stage}
     packed = pack_in_turn(
-        parts.model, parts.linears_of, constants, setting.text.samples, causal_lm_loss, pack_stage
-    )
+        parts.model, parts.linears_of, constants, samples, causal_lm_loss, packers
+    )["gptq"]
     install(parts.model, packed, constants, parts.linears_of)
     return parts.model
 

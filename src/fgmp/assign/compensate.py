@@ -3,10 +3,10 @@
 After every block has its format, the packed weight V need not be the original W rounded to nearest.
 Any V whose codes fit the formats is allowed. The best V has an output on quantized activations q
 that is closest to W's output on the original activations x. With the moments H = sum q q^T and
-C = sum x q^T,
+D = sum (x - q) q^T,
 
     sum |W x - V q|^2 + m |V - W|^2 = (V - W*) (H + m I) (V - W*)^T + terms without V
-    W* = (W C + m W) (H + m I)^-1 = W + W (C - H) (H + m I)^-1
+    W* = W + W D (H + m I)^-1
 
 W* is a Wiener filter: it reduces the weight of directions in which the noise of quantized
 activations exceeds their signal. V is W*, rounded by GPTQ (arXiv 2210.17323): columns are rounded
@@ -18,7 +18,7 @@ serves as well and takes no inverse of a matrix: R is upper triangular, and
     H + m I = R R^T        (V - W*) (H + m I) (V - W*)^T = |(W* - V) R|^2
 
 Column j of (W* - V) R depends on columns 0 to j of V alone. Column j of V can bring it to zero,
-up to rounding, whatever the earlier columns are. With S = (W* - W) R = W (C - H) R^-T, the value
+up to rounding, whatever the earlier columns are. With S = (W* - W) R = W D R^-T, the value
 before rounding is
 
     w_j + (S_j + sum over i < j of (w_i - v_i) R_ij) / R_jj
@@ -61,6 +61,7 @@ from fgmp.formats.weight import (
     quantize_weight,
 )
 from fgmp.kernels.cpu.library import kernels
+from fgmp.sensitivity.moments import Moments
 
 DAMPING = 0.3
 """Damping m over the mean of H's diagonal; chosen with ``runs/constants.py damping``."""
@@ -124,6 +125,13 @@ def factorize(h: Tensor, damping: float = DAMPING) -> Tensor | None:
     return root.float()
 
 
+def root_of(moments: Moments, damping: float = DAMPING) -> Tensor | None:
+    """:func:`factorize` of the moments' H, computed once for all variants that share it."""
+    if damping not in moments.roots:
+        moments.roots[damping] = factorize(moments.h, damping)
+    return moments.roots[damping]
+
+
 def _root(h: Tensor, m: float) -> Tensor | None:
     """Upper triangular R with R R^T = H + m I, panel by panel from the last; None if it fails."""
     root = torch.zeros_like(h)
@@ -146,7 +154,7 @@ def factors_of(root: Tensor, drift: Tensor) -> Factors:
 
     Args:
         root: R, from :func:`factorize`.
-        drift: W (C - H), from :meth:`Moments.drift`; overwritten.
+        drift: W D, from :meth:`Moments.drift`; overwritten.
     """
     for here in reversed(_slices(0, len(root), BATCH)):
         drift[:, here] -= drift[:, here.stop :] @ root[here, here.stop :].T
