@@ -61,7 +61,7 @@ class Recorder:
         arguments = (weight, factors, is_fp8, t, sensitivity, search)
         nearest = quantize_weight(weight, t, nearest_scale_codes(weight, t))
         ours, theirs = (
-            distances(codes.units(is_fp8).double() * t, weight, factors)
+            distances(codes.units(is_fp8) * t, weight, factors)
             for codes in (compensated(*arguments, limit=float("inf")), nearest)
         )
         self.ratios.append((ours / theirs).cpu())

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from fgmp import Recipe
-from fgmp.assign.compensate import compensated, factorize
+from fgmp.assign.compensate import Factors, compensated, factorize
 from fgmp.assign.frontier import Fractions
 from fgmp.assign.policy import POLICIES
 from fgmp.assign.weights import ScoredWeights, score_weights
@@ -43,7 +43,6 @@ from fgmp.quantization.pipeline import prepare
 from fgmp.quantization.scoring import score
 from fgmp.quantization.tune import tuned_parameters
 from fgmp.sensitivity.fisher import calibrate
-from fgmp.sensitivity.moments import Moments
 
 CPU = torch.device("cpu")
 NAME = "weight"
@@ -83,8 +82,9 @@ def bytes_per_element(rows: int, columns: int) -> dict[str, float]:
     is_fp8 = result.scores[NAME] > result.scores[NAME].median()
     t = result.t[NAME]
     x = torch.randn(2 * columns, columns, generator=generator)
-    factors = factorize(Moments(x.T @ x, x.T @ x))
-    assert factors is not None
+    root = factorize(x.T @ x)
+    assert root is not None
+    factors = Factors(root, torch.zeros_like(weight))
     for label, sensitivity in (("nearest", None), ("searched", fisher)):
         extra, codes = extra_bytes(partial(compensated, weight, factors, is_fp8, t, sensitivity))
         sizes[f"compensating, scales {label}"] = extra

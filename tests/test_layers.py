@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"errors", "formats", "pack"},
     "model": {"errors", "storage", "formats", "pack", "kernels"},
     "sensitivity": {"errors", "storage", "formats", "model"},
-    "assign": {"errors", "formats", "pack", "sensitivity"},
+    "assign": {"errors", "formats", "pack", "kernels", "sensitivity"},
     "recipe": {"errors", "formats", "assign"},
     "hardware": {"errors", "progress", "storage", "formats", "pack"},
     "evaluation": {"progress", "formats", "pack", "model"},

@@ -7,6 +7,7 @@ all that is packed so far, and sums moments in float64.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from fgmp.assign.policy import POLICIES
 from fgmp.assign.weights import pack_weights, score_weights
 from fgmp.formats.activation import fake_quantize
 from fgmp.model.convert import install
-from fgmp.model.linear import sites
+from fgmp.model.linear import MixedLinear, sites
 from fgmp.model.losses import Loss, causal_lm_loss
 from fgmp.model.select import linearize, quantizable, routers
 from fgmp.model.store import config_of
 from fgmp.pack.planes import PackedWeight
+from fgmp.quantization import sequential
 from fgmp.quantization.sequential import Stage, block_of, bytes_needed, pack_in_turn, stages
 from fgmp.sensitivity.moments import Moments, add_moments, new_moments
 from fgmp.storage.resume import PartialResults
@@ -63,9 +65,9 @@ class Setting:
             self.records,
             self.samples,
             self.loss,
-            pack or self.pack,
+            {"only": pack or self.pack},
             results=results,
-        )
+        )["only"]
 
     def with_weights(self, packed: dict[str, PackedWeight]) -> nn.Module:
         """A copy with these weights and their sites."""
@@ -124,7 +126,11 @@ def judged(setting: Setting) -> Callable[..., dict[str, PackedWeight]]:
             # Sums in fp32, of a few hundred tokens.
             close = {"rtol": 1e-5, "atol": 1e-5 * float(q.square().sum() / q.shape[1])}
             torch.testing.assert_close(sums.h.double(), q.T @ q, **close)
-            torch.testing.assert_close(sums.c.double(), x.double().T @ q, **close)
+            difference = x.double() - q
+            if sums.rows:
+                stacked = torch.cat([setting.weights[name] for name in sums.rows])
+                difference = difference @ stacked.T.double()
+            torch.testing.assert_close(sums.d.double(), difference.T @ q, **close)
         packed.update(setting.pack(groups, moments))
         return {name: packed[name] for names in groups for name in names}
 
@@ -178,6 +184,65 @@ def test_any_module_and_any_loss(loss: Loss, skip: bool) -> None:
     setting.in_turn(judged(setting))
 
 
+@pytest.mark.parametrize("room", [0, 20_000])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_variants_side_by_side_are_those_packed_alone(
+    family: str, room: int, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where outputs of linears are kept for some samples only, or for none."""
+    setting = Setting(make_model(family), tokens[:3], causal_lm_loss)
+
+    seen: dict[str, list[Moments]] = {"other": [], "one": []}
+
+    def recorded(variant: str) -> Callable[..., dict[str, PackedWeight]]:
+        def pack(groups: Any, moments: dict[str, Moments]) -> dict[str, PackedWeight]:
+            seen[variant] += moments.values()
+            if variant == "other":  # another weight, which changes the inputs of later stages
+                moments = {owner: replace(m, d=m.d * 0.9) for owner, m in moments.items()}
+            return setting.pack(groups, moments)
+
+        return pack
+
+    alone = setting.in_turn(recorded("one"))
+    moments_alone = seen.pop("one")
+    seen["one"] = []
+    monkeypatch.setattr(sequential, "_KEPT_BYTES", room)
+    packed = pack_in_turn(
+        setting.model,
+        setting.linears_of,
+        setting.records,
+        setting.samples,
+        setting.loss,
+        {variant: recorded(variant) for variant in seen},
+    )
+    assert same(packed["one"], alone) and not same(packed["other"], alone)
+    for one, other, expected in zip(seen["one"], seen["other"], moments_alone, strict=True):
+        assert one.h is other.h and one.roots is other.roots
+        assert torch.equal(one.h, expected.h) and torch.equal(one.d, expected.d)
+    assert torch.equal(seen["one"][0].d, seen["other"][0].d)
+    assert not torch.equal(seen["one"][-1].d, seen["other"][-1].d)
+
+
+def test_a_linear_runs_once_where_its_output_is_kept(
+    tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: dict[str, int] = {}
+    forward = MixedLinear.forward
+
+    def counted(linear: MixedLinear, x: Tensor) -> Tensor:
+        shape = f"{linear.out_features}x{linear.in_features}"
+        runs[shape] = runs.get(shape, 0) + 1
+        return forward(linear, x)
+
+    monkeypatch.setattr(MixedLinear, "forward", counted)
+    setting = Setting(make_model("llama"), tokens, causal_lm_loss)
+    runs.clear()
+    setting.in_turn()
+    first = [name for name in setting.weights if name.startswith("model.layers.0.")]
+    last = [n for n in setting.weights if n.startswith("model.layers.1.") and "down" not in n]
+    assert sum(runs.values()) == len(tokens) * len(first + last)
+
+
 def test_a_stage_is_of_one_block_and_one_kind() -> None:
     model = make_model("mixtral")
     linearize(model)
@@ -207,7 +272,7 @@ def test_each_block_runs_once_a_stage_of_its_own_and_once_more(tokens: Tensor) -
         layer.self_attn.register_forward_pre_hook(lambda *_, index=index: count(index))
     setting.in_turn()
     assert len(stages(setting.model, list(setting.linears_of))) == 8
-    assert runs == [2 * len(tokens) * 5 + 1, 2 * len(tokens) * 4 + 1]
+    assert runs == [len(tokens) * (4 + 5) + 1, len(tokens) * (4 + 4) + 1]
 
 
 def test_beats_moments_of_the_original_alone() -> None:
@@ -305,7 +370,7 @@ def test_a_damaged_stage_is_reported_and_packed_again(
         name = next(n for n in state.tensors if n.endswith(".shape"))
         shape = state.tensors.pop(name)
         if damage == "another linear":
-            state.tensors[f"another.{name}"] = shape
+            state.tensors[f"only:another.{name}"] = shape
         results.store(part, state.tensors)
     else:
         content = bytearray(whole)
@@ -326,6 +391,8 @@ def test_a_damaged_stage_is_reported_and_packed_again(
 def test_bytes_are_moments_of_a_stage_and_outputs_of_a_block() -> None:
     model, samples = Chain(), torch.zeros(3, 20, 32)
     needed = bytes_needed(model, quantizable(model), samples, squares)
-    moments, factors = 8 * 48**2, 5 * 8 * 48**2
-    outputs = 2 * 3 * (20 * 32 * 4)
-    assert needed == moments + factors + outputs
+    moments, factors = 8 * 48**2, 4 * 48**2
+    outputs, kept = 3 * (20 * 32 * 4), 3 * (20 * (48 + 32) * 4)
+    assert needed == moments + factors + 2 * outputs + kept
+    needed = bytes_needed(model, quantizable(model), samples, squares, variants=2)
+    assert needed == 3 * moments // 2 + factors + 3 * outputs + 2 * kept

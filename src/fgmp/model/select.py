@@ -231,6 +231,8 @@ def _alike(modules: nn.ModuleList) -> bool:
 
 def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
     """Replace submodules by dotted name, in place, everywhere the model uses the same module."""
+    if not new:
+        return
     by_identity = {id(model.get_submodule(name)): module for name, module in new.items()}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

@@ -97,10 +97,11 @@ def pack_candidates(
     """
     fp4 = fractions.activations
     activations = assign_activations(scores.sites, scores.histograms, scores.policy, fp4)
-    candidates = {}
+    packers, inputs = {}, []
     for variant in variants:
         masks, _ = weight_masks(scores.policy, variant.scores, fractions.weights)
-        pack_linears = partial(
+        inputs += [masks, variant.scales, variant.t]
+        packers[_SEARCHED if variant.clipped else _ABSMAX] = partial(
             pack_weights,
             task.weights,
             fisher,
@@ -109,27 +110,31 @@ def pack_candidates(
             masks=masks,
             methods=task.methods,
         )
-        if task.recipe.compensate:
-            inputs = (scores.linears_of, activations.records, masks, variant.scales, variant.t)
-            results = task.partial_results(*inputs) if resumable else None
-            steps = len(stages(task.model, list(scores.sites))) * len(task.samples)
-            with task.progress("compensating", steps) as advance:
-                weights = pack_in_turn(
-                    task.model,
-                    scores.linears_of,
-                    activations.records,
-                    task.samples,
-                    task.loss,
-                    pack_linears,
-                    advance,
-                    results,
-                )
-        else:
-            with task.progress("packing", len(task.linears)) as advance:
-                weights = pack_linears(scores.linears_of.values(), advance=advance)
-        name = _SEARCHED if variant.clipped else _ABSMAX
-        candidates[name] = Assignment(weights, activations, scores.linears_of)
-    return candidates
+    if task.recipe.compensate:
+        inputs += [scores.linears_of, activations.records]
+        results = task.partial_results(*inputs) if resumable else None
+        steps = len(stages(task.model, list(scores.sites))) * len(task.samples)
+        with task.progress("compensating", steps) as advance:
+            packed = pack_in_turn(
+                task.model,
+                scores.linears_of,
+                activations.records,
+                task.samples,
+                task.loss,
+                packers,
+                advance,
+                results,
+            )
+    else:
+        with task.progress("packing", len(packers) * len(task.linears)) as advance:
+            packed = {
+                name: pack(scores.linears_of.values(), advance=advance)
+                for name, pack in packers.items()
+            }
+    return {
+        name: Assignment(weights, activations, scores.linears_of)
+        for name, weights in packed.items()
+    }
 
 
 def measure(task: Task, candidates: Mapping[str, Assignment]) -> dict[str, HeldOutMetrics]:

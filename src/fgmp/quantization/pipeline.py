@@ -319,7 +319,9 @@ def _require_memory(task: Task) -> MemoryEstimate:
     device = next(task.model.parameters()).device
     compensation = 0
     if task.recipe.compensate:
-        compensation = bytes_needed(task.model, task.linears, task.samples, task.loss)
+        compensation = bytes_needed(
+            task.model, task.linears, task.samples, task.loss, _variants(task.recipe)
+        )
     needed = memory.estimate(
         task.model,
         task.linears,

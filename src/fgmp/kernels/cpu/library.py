@@ -58,6 +58,13 @@ class _Site(Structure):
     )
 
 
+class _Columns(Structure):
+    _fields_ = (
+        *((field, c_void_p) for field in ("values", "spread", "scale", "is_fp8", "fp4", "fp8")),
+        *(("errors", c_void_p), ("rows", c_int64), ("count", c_int64)),
+    )
+
+
 class _Team(Structure):
     _fields_ = (
         *((function, c_void_p) for function in ("start", "member", "size")),
@@ -102,6 +109,11 @@ class Kernels:
         self._quantize = bind("quantize", *codes)
         self._fake_quantize = bind("fake_quantize", *codes)
         self._scores = bind("scores", *codes[:-1])
+        self._search_scales = bind("search_scales", POINTER(_Matrix), c_void_p, c_float, c_void_p)
+        self._weight_scores = bind(
+            *("weight_scores", POINTER(_Matrix), c_void_p, c_void_p, c_float, c_int64, c_void_p)
+        )
+        self._round_columns = bind("round_columns", POINTER(_Columns), c_float)
 
     def linear(
         self, units: Tensor, planes: Planes, t: float, bias: Tensor | None, dtype: torch.dtype
@@ -161,6 +173,63 @@ class Kernels:
         result = torch.empty(x.shape[0], _groups(x), dtype=torch.int64)
         self._scores(_matrix(x), _site(site), result.data_ptr(), _team())
         return result
+
+    def search_scales(self, weight: Tensor, sensitivity: Tensor, t: float) -> Tensor:
+        """FP4 scale codes of least weighted error, uint8 (N, G).
+
+        Args:
+            weight: finite, contiguous fp32 (N, K).
+            sensitivity: not negative, contiguous fp32 (N, K).
+            t: tensor scale.
+        """
+        scale = torch.empty(weight.shape[0], _groups(weight), dtype=torch.uint8)
+        self._search_scales(_matrix(weight), sensitivity.data_ptr(), t, scale.data_ptr(), _team())
+        return scale
+
+    def weight_scores(
+        self, weight: Tensor, sensitivity: Tensor, scale: Tensor, t: float, score: str
+    ) -> Tensor:
+        """Scores of the blocks of a weight, float64 (N, G).
+
+        Args:
+            weight, sensitivity, t: as for :meth:`search_scales`.
+            scale: codes of FP4 scales, contiguous uint8 (N, G).
+            score: ``benefit`` or ``difference``.
+        """
+        scores = torch.empty(scale.shape, dtype=torch.float64)
+        self._weight_scores(
+            _matrix(weight),
+            sensitivity.data_ptr(),
+            scale.data_ptr(),
+            t,
+            score == "benefit",
+            scores.data_ptr(),
+            _team(),
+        )
+        return scores
+
+    def round_columns(
+        self, columns: Tensor, spread: Tensor, scale: Tensor, is_fp8: Tensor, t: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Round one block of columns with error compensation within it.
+
+        Args:
+            columns: finite, contiguous fp32 (N, B), B at most 16; overwritten.
+            spread: upper triangular, contiguous fp32 (B, B).
+            scale: codes of FP4 scales, contiguous uint8 (N,).
+            is_fp8: format of each row's block, contiguous bool (N,).
+            t: tensor scale.
+
+        Returns:
+            FP4 and FP8 codes, uint8 (N, 16), decoded values and errors, fp32 (N, B).
+        """
+        rows, count = columns.shape
+        fp4, fp8 = torch.zeros(2, rows, BLOCK, dtype=torch.uint8)
+        errors = torch.empty_like(columns)
+        tensors = (columns, spread, scale, is_fp8, fp4, fp8, errors)
+        block = _Columns(*(tensor.data_ptr() for tensor in tensors), rows, count)
+        self._round_columns(block, t, _team())
+        return fp4, fp8, columns, errors
 
 
 @cache
