@@ -175,6 +175,8 @@ inline F16 read_block(const Matrix &x, int64_t m, int64_t at) {
     std::memcpy(narrow, source, left * sizeof *source);
   } else {
     const float *source = static_cast<const float *>(x.data) + from;
+    if (left >= kBlock)
+      return round_bf16(load(source));
     for (int64_t i = 0; i < std::min(left, kBlock); ++i)
       narrow[i] = to_bf16(source[i]);
   }
