@@ -4,7 +4,7 @@ A layer is packed so that its output on quantized inputs q is close to the origi
 final model, q carries the errors of all earlier layers. So q comes from a model in which those
 layers are packed already, and x from the original: the layer compensates for earlier errors, too.
 Several *variants* of the quantized model are packed side by side. They share the original's runs
-and the moments H, which are those of the last one.
+and, before anything is packed, the moments H and their factor.
 
 A *stage* is a set of sites that are compensated together. Sites share a stage if they are in the
 same decoder layer (an entry of the model's outermost module list; ``block`` in this file) and have
@@ -163,9 +163,7 @@ def stage_bytes(model: nn.Module, linears: dict[str, nn.Linear], variants: int =
     """
     widths = {name: linear.in_features**2 for name, linear in linears.items()}
     moments = max(sum(widths[n] for n in stage.owners) for stage in stages(model, list(linears)))
-    return (1 + variants) * MOMENT_BYTES // 2 * moments + 4 * _FACTOR_MATRICES * max(
-        widths.values()
-    )
+    return variants * MOMENT_BYTES * moments + 4 * _FACTOR_MATRICES * max(widths.values())
 
 
 @torch.no_grad()
@@ -329,7 +327,9 @@ class _Run:
         ``closes`` says that the stage is its block's last: the original then stores its outputs.
         """
         sources, modules = {}, {}
-        counting_h = next(reversed(self.variants))
+        # Before anything is packed, variants read the same inputs: one counts for all.
+        agree = not any(stream.linears for stream in self.variants.values())
+        first = next(iter(self.variants))
         moments: dict[str, dict[str, Moments]] = {variant: {} for variant in self.variants}
         for owner in stage.owners:
             linears = {name: self.model.get_submodule(name) for name in self.linears_of[owner]}
@@ -337,9 +337,11 @@ class _Run:
             k, device = weights[owner].shape[1], weights[owner].device
             sources[owner] = Source(weights)
             modules[owner] = ActivationSite(sites[owner]).to(device)
-            sums = new_moments(k, device, sources[owner])
             for variant, by_owner in moments.items():
-                by_owner[owner] = sums if variant == counting_h else sums.variant()
+                if agree and variant != first:
+                    by_owner[owner] = moments[first][owner].variant()
+                else:
+                    by_owner[owner] = new_moments(k, device, sources[owner])
         if closes and self.shortcuts:
             self.original.closing.append(stage.block)
         for index in range(len(self.samples)):
@@ -358,7 +360,7 @@ class _Run:
                                 x if x.shape == y.shape else y,
                                 q,
                                 sources[owner],
-                                to_h=variant == counting_h,
+                                to_h=variant == first or not agree,
                             )
             advance()
         for stream in (self.original, *self.variants.values()):
