@@ -2,7 +2,7 @@
 
 A layer is packed so that its output on quantized inputs q is close to the original's on x. In the
 final model, q carries the errors of all earlier layers. So q comes from a model in which those
-layers are packed already, and x from the original: the layer compensates for earlier errors, too.
+layers are packed already, and x from the original. The layer then also compensates earlier errors.
 Several *variants* of the quantized model are packed side by side. They share the original's runs
 and, before anything is packed, the moments H and their factor.
 
@@ -61,7 +61,7 @@ _FACTOR_MATRICES = 1
 """fp32 matrices held beside H and D while a weight is packed: the root."""
 
 _KEPT_BYTES = 1 << 29
-"""Most bytes of outputs of packed linears that are kept per variant."""
+"""Most bytes of outputs of packed linears that are cached per variant."""
 
 _SAMPLED = 4096
 """Number of elements per tensor that the check of cached outputs compares."""
@@ -257,7 +257,7 @@ def _part(number: int) -> str:
 
 
 class _Stream:
-    """What one model, the original or a variant, has done so far.
+    """State of one model, the original or a variant: packed linears and cached outputs.
 
     Attributes:
         linears: packed linears; none in the original.
