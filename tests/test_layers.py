@@ -52,7 +52,7 @@ ONLY_IN = {
     "datasets": {"documents"},
     "safetensors": {"storage", "pack", "model"},
     "huggingface_hub": {"pack"},
-    "psutil": {"pack", "quantization", "app"},
+    "psutil": {"pack", "model", "quantization", "app"},
     "triton": {"kernels"},
     "numpy": {"storage", "hardware", "pack"},
 }

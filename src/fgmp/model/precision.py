@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,9 @@ from fgmp.errors import InputError
 
 CHOICES = ("auto", "float32", "stored")
 """Ways to choose the dtype of passes: fast on the device, fp32, or as the files store it."""
+
+_SPARED = 0.7
+"""Fraction of the free memory that the wider parameters may take."""
 
 _ATTRIBUTE = "fgmp_stored_dtypes"
 
@@ -68,7 +72,9 @@ def compute_dtype(stored: torch.dtype, device: torch.device, choice: str = "auto
 def run_in(model: nn.Module, choice: str = "auto") -> nn.Module:
     """Convert a model to the dtype of its passes, in place, and return it.
 
-    It is saved in its stored dtypes again. A model that was converted stays as it is.
+    It is saved in its stored dtypes again. A model that was converted stays as it is, and so does a
+    bf16 model whose fp32 copy would not fit in memory, unless ``choice`` asks for it: bf16 is slow
+    then, but works.
 
     Args:
         model: quantized or not; planes and constants of packed layers keep their dtypes.
@@ -78,11 +84,17 @@ def run_in(model: nn.Module, choice: str = "auto") -> nn.Module:
         return model
     stored = stored_dtype(model)
     dtype = compute_dtype(stored, next(model.parameters()).device, choice)
-    if dtype == stored:
+    if dtype == stored or (choice == "auto" and stored != torch.float16 and not _fits(model)):
         return model
     floating = {n: t.dtype for n, t in model.state_dict().items() if t.is_floating_point()}
     setattr(model, _ATTRIBUTE, _StoredDtypes(floating, stored))
     return nn.Module.float(model)  # Transformers refuses model.float() on quantized models
+
+
+def _fits(model: nn.Module) -> bool:
+    """Whether an fp32 copy of a model's parameters fits in free memory, with some to spare."""
+    more = sum(p.numel() * (4 - p.element_size()) for p in model.parameters())
+    return more < _SPARED * psutil.virtual_memory().available
 
 
 def stored_dtype(model: nn.Module) -> torch.dtype:
