@@ -259,7 +259,8 @@ def _reason(original: nn.Module, name: str) -> str:
         return f"{others[name]} computes something else than a linear"
     if not isinstance(module, nn.Linear):
         return f"no linear but {type(module).__name__}"
-    if id(module.weight) in shared_weights(original):
+    linears = {n: m for n, m in original.named_modules() if isinstance(m, nn.Linear)}
+    if name in {n for pair in shared_weights(linears).items() for n in pair}:
         return "weight of several linears"
     return "no token reached it as a linear"
 

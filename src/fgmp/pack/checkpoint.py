@@ -78,6 +78,7 @@ class CheckpointConfig:
 
     Attributes:
         sites: by *owner*, the linear that holds the site's tensors.
+        shared: linears that use the packed weight of another, and the name of that one, by name.
         recipe: ``Recipe.to_dict()``.
         calibration: the calibration set: fingerprint, sequences, tokens.
         result: fractions of FP4 blocks, the decision on scale search and its measurements.
@@ -86,6 +87,7 @@ class CheckpointConfig:
     """
 
     sites: dict[str, SiteConfig]
+    shared: dict[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
@@ -99,10 +101,17 @@ class CheckpointConfig:
         """Names of all quantized linears."""
         return [name for site in self.sites.values() for name in site.linears]
 
+    @property
+    def holders(self) -> list[str]:
+        """Names of the quantized linears that have a packed weight of their own."""
+        return [name for name in self.linears if name not in self.shared]
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON types, with the fixed keys of the format."""
         values = asdict(self)
         del values["run"]
+        if not self.shared:
+            del values["shared"]
         return {**_FIXED, **values}
 
     @classmethod
@@ -122,6 +131,7 @@ class CheckpointConfig:
         try:
             sites = {name: _site_config(**site) for name, site in values["sites"].items()}
             rest = {k: dict(values[k]) for k in ("recipe", "calibration", "result", "producer")}
+            shared = _shared(values.get("shared", {}))
             if not sites:
                 raise ValueError("no sites")
             _require_names(rest["result"].get("unquantized", []))
@@ -137,11 +147,24 @@ class CheckpointConfig:
                 raise CheckpointError(
                     f"{where}.sites.{name}.linears must hold its owner, got {site.linears}"
                 )
-        config = cls(sites=sites, **rest)
+        config = cls(sites=sites, shared=shared, **rest)
         for name, times in Counter(config.linears).items():
             if times > 1:
                 raise CheckpointError(f"{where}.sites must list a linear once, got {name} twice")
+        linears, holders = set(config.linears), set(config.holders)
+        for name, holder in shared.items():
+            if name not in linears or holder not in holders:
+                raise CheckpointError(
+                    f"{where}.shared must map a linear of sites to one that has a weight of its "
+                    f"own, got {name!r}: {holder!r}"
+                )
         return config
+
+
+def _shared(values: object) -> dict[str, str]:
+    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+        raise TypeError(f"shared must map names to names, got {values!r:.80}")
+    return values
 
 
 def _require_names(names: object) -> None:

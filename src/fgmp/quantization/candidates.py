@@ -20,6 +20,7 @@ from fgmp.pack.planes import packed_bytes
 from fgmp.quantization.held_out import Trial, trials
 from fgmp.quantization.install import Assignment
 from fgmp.quantization.sequential import pack_in_turn, stages
+from fgmp.quantization.sharing import readers, weights_by_readers
 from fgmp.quantization.task import BudgetResult, OperatingPoint, Scores, Task
 from fgmp.quantization.uniform import UNIFORM, uniform_assignment
 
@@ -105,9 +106,11 @@ def pack_candidates(
             methods=task.methods,
         )
         if task.recipe.compensate:
+            shared_sites = readers(scores.linears_of, task.shared).values()
             inputs = (scores.linears_of, activations.records, masks, variant.scales, variant.t)
             results = task.partial_results(*inputs) if resumable else None
-            steps = len(stages(task.model, list(scores.sites))) * len(task.samples)
+            todo = stages(task.model, list(scores.sites), shared_sites)
+            steps = len(todo) * len(task.samples)
             with task.progress("compensating", steps) as advance:
                 weights = pack_in_turn(
                     task.model,
@@ -118,12 +121,14 @@ def pack_candidates(
                     make,
                     advance,
                     results,
+                    shared=task.shared,
                 )
         else:
-            with task.progress("packing", len(task.linears)) as advance:
-                weights = make(scores.linears_of.values(), advance=advance)
+            groups = weights_by_readers(scores.linears_of, task.shared)
+            with task.progress("packing", len(task.weights)) as advance:
+                weights = make(groups, advance=advance)
         name = _SEARCHED if variant.clipped else _NEAREST
-        candidates[name] = Assignment(weights, activations, scores.linears_of)
+        candidates[name] = Assignment(weights, activations, scores.linears_of, shared=task.shared)
     return candidates
 
 
@@ -136,7 +141,7 @@ def measure(task: Task, candidates: Mapping[str, Assignment]) -> dict[str, Trial
 
 def measure_fp8(task: Task, scores: Scores) -> Trial:
     """Measure the all-FP8 model on the held-out sequences."""
-    fp8 = uniform_assignment(task.weights, scores.sites, scores.linears_of, UNIFORM["fp8"])
+    fp8 = _uniform(task, scores, "fp8")
     return measure(task, {"fp8": fp8})["fp8"]
 
 
@@ -237,10 +242,12 @@ def _uniform_rivals(
     names = ["nvfp4"]
     if point.fractions == (0, 0) or _fp8_takes_no_more(task, mixed):
         names.append("fp8")
-    return {
-        name: uniform_assignment(task.weights, scores.sites, scores.linears_of, UNIFORM[name])
-        for name in names
-    }
+    return {name: _uniform(task, scores, name) for name in names}
+
+
+def _uniform(task: Task, scores: Scores, name: str) -> Assignment:
+    weights, fp4 = task.weights, UNIFORM[name]
+    return uniform_assignment(weights, scores.sites, scores.linears_of, task.shared, fp4)
 
 
 def _fp8_takes_no_more(task: Task, mixed: Assignment) -> bool:

@@ -361,6 +361,8 @@ def _without_unreached(task: Task, calibration: Calibration) -> tuple[Task, Cali
         for name in site.linears
         if stage_kind(task.model, name) not in kinds and not matches(name, patterns)
     }
+    weights = {id(task.linears[name].weight) for name in left_alone}
+    left_alone |= {name for name, m in task.linears.items() if id(m.weight) in weights}
     if left_alone:
         task.report(
             f"linears that saw no calibration token keep their precision: "

@@ -7,7 +7,8 @@ layers are packed already, and x from the original: the layer compensates for ea
 A *stage* is a set of sites that are compensated together. Sites share a stage if they lie in one
 block (an entry of the model's outermost module list, such as a decoder layer) and have the same
 name within it, apart from indices of inner lists, such as experts. Outside of any block each site
-is a stage. Grouping too many sites costs accuracy, not correctness.
+is a stage. Grouping too many sites costs accuracy, not correctness. Sites that read one shared
+weight share a stage, too, at the place of the first of them.
 
 Each stage runs the samples through both models, up to the stage's inputs. To keep the cost from
 growing with the square of the depth, a finished block runs one last time, in the pass of the next
@@ -24,7 +25,7 @@ same tokens in both models.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -38,8 +39,9 @@ from fgmp.model.convert import Replacement, packed_linears
 from fgmp.model.linear import ActivationSite
 from fgmp.model.losses import Loss
 from fgmp.model.observe import frozen, observed_inputs
-from fgmp.model.select import routers
+from fgmp.model.select import routers, shared_weights
 from fgmp.pack.planes import PackedWeight
+from fgmp.quantization.sharing import joined, readers, summed_moments, weights_by_readers
 from fgmp.sensitivity.moments import MOMENT_BYTES, Moments, add_moments, new_moments
 from fgmp.storage.resume import PartialResults
 
@@ -63,14 +65,26 @@ class Stage:
     owners: list[str]
 
 
-def stages(model: nn.Module, owners: Sequence[str]) -> list[Stage]:
-    """Group sites, given in order of execution, into stages."""
+def stages(
+    model: nn.Module, owners: Sequence[str], together: Iterable[Collection[str]] = ()
+) -> list[Stage]:
+    """Group sites, given in order of execution, into stages.
+
+    Args:
+        model: contains the sites.
+        owners: owners of all sites.
+        together: sets of owners that must share a stage.
+    """
     by_kind: dict[tuple[str, str], Stage] = {}
     for owner in owners:
         block = block_of(model, owner)
         kind = stage_kind(model, owner)
         by_kind.setdefault((block, kind), Stage(block, [])).owners.append(owner)
-    return list(by_kind.values())
+    merged = []
+    for group in joined([*(stage.owners for stage in by_kind.values()), *together]):
+        blocks = {block_of(model, owner) for owner in group}
+        merged.append(Stage(blocks.pop() if len(blocks) == 1 else "", group))
+    return merged
 
 
 def stage_kind(model: nn.Module, name: str) -> str:
@@ -122,7 +136,9 @@ def stage_bytes(model: nn.Module, linears: dict[str, nn.Linear]) -> int:
     An upper bound: which linears share an input is not known yet, so each counts its own moments.
     """
     widths = {name: linear.in_features**2 for name, linear in linears.items()}
-    moments = max(sum(widths[n] for n in stage.owners) for stage in stages(model, list(linears)))
+    together = readers({name: [name] for name in linears}, shared_weights(linears)).values()
+    todo = stages(model, list(linears), together)
+    moments = max(sum(widths[n] for n in stage.owners) for stage in todo)
     return MOMENT_BYTES * moments + 8 * _FACTOR_MATRICES * max(widths.values())
 
 
@@ -136,6 +152,8 @@ def pack_in_turn(
     pack_stage: PackStage,
     advance: Callable[[], None] = lambda: None,
     results: PartialResults | None = None,
+    *,
+    shared: Mapping[str, str] | None = None,
 ) -> dict[str, PackedWeight]:
     """Pack stage by stage; the model is left as it was, also after an error.
 
@@ -147,23 +165,26 @@ def pack_in_turn(
         pack_stage: packs the linears of a stage, given the moments of their inputs.
         advance: called after each sample of each stage.
         results: stages that this run packed before an interruption; later ones are added.
+        shared: linears that use the weight of another, and the name of that one, by name.
     """
+    shared = shared or {}
     packed: dict[str, PackedWeight] = {}
-    todo = stages(model, list(linears_of))
+    todo = stages(model, list(linears_of), readers(linears_of, shared).values())
     with frozen(model):
         run = _Run(model, samples, loss, list(linears_of))
         for number, stage in enumerate(todo):
             groups = {owner: linears_of[owner] for owner in stage.owners}
-            weights = _restored(results, number, groups, model)
+            by_readers = weights_by_readers(groups, shared)
+            weights = _restored(results, number, by_readers, model)
             if weights is None:
-                moments = run.moments(stage, sites, advance)
-                weights = pack_stage(groups.values(), moments=moments)
+                moments = summed_moments(run.moments(stage, sites, advance), groups, shared)
+                weights = pack_stage(by_readers, moments=moments)
                 if results is not None:
                     results.store(_part(number), _planes(weights))
             else:
                 for _ in samples:
                     advance()
-            run.finish(weights, sites, groups)
+            run.finish(weights, sites, groups, shared)
             if stage.block not in {"", *(later.block for later in todo[number + 1 :])}:
                 run.close(stage.block)
             packed |= weights
@@ -171,13 +192,13 @@ def pack_in_turn(
 
 
 def _restored(
-    results: PartialResults | None, number: int, groups: Mapping[str, list[str]], model: nn.Module
+    results: PartialResults | None, number: int, groups: Sequence[list[str]], model: nn.Module
 ) -> dict[str, PackedWeight] | None:
     """Weights of a stage that was packed before, on the devices of the weights they replace."""
     state = results.load(_part(number)) if results else None
     if results is None or state is None:
         return None
-    planes: dict[str, dict[str, Tensor]] = {n: {} for group in groups.values() for n in group}
+    planes: dict[str, dict[str, Tensor]] = {n: {} for group in groups for n in group}
     try:
         for key, tensor in state.tensors.items():
             name, _, plane = key.rpartition(".")
@@ -253,9 +274,10 @@ class _Run:
         weights: dict[str, PackedWeight],
         sites: Mapping[str, Site],
         linears_of: Mapping[str, list[str]],
+        shared: Mapping[str, str],
     ) -> None:
         """Run the quantized model with these packed weights from now on."""
-        self.packed |= packed_linears(self.model, weights, sites, linears_of)
+        self.packed |= packed_linears(self.model, weights, sites, linears_of, shared)
 
     def close(self, block: str) -> None:
         """Note that this block has no further stages."""
@@ -271,7 +293,9 @@ class _Run:
         if not self.full_inputs:
             everything = Stage("", self.owners)
             self.full_inputs = self._inputs(everything, 0, quantized=False, take=_sampled)
-        self.shortcuts = all(
+        # A block that is only a container never runs, and stores nothing.
+        stored = all((_parent(block), False, 0) in self.outputs for block in self.closing)
+        self.shortcuts = stored and all(
             len(inputs[owner]) == len(self.full_inputs[owner]) <= 1
             and all(map(_close, self.full_inputs[owner], map(_sampled, inputs[owner])))
             for owner in stage.owners
