@@ -606,7 +606,7 @@ def test_what_a_running_process_writes_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x" * 240, "a\0b", "\udcff"])
 def test_a_name_that_no_folder_can_have_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the name of a folder must"):
+    with pytest.raises(InputError, match="the name of a file or folder must"):
         require_free(tmp_path / name)
 
 

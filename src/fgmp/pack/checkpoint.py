@@ -266,9 +266,8 @@ def require_free(directory: Path) -> None:
     Temporary folders of killed processes are deleted.
 
     Raises:
-        InputError: it is in use, not writable, or its name is too long or not UTF-8.
+        InputError: it is in use or not writable, or its name is too long or not UTF-8.
     """
-    _require_name(directory)
     require_writable(directory)
     _remove_stale(directory)
     taken = directory.exists() or directory.is_symlink()
@@ -281,14 +280,14 @@ _LONGEST_NAME = 180
 file systems."""
 
 
-def _require_name(directory: Path) -> None:
+def _require_name(path: Path) -> None:
     try:
-        length = len(directory.absolute().name.encode())
+        length = max(len(part.encode()) for part in path.absolute().parts)
     except UnicodeEncodeError as error:
-        raise InputError(f"{str(directory)!r}: the name of a folder must be UTF-8") from error
-    if length > _LONGEST_NAME or "\0" in str(directory):
+        raise InputError(f"{str(path)!r}: the name of a file or folder must be UTF-8") from error
+    if length > _LONGEST_NAME or "\0" in str(path):
         raise InputError(
-            f"{str(directory)[:80]!r}...: the name of a folder must have at most "
+            f"{str(path)[:80]!r}...: the name of a file or folder must have at most "
             f"{_LONGEST_NAME} bytes, and none of them 0, got {length}"
         )
 
@@ -297,8 +296,9 @@ def require_writable(path: Path) -> None:
     """Check that a file or folder can be created, with the folders above it.
 
     Raises:
-        InputError: it cannot.
+        InputError: it cannot, or its name is too long or not UTF-8.
     """
+    _require_name(path)
     target = path.absolute()
     parent = target if target.is_dir() else next(p for p in target.parents if p.exists())
     try:
