@@ -317,11 +317,11 @@ def _fingerprint(
     loss: Loss,
     fisher: str,
 ) -> dict[str, str]:
-    """Digests of the inputs of a calibration, by kind; a loss is identified by its name only."""
+    """Digests of the inputs of a calibration, by kind; a function is identified by its name."""
     return {
         "linears": sha256([list(linears), shared_weights(linears)]),
         "sites": sha256(groups),
-        "loss": sha256(getattr(loss, "__qualname__", type(loss).__qualname__)),
+        "loss": sha256(loss),
         "weights": sha256(model.state_dict()),
         "sequences": sha256(list(samples)),
         "fisher": fisher,
