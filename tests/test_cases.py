@@ -333,6 +333,24 @@ def test_empty_tensors_identify_no_site(compensate: bool) -> None:
     assert sorted(sites(model)) == ["experts.0", "experts.1"]
 
 
+class Cycles(nn.Module):
+    """A first cycle without gradients, as hierarchical reasoning models have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            first = self.b(self.a(x).relu())
+        return self.b(self.a(x + first).relu())
+
+
+def test_a_pass_without_gradients_adds_none() -> None:
+    model, _ = quantized(Cycles())
+    assert sorted(mixed_linears(model)) == ["a", "b"]
+
+
 # Subclasses of nn.Linear.
 
 

@@ -185,7 +185,8 @@ class _Recorder:
         if key not in self.aliases:
             site = self._site(name)
             alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-            alias.register_hook(partial(self._site_gradient, site))
+            if alias.requires_grad:  # else the model runs this part without gradients
+                alias.register_hook(partial(self._site_gradient, site))
             self._site_input(site, x)
             self.aliases[key] = (site, alias, x)  # holding x keeps its address from being reused
         site, alias, _x = self.aliases[key]
@@ -204,7 +205,8 @@ class _Recorder:
             return
         holder = self.shared.get(name, name)
         self.calls[holder] += 1
-        out.register_hook(partial(self._weight_gradient, holder, args[0].detach()))
+        if out.requires_grad:
+            out.register_hook(partial(self._weight_gradient, holder, args[0].detach()))
 
     def end(self, predictions: int) -> None:
         for name, uses in self.uses.items():
