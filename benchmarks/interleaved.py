@@ -11,11 +11,13 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fgmp.formats.activation import Site, multiplier, quantize
 from fgmp.formats.spec import BLOCK, FP8_BLOCK, SCALE_MAX_CODE
 from fgmp.pack.planes import PackedWeight
 
@@ -62,6 +64,15 @@ def random_weight(n: int, k: int, share: float, seed: int) -> PackedWeight:
     overflow = torch.randint(256, shape, dtype=torch.uint8, generator=g) & 0x77
     scale[is_fp8] = FP8_BLOCK
     return PackedWeight(low=low, scale=scale, overflow=overflow, row_ptr=row_ptr, **common)
+
+
+def site(x: torch.Tensor, rule: str, scales: str) -> Site:
+    """Constants of a site under which 30% of the blocks of ``x`` are FP8."""
+    g = torch.Generator().manual_seed(1)
+    sensitivity = torch.randint(1, 0x7F, (x.shape[1],), dtype=torch.uint8, generator=g)
+    constants = Site(multiplier(x.abs().max().item()), sensitivity, 1.0, 0, rule, scales)
+    scores = quantize(x[:8], constants).score.flatten().sort().values
+    return replace(constants, threshold=int(scores[len(scores) * 7 // 10]))
 
 
 def reading(nbytes: int) -> Case:

@@ -4,10 +4,11 @@
                                 [--batches M ...] [--sets SET ...]
 
 A row is one shape, batch, thread count, share of FP8 blocks and instruction set. It gives ``us`` of
-the packed linear with bf16 units and a bf16 result, how many times faster it is than torch's linear
-in bf16 and fp32, and the rate at which its planes are read, as a share of the read bandwidth. The
-widest instruction set is timed through the operator, as models call it, the others by their
-kernels. ``read_gbps`` is the median over all rounds of summing a buffer of a packed weight's size.
+the packed linear, with activations of which 70% of the blocks are FP4 and a bf16 result, how many
+times faster it is than torch's linear in bf16 and fp32, and the rate at which its planes are read,
+as a share of the read bandwidth. The widest instruction set is timed through the operator, as
+models call it, the others by their kernels. ``read_gbps`` is the median over all rounds of summing
+a buffer of a packed weight's size.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleaved import Case, copies, machine, medians, random_weight, reading
+from interleaved import Case, copies, machine, medians, random_weight, reading, site
 
 from fgmp.kernels import ops
 from fgmp.kernels.check import PLANES
@@ -40,12 +41,22 @@ def packed_case(weights: list[PackedWeight], x: torch.Tensor, instruction_set: s
     return lambda i: run.linear(x, planes[i % len(planes)], 2.0**-20, None, x.dtype)
 
 
+def activations(batch: int, k: int) -> torch.Tensor:
+    """Quantized activations in units of t, bf16 (batch, k), 70% of their blocks FP4."""
+    x = torch.randn(max(batch, 8), k, generator=torch.Generator().manual_seed(0))
+    constants = site(x, "benefit", "search")
+    r, threshold = torch.tensor(constants.r), torch.tensor(constants.threshold)
+    arguments = (r, constants.sensitivity, threshold, constants.rule, constants.scales)
+    units: torch.Tensor = ops.fake_quantize_activation(x[:batch], *arguments)[0]
+    return units
+
+
 def measure(
     n: int, k: int, batch: int, threads: int, sets: list[str], repeats: int
 ) -> tuple[float, list[dict[str, Any]]]:
     """Read bandwidth in GB/s, and the rows of one shape and batch."""
     torch.set_num_threads(threads)
-    x = torch.randn(batch, k, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    x = activations(batch, k)
     wide = x.float()
     bf16 = [torch.randn(n, k).to(torch.bfloat16) for _ in range(copies(2 * n * k))]
     fp32 = [weight.float() for weight in bf16]
@@ -91,8 +102,7 @@ def main() -> None:
     widest = kernels()
     if widest is None:
         sys.exit("the C++ kernels are not compiled here: install a C++ compiler, reinstall fgmp")
-    supported = list(INSTRUCTION_SETS[: INSTRUCTION_SETS.index(widest.instruction_set) + 1])
-    sets = args.sets or [name for name in supported if name != "portable"] or supported
+    sets = args.sets or widest.supported[1:] or widest.supported
 
     bandwidths, rows = [], []
     for threads in dict.fromkeys(args.threads):

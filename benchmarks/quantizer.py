@@ -16,13 +16,12 @@ compared with ``difference`` and ``max``.
 
 import argparse
 import json
-from dataclasses import replace
 from typing import Any
 
 import torch
-from interleaved import Case, machine, medians
+from interleaved import Case, machine, medians, site
 
-from fgmp.formats.activation import Site, fake_quantize, multiplier, quantize
+from fgmp.formats.activation import fake_quantize, quantize
 from fgmp.kernels import ops
 
 CHOICES = [
@@ -31,15 +30,6 @@ CHOICES = [
     ("difference", "search"),
     ("benefit", "search"),
 ]
-
-
-def site(x: torch.Tensor, rule: str, scales: str) -> Site:
-    """Constants of a site under which 30% of the blocks of ``x`` are FP8."""
-    g = torch.Generator().manual_seed(1)
-    sensitivity = torch.randint(1, 0x7F, (x.shape[1],), dtype=torch.uint8, generator=g)
-    constants = Site(multiplier(x.abs().max().item()), sensitivity, 1.0, 0, rule, scales)
-    scores = quantize(x[:8], constants).score.flatten().sort().values
-    return replace(constants, threshold=int(scores[len(scores) * 7 // 10]))
 
 
 def peer(x: torch.Tensor) -> Case:

@@ -24,7 +24,7 @@ import torch
 from setting import ROUND_TO_NEAREST, Setting
 from torch import Tensor, nn
 
-from fgmp.assign.compensate import compensated, factorize
+from fgmp.assign.compensate import Factors, compensated, factorize
 from fgmp.assign.scale_search import error
 from fgmp.assign.weights import group_scale
 from fgmp.formats.activation import Site, fake_quantize, multiplier
@@ -178,19 +178,21 @@ def gptq(setting: Setting) -> nn.Module:
     ) -> dict[str, PackedWeight]:
         packed = {}
         for names in groups:
-            h = moments[names[0]].h
-            # C = H: W* is W, since the layer compensates for no error of its input.
-            factors = factorize(Moments(h, h.clone()), GPTQ_DAMPING)
+            root = factorize(moments[names[0]].h, GPTQ_DAMPING)
+            assert root is not None
             for name in names:
                 w = parts.weights[name]
                 none = torch.zeros(len(w), -(-w.shape[1] // BLOCK), dtype=torch.bool)
+                # W* is W, since the layer compensates for no error of its input.
+                factors = Factors(root, torch.zeros_like(w))
                 codes = compensated(w, factors, none, parts.scale[name], torch.ones_like(w))
                 packed[name] = pack(codes, none)
         return packed
 
+    samples, packers = setting.text.samples, {"gptq": pack_stage}
     packed = pack_in_turn(
-        parts.model, parts.linears_of, constants, setting.text.samples, causal_lm_loss, pack_stage
-    )
+        parts.model, parts.linears_of, constants, samples, causal_lm_loss, packers
+    )["gptq"]
     install(parts.model, packed, constants, parts.linears_of)
     return parts.model
 

@@ -32,7 +32,7 @@ class Draws:
 
 
 def interval(values: Tensor) -> list[float]:
-    """Bounds that hold 95% of the drawn values (D,)."""
+    """Bounds of 95% of the resampled values (D,)."""
     ends = torch.tensor([0.025, 0.975], dtype=values.dtype)
     return [float(v) for v in values.quantile(ends)]
 
@@ -44,7 +44,7 @@ def recovered(harm: Tensor, nvfp4: Tensor, fp8: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Harm:
-    """Harm of a row and the share of the gap that it closes.
+    """KL or drift (*harm*) of a row, and the fraction of the gap that it closes.
 
     Attributes:
         mean, ci95: over items and calibrations.
@@ -60,7 +60,7 @@ class Harm:
 
 
 def harms(measured: dict[str, list[Tensor]]) -> dict[str, Harm]:
-    """Harm of every row, beside all FP8 and all NVFP4.
+    """Harm of every row, relative to all-FP8 and all-NVFP4.
 
     Args:
         measured: values (count,) of each calibration, by row; ``fp8`` and ``nvfp4`` among them. All

@@ -1,13 +1,13 @@
-"""Distance of compensated rows from the best real weights, over that of round to nearest.
+"""Squared distance of compensated rows from the unrounded optimum, over that of round to nearest.
 
     python runs/compensation.py MODEL --calib TEXT [--fp4 1.0] [--samples 128] [--json]
     python runs/compensation.py --encoder [--samples 256] [--json]
 
-The distance of a row of a weight is the one that compensation minimizes (``assign.compensate``).
-The model is quantized by the default recipe, and its rows are compared without the limit by which
-some are left rounded (``assign.compensate.LIMIT``). Prints quantiles of the ratio over all rows,
-the number of rows beyond the limit, and the largest ratio with its weight's shape. ``--encoder``
-takes the sentence encoder of ``runs/encoder.py``.
+The squared distance of a row is the quadratic form that compensation minimizes
+(``assign.compensate``). The model is quantized by the default recipe, and its rows are compared
+without the limit by which some fall back to round to nearest (``assign.compensate.LIMIT``). Prints
+quantiles of the ratio over all rows, the number of rows beyond the limit, and the largest ratio
+with its weight's shape. ``--encoder`` takes the sentence encoder of ``runs/encoder.py``.
 """
 
 import argparse
@@ -39,7 +39,7 @@ QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
 @dataclass
 class Recorder:
-    """Compensates as the product does, and records ratios of rows; a ``Methods.compensate``.
+    """Compensates like the default method, and records ratios of rows; a ``Methods.compensate``.
 
     Attributes:
         ratios: of the rows of each weight, float64 (N,), in order of compensation.
@@ -61,7 +61,7 @@ class Recorder:
         arguments = (weight, factors, is_fp8, t, sensitivity, search)
         nearest = quantize_weight(weight, t, nearest_scale_codes(weight, t))
         ours, theirs = (
-            distances(codes.units(is_fp8).double() * t, weight, factors)
+            distances(codes.units(is_fp8) * t, weight, factors)
             for codes in (compensated(*arguments, limit=float("inf")), nearest)
         )
         self.ratios.append((ours / theirs).cpu())

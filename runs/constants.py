@@ -4,8 +4,8 @@
     python runs/constants.py relief MODEL --calib TEXT [--other TEXT] [--values 0.1 0.2 0.4]
 
 ``damping`` keeps compensated weights near the original's (``assign.compensate.DAMPING``).
-``relief`` is the share of the weights' harm that compensation is assumed to leave, by which a
-budget is divided (``assign.frontier.RELIEF``).
+``relief`` is the fraction of the loss from weights that is assumed to remain after compensation;
+it affects the allocation of a budget (``assign.frontier.RELIEF``).
 
 Calibrates on windows of the first half of TEXT: ``runs/accuracy.py`` evaluates on the second where
 one text is both. Prints the mean token KL from the original, in nats, on windows of the first half

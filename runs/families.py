@@ -5,7 +5,7 @@
 Every family of :data:`FAMILIES` is built from a tiny configuration with random weights, written to
 a folder, and quantized as ``fgmp quantize`` does, compensation included. The checkpoint is written
 and loaded again. Its logits and the tokens it generates must be those of the model before writing,
-bit for bit. What keeps its precision is listed by name, indices as ``*``, with the reason.
+bit for bit. What is not quantized is listed by name, indices as ``*``, with the reason.
 """
 
 import argparse
@@ -172,7 +172,7 @@ class Row:
         family: its name.
         model_class: class of Transformers.
         quantized_share: of the elements of all matrices that multiply activations.
-        left_alone: reasons by name of a matrix, indices as ``*``.
+        unquantized: reasons by name of a matrix, indices as ``*``.
         reload_equal: whether the loaded checkpoint has the same logits, bit for bit.
         generation_equal: whether it generates the same tokens.
         refused: the error, if the family is not quantized; the fields above then say nothing.
@@ -181,7 +181,7 @@ class Row:
     family: str
     model_class: str
     quantized_share: float = 0.0
-    left_alone: dict[str, str] = field(default_factory=dict)
+    unquantized: dict[str, str] = field(default_factory=dict)
     reload_equal: bool = False
     generation_equal: bool = False
     refused: str = ""
@@ -239,7 +239,7 @@ def measure(family: str, folder: Path) -> Row:
 
 
 def reasons(quantized: nn.Module, original: nn.Module) -> dict[str, str]:
-    """Why matrices of a quantized model keep their precision, by name, indices as ``*``."""
+    """Why matrices of a quantized model are not quantized, by name, indices as ``*``."""
     linearize(original)
     result = {}
     for name in config_of(quantized).result["unquantized"]:
@@ -258,11 +258,11 @@ def _reason(original: nn.Module, name: str) -> str:
     if name in (others := other_linears(original)):
         return f"{others[name]} computes something else than a linear"
     if not isinstance(module, nn.Linear):
-        return f"no linear but {type(module).__name__}"
+        return f"not a linear but {type(module).__name__}"
     linears = {n: m for n, m in original.named_modules() if isinstance(m, nn.Linear)}
     if name in {n for pair in shared_weights(linears).items() for n in pair}:
         return "weight of several linears"
-    return "no token reached it as a linear"
+    return "no calibration tokens as a linear"
 
 
 def sweep(names: list[str]) -> dict[str, Any]:
@@ -277,7 +277,7 @@ def sweep(names: list[str]) -> dict[str, Any]:
 def table(facts: dict[str, Any]) -> list[str]:
     """Lines of a Markdown table, and what it was made with."""
     lines = [
-        "| family | class | quantized | logits after reload | generation | left alone, and why |",
+        "| family | class | quantized | logits after reload | generation | not quantized, why |",
         "|---" * 6 + "|",
     ]
     for row in facts["rows"]:
@@ -288,15 +288,15 @@ def table(facts: dict[str, Any]) -> list[str]:
             equal = (row["reload_equal"], row["generation_equal"])
             cells += [f"{row['quantized_share']:.1%}"]
             cells += ["equal" if same else "**differ**" for same in equal]
-            cells.append(_listed(row["left_alone"]))
+            cells.append(_listed(row["unquantized"]))
         lines.append(f"| {' | '.join(cells)} |")
     versions = f"torch {facts['torch']}, transformers {facts['transformers']}"
     return [*lines, "", f"{versions}, revision {facts['revision']}."]
 
 
-def _listed(left_alone: dict[str, str]) -> str:
+def _listed(unquantized: dict[str, str]) -> str:
     by_reason: dict[str, list[str]] = {}
-    for name, reason in left_alone.items():
+    for name, reason in unquantized.items():
         by_reason.setdefault(reason, []).append(f"`{name.removesuffix('.weight')}`")
     return "; ".join(f"{reason}: {', '.join(names)}" for reason, names in by_reason.items())
 

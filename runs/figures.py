@@ -5,9 +5,8 @@
 Fills docs/results.md and docs/families.md between ``<!-- NAME -->`` and ``<!-- end -->`` with the
 table of that name. Tables come from ``accuracy-MODEL.json`` (written by ``runs/accuracy.py
 --json``) and from the files of ``runs/encoder.py``, ``runs/kv_cache.py``, ``runs/budgets.py`` and
-``runs/families.py``. Draws ``accuracy-MODEL.svg`` for
-each model: KL gap recovered over the mean of the bits per weight and per activation value, with 95%
-intervals. It computes no result.
+``runs/families.py``. Draws ``accuracy-MODEL.svg`` for each model: KL gap recovered over the mean of
+bits per weight and bits per activation value, with 95% intervals. It computes no result.
 """
 
 import argparse
@@ -77,7 +76,7 @@ def results() -> dict[str, Facts]:
     return {model: json.loads(f.read_text()) for model, f in files.items() if f.exists()}
 
 
-def results_beside() -> dict[str, Facts]:
+def other_results() -> dict[str, Facts]:
     """Results of the other scripts, by file."""
     names = ("encoder", "budgets-babyllama105", "kv-wiki5m", "kv-babyllama105", "families")
     return {name: json.loads((DOCS / "results" / f"{name}.json").read_text()) for name in names}
@@ -112,7 +111,7 @@ def table(facts: Facts) -> list[str]:
 
 
 def goals(models: dict[str, Facts], encoder: Facts) -> list[str]:
-    """Results beside the project's goals, by model; for the encoder, in drift.
+    """Results compared with the project's goals, by model; for the encoder, in drift.
 
     A cell is empty where a model lacks the rows.
     """
@@ -124,27 +123,27 @@ def goals(models: dict[str, Facts], encoder: Facts) -> list[str]:
     header = ["", "goal", *(MODELS[model] for model in models), "encoder"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     drift = {row["name"]: row["gap_recovered_percent"] for row in encoder["rows"]}
-    for share, (goal, names) in GOALS.items():
+    for fraction, (goal, names) in GOALS.items():
         cells = [_best(recovered(row, names)) for row in rows]
         cells.append(_best(drift[name] for name in names if name in drift))
-        lines.append(f"| {share} | {goal} | {' | '.join(cells)} |")
+        lines.append(f"| {fraction} | {goal} | {' | '.join(cells)} |")
         cells = [_best(recovered(row, [f"{name}, tuned" for name in names])) for row in rows]
         if any(cells):
-            lines.append(f"| {share}, tuned | {goal} | {' | '.join(cells)} | |")
+            lines.append(f"| {fraction}, tuned | {goal} | {' | '.join(cells)} | |")
     for bits in ("5.4", "6.0"):
-        rivals = [f"ours at {bits} bits", f"autoquantize {bits} bits"]
-        left = [[100 - share for share in recovered(row, rivals)] for row in rows]
-        label = f"gap left at {bits} bits over that of AutoQuantize's rule"
+        rows_compared = [f"ours at {bits} bits", f"autoquantize {bits} bits"]
+        left = [[100 - percent for percent in recovered(row, rows_compared)] for row in rows]
+        label = f"gap left at {bits} bits, divided by that of AutoQuantize's rule"
         cells = [f"{pair[0] / pair[1]:.2f}" if len(pair) == 2 else "" for pair in left]
         lines.append(f"| {label} | 0.5, then 0.25 | {' | '.join(cells)} | |")
     points = [recovered(row, ["ours 100%", "nvfp4, four over six"]) for row in rows]
     cells = [f"{pair[0] - pair[1]:+.1f}" if len(pair) == 2 else "" for pair in points]
-    lines.append(f"| all FP4, points over Four Over Six | 0, then more | {' | '.join(cells)} | |")
+    lines.append(f"| 100% FP4, points over Four Over Six | 0, then more | {' | '.join(cells)} | |")
     return lines
 
 
-def _best(shares: Iterable[float]) -> str:
-    best = max(shares, default=None)
+def _best(percents: Iterable[float]) -> str:
+    best = max(percents, default=None)
     return "" if best is None else f"{best:.1f}%"
 
 
@@ -167,9 +166,9 @@ def ablations(models: dict[str, Facts]) -> list[str]:
 
 
 def _with_points(row: Facts, other: str) -> str:
-    share = f"{row['kl_gap_recovered_percent']:.1f}%"
+    percent = f"{row['kl_gap_recovered_percent']:.1f}%"
     over = row["kl_gap_recovered_points_over"].get(other)
-    return f"{share}, {_points(over)}" if over else share
+    return f"{percent}, {_points(over)}" if over else percent
 
 
 def _points(over: Facts) -> str:
@@ -186,7 +185,7 @@ def versus(models: dict[str, Facts]) -> list[str]:
                 if row["name"] in ROWS:
                     cells = over.setdefault((row["name"], other), [""] * len(models))
                     cells[index] = _points(by)
-    lines = _header("row, and over which", models)
+    lines = _header("row, over another row", models)
     for (name, other), cells in over.items():
         lines.append(f"| {name}, over {other} | " + " | ".join(cells) + " |")
     return lines
@@ -220,8 +219,8 @@ def encoder(facts: Facts) -> list[str]:
 def budgets(facts: Facts) -> list[str]:
     """Results of each budget, from ``runs/budgets.py``."""
     lines = [
-        "| option | bits of the formats | FP4 weights | FP4 activations | bytes of tensors | KL "
-        "| KL of all NVFP4 |",
+        "| option | bits per value, formats | FP4 weights | FP4 activations | bytes of tensors "
+        "| KL | KL of all-NVFP4 |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in facts["rows"]:
@@ -243,7 +242,7 @@ def filled(page: str, models: dict[str, Facts], others: dict[str, Facts]) -> str
     Args:
         page: content of a document.
         models: from :func:`results`.
-        others: from :func:`results_beside`.
+        others: from :func:`other_results`.
 
     Raises:
         KeyError: the page names a table that does not exist.
@@ -292,8 +291,8 @@ def plot(model: str, facts: Facts) -> str:
             "</text>"
         )
     parts.append(
-        f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 10}" text-anchor="middle">mean of the bits '
-        f"of a weight and of an activation value ({MODELS[model]})</text>"
+        f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 10}" text-anchor="middle">mean of bits '
+        f"per weight and bits per activation value ({MODELS[model]})</text>"
         f'<text x="14" y="{HEIGHT / 2}" transform="rotate(-90 14 {HEIGHT / 2})" '
         'text-anchor="middle">KL gap recovered</text>'
     )
@@ -317,7 +316,7 @@ def main() -> None:
     for model, facts in models.items():
         (DOCS / "results" / f"accuracy-{model}.svg").write_text(plot(model, facts))
     for page in PAGES:
-        page.write_text(filled(page.read_text(), models, results_beside()))
+        page.write_text(filled(page.read_text(), models, other_results()))
 
 
 if __name__ == "__main__":

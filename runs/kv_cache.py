@@ -178,7 +178,7 @@ def table(facts: dict[str, Any]) -> list[str]:
     bf16_bytes = facts["bytes_per_token_bf16"]
     lines = [
         "| cache | perplexity | KL | KL gap recovered | by seed | 95% interval | FP4 "
-        "| bytes a token | bits a value |",
+        "| bytes per token | bits per value |",
         "|---" * 9 + "|",
         f"| bf16 | {facts['perplexity']:.3f} | 0 | - | - | - | - | {bf16_bytes:,} | 16 |",
     ]

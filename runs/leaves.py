@@ -70,7 +70,7 @@ def site_inputs(
 
 
 def gain(offsets: tuple[int, ...], chosen_by: Tensor, errors: Tensor) -> float:
-    """Share of the gain of all offsets that a set of them has.
+    """Fraction of the gain of all offsets that a set of them has.
 
     Args:
         offsets: the set; zero is in it.

@@ -2,11 +2,12 @@
 
     python runs/memory_constants.py [--rows N] [--columns K] [--vocabulary V] [--seq-len T] [--json]
 
-``bytes_per_element``: what scoring, compensating and packing one weight (N, K) take beside it and
-its Fisher information, over its elements. Scores and packed planes, which stay, are subtracted.
+``bytes_per_element``: memory for scoring, compensating and packing one weight (N, K), in addition
+to it and its Fisher information, divided by its elements. Scores and packed planes, which stay, are
+subtracted.
 
-``logits_copies``: what a step of quantizing a tiny Llama with a large vocabulary takes beside what
-the prediction counts apart, over the bytes of one sequence's logits in fp32.
+``logits_copies``: memory for a step of quantizing a tiny Llama with a large vocabulary, in addition
+to what the prediction counts separately, divided by the bytes of one sequence's logits in fp32.
 
 Both are resident memory by the kernel's count: the peak of the step less what was held before.
 """
@@ -27,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from fgmp import Recipe
-from fgmp.assign.compensate import compensated, factorize
+from fgmp.assign.compensate import Factors, compensated, factorize
 from fgmp.assign.frontier import Fractions
 from fgmp.assign.policy import POLICIES
 from fgmp.assign.weights import ScoredWeights, score_weights
@@ -37,12 +38,11 @@ from fgmp.model.losses import causal_lm_loss, sampled_label_loss
 from fgmp.pack.planes import pack
 from fgmp.quantization import memory
 from fgmp.quantization.candidates import pack_candidates
-from fgmp.quantization.held_out import trials
+from fgmp.quantization.held_out import held_out_metrics
 from fgmp.quantization.pipeline import prepare
 from fgmp.quantization.scoring import score
 from fgmp.quantization.tune import tuned_parameters
 from fgmp.sensitivity.fisher import calibrate
-from fgmp.sensitivity.moments import Moments
 
 CPU = torch.device("cpu")
 NAME = "weight"
@@ -82,8 +82,9 @@ def bytes_per_element(rows: int, columns: int) -> dict[str, float]:
     is_fp8 = result.scores[NAME] > result.scores[NAME].median()
     t = result.t[NAME]
     x = torch.randn(2 * columns, columns, generator=generator)
-    factors = factorize(Moments(x.T @ x, x.T @ x))
-    assert factors is not None
+    root = factorize(x.T @ x)
+    assert root is not None
+    factors = Factors(root, torch.zeros_like(weight))
     for label, sensitivity in (("nearest", None), ("searched", fisher)):
         extra, codes = extra_bytes(partial(compensated, weight, factors, is_fp8, t, sensitivity))
         sizes[f"compensating, scales {label}"] = extra
@@ -136,7 +137,7 @@ def logits_copies(vocabulary: int, seq_len: int, dtype: torch.dtype) -> dict[str
         sizes[f"calibrating, labels {label}"] = extra - counted.fisher - counted.working
     same = {"original": Replacement({})}
     sizes["comparing"], _ = extra_bytes(
-        partial(trials, task.model, same, task.held_out, causal_lm_loss)
+        partial(held_out_metrics, task.model, same, task.held_out, causal_lm_loss)
     )
     scores = score(task, calibration)
     (assignment,) = pack_candidates(

@@ -1,4 +1,4 @@
-"""Scores of AutoQuantize by NVIDIA's own package, beside those of ``runs/baselines.py``.
+"""Scores of AutoQuantize by NVIDIA's own package, compared with those of ``runs/baselines.py``.
 
     pip install nvidia-modelopt
     python runs/modelopt_check.py MODEL --calib TEXT [--samples 64] [--seq-len 128] [--json]

@@ -1,4 +1,4 @@
-"""Timing of a lane and internal energy of its cells by OpenSTA, beside ours (docs/energy.md).
+"""Timing of a lane and internal energy of its cells: OpenSTA and ours (docs/energy.md).
 
     python runs/opensta.py --liberty FILE [--lane fp4] [--json RESULT.json]
 

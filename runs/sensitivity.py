@@ -93,7 +93,7 @@ def correlations(setting: Setting) -> dict[str, dict[str, float]]:
 
 
 def memory_of_70b() -> dict[str, float]:
-    """Gigabytes that calibrating a Llama of 70B parameters holds beside the model."""
+    """Gigabytes for calibrating a Llama of 70B parameters, in addition to the model."""
     config = LlamaConfig(
         vocab_size=128256,
         hidden_size=8192,

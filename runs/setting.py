@@ -78,7 +78,7 @@ class Setting:
     def recipe(self, **fields: object) -> Recipe:
         """Recipe with these fields. Block scales are searched unless ``fields`` say otherwise.
 
-        The product's default lets a short held-out text decide, and rows would differ by that.
+        The default, ``clip: auto``, lets a short held-out text decide; rows would differ by that.
         """
         known = {"clip": "on", "seq_len": self.seq_len, "seed": self.seed}
         return Recipe(**{**known, **fields})  # type: ignore[arg-type]

@@ -57,7 +57,8 @@ def test_quantize_takes_these() -> None:
     assert [p.name for p in (model, samples, recipe)] == ["model", "samples", "recipe"]
     assert recipe.default is None
     assert [option.name for option in options] == [
-        *("loss", "held_out", "groups", "calibration", "resume", "methods", "progress", "report"),
+        *("loss", "held_out", "groups", "calibration", "resume", "methods", "dtype"),
+        *("progress", "report"),
     ]
     for option in options:
         assert option.kind is option.KEYWORD_ONLY and option.default is not option.empty

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"errors", "formats", "pack"},
     "model": {"errors", "storage", "formats", "pack", "kernels"},
     "sensitivity": {"errors", "storage", "formats", "model"},
-    "assign": {"errors", "formats", "pack", "sensitivity"},
+    "assign": {"errors", "formats", "pack", "kernels", "sensitivity"},
     "recipe": {"errors", "formats", "assign"},
     "hardware": {"errors", "progress", "storage", "formats", "pack"},
     "evaluation": {"progress", "formats", "pack", "model"},
@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "app": {
         *("errors", "progress", "storage", "demo", "documents", "data", "formats", "pack"),
-        *("model", "assign", "recipe", "hardware", "evaluation", "quantization"),
+        *("kernels", "model", "assign", "recipe", "hardware", "evaluation", "quantization"),
     },
 }
 """A part is a package or a module below ``fgmp``. Each may import those named, which all stand
@@ -52,7 +52,7 @@ ONLY_IN = {
     "datasets": {"documents"},
     "safetensors": {"storage", "pack", "model"},
     "huggingface_hub": {"pack"},
-    "psutil": {"pack", "quantization"},
+    "psutil": {"pack", "quantization", "app"},
     "triton": {"kernels"},
     "numpy": {"storage", "hardware", "pack"},
 }

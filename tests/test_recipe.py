@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fgmp.assign import policy as policies
-from fgmp.assign.policy import POLICIES
+from fgmp.assign.policy import POLICIES, Policy
 from fgmp.errors import InputError
 from fgmp.recipe import BUDGETS, CLIP_CHOICES, PAPER, Recipe
 
@@ -37,7 +37,8 @@ from fgmp.recipe import BUDGETS, CLIP_CHOICES, PAPER, Recipe
         ({"bits": "5"}, "recipe: bits must be from 4.5 (all FP4) to 8 (all FP8), got '5'"),
         (
             {"bits": 5.4, "policy": "random"},
-            "recipe: bits needs scores of one unit, policy fisher, got 'random'",
+            "recipe: bits needs policy fisher, whose scores of weights and activations are "
+            "comparable, got 'random'",
         ),
         ({"fisher": "kfac"}, "recipe: fisher must be exact or factored, got 'kfac'"),
         ({"labels": "drawn"}, "recipe: labels must be model or text, got 'drawn'"),
@@ -61,27 +62,28 @@ from fgmp.recipe import BUDGETS, CLIP_CHOICES, PAPER, Recipe
         ),
         (
             {"bits": 5, "max_energy": 80},
-            "recipe: give one of fp4, bits, max_bytes, max_increase, max_energy, "
+            "recipe: set only one of fp4, bits, max_bytes, max_increase, max_energy; "
             "got bits and max_energy",
         ),
         (
             {"fp4": 0.9, "max_bytes": 10},
-            "recipe: give one of fp4, bits, max_bytes, max_increase, max_energy, "
+            "recipe: set only one of fp4, bits, max_bytes, max_increase, max_energy; "
             "got fp4 and max_bytes",
         ),
         (
             {"fp4_activations": 0.7, "bits": 5},
-            "recipe: give one of fp4, bits, max_bytes, max_increase, max_energy, "
+            "recipe: set only one of fp4, bits, max_bytes, max_increase, max_energy; "
             "got fp4_activations and bits",
         ),
         (
             {"fp4": 0.5, "fp4_activations": 0.7, "bits": 5},
-            "recipe: give one of fp4, bits, max_bytes, max_increase, max_energy, "
+            "recipe: set only one of fp4, bits, max_bytes, max_increase, max_energy; "
             "got fp4 and fp4_activations and bits",
         ),
         (
             {"max_bytes": 10, "policy": "error"},
-            "recipe: max_bytes needs scores of one unit, policy fisher, got 'error'",
+            "recipe: max_bytes needs policy fisher, whose scores of weights and activations are "
+            "comparable, got 'error'",
         ),
         ({"rule": "best"}, "recipe: rule must be difference, benefit or truncated, got 'best'"),
         ({"scales": 4}, "recipe: scales must be max or search, got 4"),
@@ -91,7 +93,7 @@ from fgmp.recipe import BUDGETS, CLIP_CHOICES, PAPER, Recipe
         ),
         (
             {"sensitivities": "powers", "policy": "error"},
-            "recipe: sensitivities powers needs a policy that has some, got 'error'",
+            "recipe: sensitivities powers needs policy fisher or fisher-per-layer, got 'error'",
         ),
         ({"compensate": "on"}, "recipe: compensate must be true or false, got 'on'"),
         ({"clip": "maybe"}, "recipe: clip must be auto, on or off, got 'maybe'"),
@@ -264,7 +266,18 @@ def test_an_option_replaces_the_file_s_amount() -> None:
     shares = Recipe(fp4=0.5, fp4_activations=0.4)
     assert shares.with_options({"bits": 5.0}) == Recipe(bits=5.0)
     assert shares.with_options({"fp4": 0.6}) == Recipe(fp4=0.6, fp4_activations=0.4)
-    with pytest.raises(InputError, match=r"give one of fp4, bits, .* got fp4 and max_bytes"):
+    with pytest.raises(InputError, match=r"set only one of fp4, bits, .* got fp4 and max_bytes"):
         Recipe().with_options({"fp4": 0.7, "max_bytes": "3M"})
-    with pytest.raises(InputError, match=r"give one of fp4, bits, .* got fp4_activations and bits"):
+    with pytest.raises(
+        InputError, match=r"set only one of fp4, bits, .* got fp4_activations and bits"
+    ):
         file.with_options({"fp4_activations": 0.5})
+
+
+def test_a_registered_policy_of_fisher_scores_takes_budgets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(POLICIES, "mine", Policy(sensitivity="fisher"))
+    assert Recipe(policy="mine", bits=5.4, sensitivities="powers").budget == "bits"
+    with pytest.raises(InputError, match="bits needs policy fisher"):
+        Recipe(policy="fisher-per-layer", bits=5.4)

@@ -205,7 +205,7 @@ def calibration_text(
         tokenizer: a Transformers tokenizer.
         samples: calibration windows to choose; a short text gives fewer.
         seq_len: tokens per window.
-        seed: of the random choice.
+        seed: random seed for sampling windows.
         bos: whether every window starts with the beginning-of-sequence token; None: if the
             tokenizer puts it before a text.
 

@@ -1,14 +1,15 @@
-"""The user's configuration: what a checkpoint will be, and nothing about machines.
+"""The user's configuration of a checkpoint; it contains nothing specific to a machine.
 
 A recipe is frozen and stored in the checkpoint that it produced. A recipe file is YAML with the
 same keys. An unknown key is an error, and so is a value out of range.
 
-Two keys choose FP4 block scales: ``clip`` those of weights, searched offline, and ``scales`` those
-of activations, searched online. Documents call both a *scale search*.
+Two keys control the scale search of FP4 blocks: ``clip`` for weights (offline) and ``scales`` for
+activations (online).
 """
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ PAPER: dict[str, Any] = {
 }
 """Settings of the paper's method (arXiv 2504.14152): ``Recipe(fp4=0.7, **PAPER)``."""
 BUDGETS = ("bits", "max_bytes", "max_increase", "max_energy")
-"""Fields that limit the cost of the result, instead of fractions of FP4 blocks; at most one."""
+"""Budget fields; a recipe sets at most one of them, and then no fractions of FP4 blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,50 +47,51 @@ class Recipe:
 
     Attributes:
         fp4: fraction of weight blocks in FP4, 0 to 1.
-        fp4_activations: fraction of activation blocks in FP4 on the calibration tokens; None: the
-            same as ``fp4``.
-        bits: budget: mean of the bits per weight and the bits per activation value, divided
-            between the two so that the loss grows least. A value counts the bits of its block's
-            format, 4.5 or 8; scale bytes of FP8 blocks, counters and padding do not count. Each of
-            the four budgets excludes the others and the fractions, and needs ``policy: fisher``.
+        fp4_activations: fraction of activation blocks in FP4 on the calibration set; None: the same
+            as ``fp4``.
+        bits: budget: mean of bits per weight and bits per activation value, allocated between the
+            two to minimize the loss. A value counts 4.5 or 8 bits by its block's format; scale
+            bytes of FP8 blocks, counters and padding are not counted. The four budgets are mutually
+            exclusive, exclude both fractions, and need ``policy: fisher``.
         max_bytes: budget: bytes of all tensors in the checkpoint.
         max_increase: budget: percent by which perplexity on held-out text may exceed all-FP8's.
-        max_energy: budget: percent of the energy of an FP8 machine for the same matrix products.
-        policy: which blocks get FP8; see ``fgmp.assign.policy``.
+        max_energy: budget: energy of the quantized matmuls, percent of an FP8-only accelerator's.
+        policy: sensitivities and threshold scope by which blocks get FP8; see
+            ``fgmp.assign.policy``.
         fisher: how calibration stores the squared gradients of a weight (N, K): ``exact``, four
             bytes per element, or ``factored``, four bytes per row and per column; see
             ``fgmp.sensitivity.squares``.
         labels: labels of the next-token loss whose gradients are squared. ``model``: sampled from
             the model's own predictions, which gives the true Fisher information; ``text``: the
             next tokens of the text, as in the paper. A custom loss brings its own labels.
-        rule: decision rule, what makes a block FP8. ``benefit``: the error that FP8 avoids;
-            ``difference``: how far the two formats are apart, as in the paper; ``truncated``:
-            ``benefit`` with fewer bits per activation, for narrow hardware.
-        scales: scale search of FP4 activation blocks: ``search`` tries four scales per block,
-            ``max`` takes the one of the largest magnitude, as in the paper.
-        sensitivities: per-channel sensitivities of activations: any E4M3 value (``e4m3``) or
-            ``powers`` of two, for which hardware needs no multiplier.
+        rule: decision rule, the score of a block. ``benefit``: reduction in squared error from FP4
+            to FP8; ``difference``: squared difference of the two formats, as in the paper;
+            ``truncated``: ``benefit`` on activations truncated to fewer bits, for smaller hardware.
+        scales: scale search of FP4 activation blocks: ``search`` tries four scales per block;
+            ``max`` uses the absmax scale, as in the paper.
+        sensitivities: values of per-channel activation sensitivities: any E4M3 value (``e4m3``), or
+            only powers of two (``powers``), for which hardware needs no multiplier.
         clip: scale search of FP4 weight blocks: ``on``, ``off``, or ``auto``. ``auto`` searches
-            unless a held-out slice of the calibration text finds the model without search closer
-            to the original's predictions.
-        compensate: error compensation (GPTQ with quantized inputs): weights not yet rounded make up
-            for the rounding errors of weights and activations. Not in the paper; see
-            ``fgmp.assign.compensate``.
-        tune: passes over the calibration text that train what is not quantized (norms, biases,
-            embeddings) against the original's predictions, as the last stage; 0: none. Not in the
-            paper; see ``fgmp.quantization.tune``.
+            unless the model without search is closer to the original on held-out text (in KL
+            divergence, for a causal language model).
+        compensate: error compensation (GPTQ with quantized inputs): weights not yet rounded
+            compensate the errors of rounded weights and of quantized activations. Not in the paper;
+            see ``fgmp.assign.compensate``.
+        tune: epochs over the calibration set in which unquantized parameters (norms, biases,
+            embeddings) are trained to match the original's predictions, after packing; 0: none. Not
+            in the paper; see ``fgmp.quantization.tune``.
         samples: number of calibration sequences.
         seq_len: tokens per calibration sequence; capped at the model's context.
-        seed: of the random choice of calibration sequences.
-        headroom: activations up to this multiple of the largest calibrated magnitude do not
-            saturate.
+        seed: random seed for sampling calibration sequences.
+        headroom: factor on the largest calibrated activation magnitude (amax); activations saturate
+            only above the product.
         include: name patterns (shell style) of the linears to quantize. Output heads and routers
-            are quantized only if a pattern other than ``*`` names them. A head that shares its
-            weight with the embedding cannot be quantized.
+            are quantized only if a pattern other than ``*`` matches them. A head tied to the
+            embedding cannot be quantized.
         exclude: name patterns of linears that keep their precision.
 
     Raises:
-        InputError: a value out of range, or two budgets, or a budget beside a fraction.
+        InputError: a value out of range, two budgets, or a budget together with a fraction.
     """
 
     fp4: float = 0.7
@@ -146,9 +148,10 @@ class Recipe:
                 raise InputError(
                     f"recipe: {name} must be {_listed(allowed)}, got {getattr(self, name)!r}"
                 )
-        if self.sensitivities == "powers" and not self.policy.startswith("fisher"):
+        if self.sensitivities == "powers" and POLICIES[self.policy].sensitivity != "fisher":
+            fitting = [name for name, p in POLICIES.items() if p.sensitivity == "fisher"]
             raise InputError(
-                f"recipe: sensitivities powers needs a policy that has some, got {self.policy!r}"
+                f"recipe: sensitivities powers needs policy {_listed(fitting)}, got {self.policy!r}"
             )
         if not isinstance(self.compensate, bool):
             raise InputError(f"recipe: compensate must be true or false, got {self.compensate!r}")
@@ -188,10 +191,11 @@ class Recipe:
         fractions = [name for name, default in defaults.items() if getattr(self, name) != default]
         if len(budgets) > 1 or (budgets and fractions):
             raise _conflict(fractions + budgets)
-        if self.budget and self.policy != "fisher":
+        policy = POLICIES.get(self.policy)
+        if self.budget and policy and not policy.comparable:
             raise InputError(
-                f"recipe: {self.budget} needs scores of one unit, policy fisher, "
-                f"got {self.policy!r}"
+                f"recipe: {self.budget} needs policy fisher, whose scores of weights and "
+                f"activations are comparable, got {self.policy!r}"
             )
 
     @property
@@ -269,7 +273,7 @@ class Recipe:
         return cls.from_dict(values, source=f"recipe {path}")
 
 
-def _listed(names: tuple[str, ...]) -> str:
+def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
@@ -278,7 +282,9 @@ def _is_number(value: object) -> bool:
 
 
 def _conflict(names: list[str]) -> InputError:
-    return InputError(f"recipe: give one of fp4, {', '.join(BUDGETS)}, got {' and '.join(names)}")
+    return InputError(
+        f"recipe: set only one of fp4, {', '.join(BUDGETS)}; got {' and '.join(names)}"
+    )
 
 
 _SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}

@@ -23,6 +23,7 @@ import fgmp
 from fgmp.app import commands
 from fgmp.app.commands import Reporter
 from fgmp.errors import InputError
+from fgmp.model import precision
 from fgmp.pack.planes import PackedWeight
 from fgmp.pack.stream import image_bytes
 from fgmp.progress import Progress
@@ -87,6 +88,7 @@ def test_quantize(run: Run, place: Place, tmp_path: Path) -> None:
     assert config["calibration"].keys() == {
         "sequences",
         "predictions",
+        "dtype",
         "text",
         "fingerprint",
         "digest",
@@ -202,7 +204,7 @@ def test_a_calibration_serves_several_budgets(
         shares = done.json["fp4_fraction"]
         mean = (shares["weights"] + shares["activations"]) / 2
         assert mean == pytest.approx((8 - bits) / 3.5, abs=0.02)
-        assert ("using the gradients in" in done.err.replace("\n", " ")) == (bits == 6.0)
+        assert ("using the Fisher information in" in done.err.replace("\n", " ")) == (bits == 6.0)
     sizes = [stored_bytes(tmp_path / f"out{bits}") for bits in (5.0, 6.0)]
     facts = run(*arguments, "-o", tmp_path / "bytes", "--max-bytes", sizes[1] - 1, "--json").json
     assert sizes[0] < facts["tensor_bytes"] == stored_bytes(tmp_path / "bytes") < sizes[1]
@@ -258,20 +260,20 @@ def test_a_calibration_of_something_else_is_refused(run: Run, place: Place, tmp_
         (quantize("--calibration", place.text), "name another file, or move this one away"),
         (quantize("--calibration", tmp_path), "is a folder, not a state file"),
         (quantize("--bits", "4.4"), "bits must be from 4.5 (all FP4) to 8 (all FP8), got 4.4"),
-        (quantize("--bits", "5", "--fp4", "0.5"), "give one of fp4, bits, max_bytes,"),
+        (quantize("--bits", "5", "--fp4", "0.5"), "set only one of fp4, bits, max_bytes,"),
         (quantize("--max-bytes", "1k"), "max_bytes must be more than "),
         (quantize("--max-bytes", "much"), "max_bytes must be a number of bytes, with k, M or G"),
         (quantize("--max-energy", "20%"), "max_energy must be at least "),
         (quantize("--max-energy", "120%"), "max_energy must be a percentage above 0 and at most"),
         (quantize("--max-increase=-1%"), "max_increase must be a percentage of 0 or more"),
-        (quantize("--bits", "5", "--policy", "error"), "bits needs scores of one unit, policy fis"),
+        (quantize("--bits", "5", "--policy", "error"), "bits needs policy fisher, whose scores"),
     ]
     for arguments, message in cases:
         done = run(*arguments)
         assert done.code == 1 and done.out == "" and "Traceback" not in done.err, (arguments, done)
         assert message in done.err and done.err.count("delete it") <= 1, (message, done.err)
         used = message == "max_energy must be at least "
-        assert ("using the gradients in" in done.err) == used, done.err
+        assert ("using the Fisher information in" in done.err) == used, done.err
         assert not (tmp_path / "out").exists()
 
 
@@ -316,7 +318,7 @@ def test_evaluating_on_calibration_text_is_warned_of(
             warned = "of the evaluation windows repeat calibration text" in done.err
             assert (done.json["calibration_overlap"] > 0) == warned == repeats
     assert run("inspect", out, "--json").json["calibration"].keys() == {
-        *("sequences", "predictions", "text", "fingerprint", "seq_len", "bos")
+        *("sequences", "predictions", "text", "fingerprint", "seq_len", "bos", "dtype")
     }
     # Checkpoints of before remember nothing, and nothing is said.
     old = tmp_path / "old"
@@ -406,7 +408,7 @@ def test_a_short_text_is_remarked_on(run: Run, place: Place, tmp_path: Path) -> 
     text.write_text(TEXT[:200])
     arguments = ("quantize", place.model, "-o", tmp_path / "out", "--calib", text, *SMALL)
     done = run(*arguments, "--json")
-    assert "gives 5 sequences of 32 tokens, fewer than the 6 asked for" in done.err
+    assert "gives 5 sequences of 32 tokens, fewer than the 6 requested" in done.err
     assert done.json["output"] == str(tmp_path / "out")
 
 
@@ -548,9 +550,13 @@ def test_a_bound_of_perplexity_goes_on_from_what_was_measured(
     assert count == len(packed) + 1
 
 
-def test_an_fp16_model_stays_one(run: Run, place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_narrow_model_stays_one(
+    dtype: torch.dtype, run: Run, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It runs in fp32; what is not quantized is stored and counted as it was."""
-    model = a_model().half()
+    monkeypatch.setattr(precision, "has_bf16_arithmetic", lambda: False)
+    model = a_model().to(dtype)
     model.save_pretrained(tmp_path / "model")
     a_tokenizer().save_pretrained(tmp_path / "model")
     options = ("--calib", place.text, *SMALL, "--max-bytes", "40k", "--tune", "1")
@@ -559,10 +565,12 @@ def test_an_fp16_model_stays_one(run: Run, place: Place, tmp_path: Path) -> None
     assert done["tensor_bytes"] == sum(t.nbytes for t in stored.values()) <= 40_000
     names = {name for name, _ in model.named_parameters()} & stored.keys()
     assert "model.embed_tokens.weight" in names
-    assert {stored[name].dtype for name in names} == {torch.float16}
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+    assert {stored[name].dtype for name in names} == {dtype}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    assert config["quantization_config"]["calibration"]["dtype"] == "float32"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert loaded.dtype == torch.float16
+    assert loaded.dtype == dtype
     windows = ("--data", place.text, "--seq-len", "32", "--json")
     rows = run("compare", tmp_path / "model", tmp_path / "out", *windows).json["rows"]
     assert rows[0]["bits_per_weight"] == 16 and rows[0]["compression"] == 1

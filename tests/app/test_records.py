@@ -115,12 +115,12 @@ def changed(**values: Any) -> QuantizeSummary:
 @pytest.mark.parametrize(
     ("budget", "label", "text"),
     [
-        ({"bits": 5.5}, "budget", "5.500 bits, mean of weight and activation formats"),
+        ({"bits": 5.5}, "budget", "5.500 bits, mean of weights and activations"),
         ({"energy_percent": 74.96}, "energy", "75.0% of all-FP8's"),
         (
             {"increase_percent": 0.8, "increase_low": -0.1, "increase_high": 1.7},
             "increase",
-            "+0.80% of all-FP8's perplexity on held-out text (-0.10% to +1.70%)",
+            "+0.80% perplexity on held-out text relative to all-FP8 (-0.10% to +1.70%)",
         ),
     ],
 )

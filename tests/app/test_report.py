@@ -114,4 +114,4 @@ def test_a_gap_that_nothing_is_said_of(tmp_path: Path) -> None:
     assert lead.endswith("71% of the KL gap to NVFP4 recovered.")
     rows = [*ROWS[:-1], replace(ROW, kl_gap_recovered_percent=None)]
     lead = Page(written(tmp_path, rows=rows)).texts["p"][0]
-    assert "recovered" not in lead and lead.endswith("+1.20% against all-FP8.")
+    assert "recovered" not in lead and lead.endswith("+1.20% relative to all-FP8.")

@@ -119,7 +119,7 @@ def test_a_compensation_takes_effect(tokens: Tensor) -> None:
         search: ScaleSearch = search_scale_codes,
     ) -> WeightCodes:
         seen.append(search)
-        assert factors.spread.shape == (weight.shape[1], weight.shape[1])
+        assert factors.root.shape == (weight.shape[1], weight.shape[1])
         assert is_fp8.shape[0] == weight.shape[0]
         scales = nearest_scale_codes(weight.float(), t)
         if sensitivity is not None:

@@ -104,7 +104,7 @@ def test_scores_are_impacts_with_and_without_fisher() -> None:
     ones = torch.ones_like(fisher)
 
     def scores(policy: str, rule: str) -> torch.Tensor:
-        return weight_scores(POLICIES[policy], rule, codes, weight, fisher, g)
+        return weight_scores(POLICIES[policy], rule, weight, codes.scale, codes.t, fisher, g)
 
     assert torch.equal(scores("fisher", "difference"), weight_impact(codes, fisher))
     assert torch.equal(scores("error", "difference"), weight_impact(codes, ones))
@@ -121,17 +121,19 @@ def test_a_score_of_the_callers_replaces_the_rules() -> None:
     def score(codes: WeightCodes, weight: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
         return f.unflatten(-1, (-1, 16)).sum(-1).double()
 
-    for policy, expected in (("fisher", fisher), ("error", torch.ones_like(fisher))):
-        scores = weight_scores(POLICIES[policy], "benefit", codes, weight, fisher, g, score)
+    for name, expected in (("fisher", fisher), ("error", torch.ones_like(fisher))):
+        policy = POLICIES[name]
+        scores = weight_scores(policy, "benefit", weight, codes.scale, codes.t, fisher, g, score)
         assert torch.equal(scores, expected.unflatten(-1, (-1, 16)).sum(-1).double())
-        assert torch.equal(sensitivities(POLICIES[policy], fisher), expected)
+        assert torch.equal(sensitivities(policy, fisher), expected)
     # Arbitrary scores stay arbitrary.
     one, other = (
         weight_scores(
             POLICIES["random"],
             "benefit",
-            codes,
             weight,
+            codes.scale,
+            codes.t,
             fisher,
             torch.Generator().manual_seed(0),
             replacement,
@@ -154,8 +156,9 @@ def test_random_scores_are_uniform_and_follow_the_seed() -> None:
         weight_scores(
             POLICIES["random"],
             "benefit",
-            codes,
             fisher,
+            codes.scale,
+            codes.t,
             fisher,
             torch.Generator().manual_seed(seed),
         )

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fgmp.assign import scale_search
-from fgmp.assign.scale_search import search_scale_codes
-from fgmp.formats.codec import decode_e2m1, decode_e4m3, to_blocks
+from fgmp.assign.scale_search import search_definition, search_scale_codes
+from fgmp.formats.codec import block_sums, decode_e2m1, decode_e4m3, to_blocks
 from fgmp.formats.spec import E4M3
 from fgmp.formats.weight import fp4_codes, nearest_scale_codes, quantize_weight, tensor_scale
 
@@ -26,7 +26,7 @@ def errors(weight: torch.Tensor, fisher: torch.Tensor, t: float) -> torch.Tensor
     values = decode_e2m1(fp4_codes(blocks, codes, t)).double() * scale.unsqueeze(-1)
     f = to_blocks(fisher.double())
     matters = ((f > 0) & (blocks[..., 0, :] != 0)).any(-1, keepdim=True)
-    return (f.where(matters, 1.0).unsqueeze(-2) * (values - blocks.double()).square()).sum(-1)
+    return block_sums(f.where(matters, 1.0).unsqueeze(-2) * (values - blocks.double()).square())
 
 
 def brute_force(weight: torch.Tensor, fisher: torch.Tensor, t: float) -> torch.Tensor:
@@ -105,7 +105,9 @@ CASES = {
 def test_search_equals_brute_force(case: str) -> None:
     weight, fisher = CASES[case]
     t = tensor_scale(weight.abs().max().item())
-    assert torch.equal(search_scale_codes(weight, fisher, t), brute_force(weight, fisher, t))
+    expected = brute_force(weight, fisher, t)
+    assert torch.equal(search_scale_codes(weight, fisher, t), expected)
+    assert torch.equal(search_definition(weight, fisher, t), expected)
 
 
 def test_search_equals_brute_force_under_a_shared_scale() -> None:
@@ -119,9 +121,9 @@ def test_search_equals_brute_force_under_a_shared_scale() -> None:
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, fisher = heavy(16, 172), spread(16, 172)
     t = tensor_scale(weight.abs().max().item())
-    whole = search_scale_codes(weight, fisher, t)
+    whole = search_definition(weight, fisher, t)
     monkeypatch.setattr(scale_search, "_CHUNK_BLOCKS", 7)
-    assert torch.equal(search_scale_codes(weight, fisher, t), whole)
+    assert torch.equal(search_definition(weight, fisher, t), whole)
 
 
 def test_error_is_the_sum_of_the_definition() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fgmp.assign.compensate import compensated, factorize
+from fgmp.assign.compensate import compensated, factorize, factors_of
 from fgmp.assign.impact import weight_benefit, weight_impact
 from fgmp.assign.policy import POLICIES
 from fgmp.assign.scale_search import search_scale_codes
@@ -153,12 +153,14 @@ def test_packed_weights_are_rounded_or_compensated(
         advance=lambda: advanced.append(1),
     )
     assert list(packed) == ["q", "k", "out"] and len(advanced) == 3
-    factors = factorize(moments["q"])
+    root = factorize(moments["q"].h)
+    assert root is not None
     for name, weight in weights.items():
         mask, t = masks[name], scored.t[name]
         codes = quantize_weight(weight, t, scored.scales[name])
         if compensate and name != "out":
             rounded = codes
+            factors = factors_of(root, moments["q"].drift(name, weight))
             codes = compensated(weight, factors, mask, t, fisher[name] if searched else None)
             assert not torch.equal(codes.units(mask), rounded.units(mask))
         expected = pack(codes, mask).tensors()

@@ -209,7 +209,7 @@ def test_refusals(llama: nn.Module, tokens: Tensor) -> None:
         (narrow, "fp8", 0.7, r"head size that is a multiple of 16, got 8 \(keys of layer 0\)"),
         (sliding, "fp8", 0.7, "whole context in every layer, got DynamicSlidingWindowLayer in"),
         (llama, "int4", 0.7, "one of fp8, nvfp4, mixed, got 'int4'"),
-        (llama, "mixed", 1.0, "share of FP4 between 0 and 1, got 1.0"),
+        (llama, "mixed", 1.0, "fraction of FP4 between 0 and 1, got 1.0"),
     ]
     for model, kind, fp4, message in cases:
         with pytest.raises(InputError, match=message):

@@ -17,10 +17,7 @@ import fgmp
 from fgmp import CheckpointError, InputError, Recipe
 from fgmp.model.linear import mixed_linears
 from fgmp.model.store import (
-    bytes_to_save,
     config_of,
-    run_as_fp32,
-    stored_dtype,
     tensors_to_save,
 )
 from fgmp.pack import checkpoint
@@ -88,7 +85,7 @@ def test_other_dtypes(tokens: Tensor, tmp_path: Path) -> None:
     # Not .bfloat16(), which would also round what Transformers keeps in fp32, as it does no more
     # after loading: the frequencies of the rotary embedding.
     model = AutoModelForCausalLM.from_config(FAMILIES["llama"](), dtype=torch.bfloat16).eval()
-    model = fgmp.quantize(model, tokens[:4], FAST)
+    model = fgmp.quantize(model, tokens[:4], FAST, dtype="stored")
     wanted = logits(model, tokens)
     assert wanted.dtype == torch.bfloat16
     fgmp.save(model, tmp_path / "out")
@@ -378,19 +375,6 @@ def test_a_parameter_that_the_files_lack_is_told(name: str, tokens: Tensor, tmp_
     for load in (fgmp.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(CheckpointError, match=f"tensor {name} is missing from the checkpoint"):
             load(tmp_path / "out")
-
-
-def test_what_a_model_in_fp16_holds_in_fp32_stays() -> None:
-    model = make_model("llama").half()
-    norm = model.model.norm.float()
-    run_as_fp32(model)
-    assert (
-        model.dtype == norm.weight.dtype == torch.float32 and stored_dtype(model) == torch.float16
-    )
-    found = {name: tensor.dtype for name, tensor in tensors_to_save(model).items()}
-    assert found.pop("model.norm.weight") == torch.float32
-    assert set(found.values()) == {torch.float16}
-    assert bytes_to_save(model) == {n: t.nbytes for n, t in tensors_to_save(model).items()}
 
 
 def change_config(folder: Path, **changes: Any) -> None:

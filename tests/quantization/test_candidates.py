@@ -18,7 +18,7 @@ from fgmp.model.losses import causal_lm_loss
 from fgmp.model.store import config_of
 from fgmp.quantization import candidates
 from fgmp.quantization.candidates import Choice, Decision, Tuning, best_of
-from fgmp.quantization.held_out import Trial
+from fgmp.quantization.held_out import HeldOutMetrics
 from fgmp.quantization.install import Assignment
 from fgmp.quantization.task import BudgetResult
 from fgmp.quantization.uniform import uniform
@@ -26,9 +26,9 @@ from fgmp.quantization.uniform import uniform
 # The choice by measurements.
 
 
-def trial(loss: float, kl: float) -> Trial:
+def trial(loss: float, kl: float) -> HeldOutMetrics:
     losses = torch.full((4,), loss, dtype=torch.float64)
-    return Trial(losses, torch.ones(4, dtype=torch.float64), losses, kl)
+    return HeldOutMetrics(losses, torch.ones(4, dtype=torch.float64), losses, kl)
 
 
 def test_the_first_stays_unless_another_is_better() -> None:

@@ -9,14 +9,14 @@ from torch import nn
 
 from fgmp.model.convert import Replacement
 from fgmp.model.losses import causal_lm_loss
-from fgmp.quantization.held_out import Trial, trials
+from fgmp.quantization.held_out import HeldOutMetrics, held_out_metrics
 
 COUNTS = torch.full((50,), 10.0, dtype=torch.float64)
 
 
-def trial(losses: torch.Tensor, kl: float | None = None, original: float = 0.0) -> Trial:
+def trial(losses: torch.Tensor, kl: float | None = None, original: float = 0.0) -> HeldOutMetrics:
     counts = COUNTS[: len(losses)]
-    return Trial(losses.double(), counts, torch.full_like(counts, original), kl)
+    return HeldOutMetrics(losses.double(), counts, torch.full_like(counts, original), kl)
 
 
 def test_the_nearer_loss_is_better_beyond_two_standard_errors() -> None:
@@ -30,7 +30,9 @@ def test_the_nearer_loss_is_better_beyond_two_standard_errors() -> None:
         near = (far.square() - noise - shift * error).sqrt()
         for sign in (1, -1):
             assert trial(sign * near).clearly_better(trial(far)) == clear
-    assert trial(near).harm == pytest.approx(float(near.double().square().mean().sqrt()) / 10)
+    assert trial(near).selection_metric == pytest.approx(
+        float(near.double().square().mean().sqrt()) / 10
+    )
     assert not trial(far[:1] / 9).clearly_better(trial(far[:1]))  # one sequence says nothing
 
 
@@ -57,5 +59,7 @@ def test_the_original_is_back_after_an_error(tokens: torch.Tensor) -> None:
     name = "model.layers.0.mlp.up_proj"
     old = model.get_submodule(name)
     with pytest.raises(RuntimeError):
-        trials(model, {"bad": Replacement({name: nn.Linear(7, 7)})}, tokens, causal_lm_loss)
+        held_out_metrics(
+            model, {"bad": Replacement({name: nn.Linear(7, 7)})}, tokens, causal_lm_loss
+        )
     assert model.get_submodule(name) is old

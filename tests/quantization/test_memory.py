@@ -213,7 +213,7 @@ def test_memory_counts_what_is_tuned() -> None:
     bias, step, dequantized = 4 * (12 + 2 * 4), 4 * (4 + 2 * 4), 4 * 8 * 16
     assert (plain.tuning, tuned.tuning) == (0, bias + step + dequantized)
     least = MemoryEstimate(held=9, fisher=5, packed=7, working=3, tuning=20)
-    assert least.peak == 39 and least.tuning_is_the_peak
-    assert not MemoryEstimate(held=9, fisher=50, packed=7, working=3, tuning=20).tuning_is_the_peak
+    assert least.peak == 39 and least.peaks_in_tuning
+    assert not MemoryEstimate(held=9, fisher=50, packed=7, working=3, tuning=20).peaks_in_tuning
     with pytest.raises(MemoryLimitError, match="use tune: 0, a shorter seq_len"):
         require(replace(least, tuning=1 << 60), torch.device("cpu"))

@@ -7,6 +7,7 @@ all that is packed so far, and sums moments in float64.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from fgmp.assign.policy import POLICIES
 from fgmp.assign.weights import pack_weights, score_weights
 from fgmp.formats.activation import fake_quantize
 from fgmp.model.convert import install
-from fgmp.model.linear import sites
+from fgmp.model.linear import MixedLinear, sites
 from fgmp.model.losses import Loss, causal_lm_loss
 from fgmp.model.select import linearize, quantizable, routers
 from fgmp.model.store import config_of
 from fgmp.pack.planes import PackedWeight
+from fgmp.quantization import sequential
 from fgmp.quantization.sequential import Stage, block_of, bytes_needed, pack_in_turn, stages
+from fgmp.quantization.sharing import readers
 from fgmp.sensitivity.moments import Moments, add_moments, new_moments
 from fgmp.storage.resume import PartialResults
 
@@ -41,8 +44,12 @@ class Setting:
             copy.deepcopy(model), samples, Recipe(fp4=1.0, clip="off", compensate=False), loss=loss
         )
         self.records = {owner: site.record for owner, site in sites(quantized).items()}
-        self.linears_of = {o: s.linears for o, s in config_of(quantized).sites.items()}
-        self.weights = {n: m.weight.detach() for n, m in quantizable(model).items()}
+        config = config_of(quantized)
+        self.linears_of = {o: s.linears for o, s in config.sites.items()}
+        self.shared = config.shared
+        self.readers = readers(self.linears_of, self.shared)
+        linears = quantizable(model).items()
+        self.weights = {n: m.weight.detach() for n, m in linears if n not in self.shared}
 
     def pack(self, groups: Any, moments: dict[str, Moments]) -> dict[str, PackedWeight]:
         policy = POLICIES["error"]
@@ -63,15 +70,16 @@ class Setting:
             self.records,
             self.samples,
             self.loss,
-            pack or self.pack,
+            {"only": pack or self.pack},
             results=results,
-        )
+            shared=self.shared,
+        )["only"]
 
     def with_weights(self, packed: dict[str, PackedWeight]) -> nn.Module:
         """A copy with these weights and their sites."""
         model = copy.deepcopy(self.model)
-        done = {o: names for o, names in self.linears_of.items() if o in packed}
-        install(model, packed, self.records, done)
+        done = {o: n for o, n in self.linears_of.items() if self.shared.get(o, o) in packed}
+        install(model, packed, self.records, done, self.shared)
         return model
 
     @torch.no_grad()
@@ -116,15 +124,21 @@ def judged(setting: Setting) -> Callable[..., dict[str, PackedWeight]]:
 
     def pack(groups: Any, moments: dict[str, Moments]) -> dict[str, PackedWeight]:
         quantized = setting.with_weights(packed)
-        for owner, sums in moments.items():
-            x = setting.inputs(setting.model, owner, None)
-            y = setting.inputs(quantized, owner, iter(choices))
-            site = setting.records[owner]
-            q = (fake_quantize(y, site)[0] * site.t).double() if len(y) else y.double()
+        for first, sums in moments.items():
+            h, d = torch.zeros(2, *sums.h.shape, dtype=torch.float64)
+            for owner in setting.readers[first]:
+                x = setting.inputs(setting.model, owner, None)
+                y = setting.inputs(quantized, owner, iter(choices))
+                site = setting.records[owner]
+                q = (fake_quantize(y, site)[0] * site.t).double() if len(y) else y.double()
+                h += q.T @ q
+                d += (x.double() - q).T @ q
+            if sums.rows:
+                d = torch.cat([setting.weights[name] for name in sums.rows]).double() @ d
             # Sums in fp32, of a few hundred tokens.
-            close = {"rtol": 1e-5, "atol": 1e-5 * float(q.square().sum() / q.shape[1])}
-            torch.testing.assert_close(sums.h.double(), q.T @ q, **close)
-            torch.testing.assert_close(sums.c.double(), x.double().T @ q, **close)
+            close = {"rtol": 1e-5, "atol": 1e-5 * float(h.trace() / len(h))}
+            torch.testing.assert_close(sums.h.double(), h, **close)
+            torch.testing.assert_close(sums.d.double(), d, **close)
         packed.update(setting.pack(groups, moments))
         return {name: packed[name] for names in groups for name in names}
 
@@ -160,6 +174,83 @@ class Chain(nn.Module):
         return self.head(x)
 
 
+class Gated(nn.Module):
+    """Blocks with one site of two linears and one of one, some of whose weights are shared."""
+
+    def __init__(self, *pairs: str, width: int = 48) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = {"up": (32, width), "side": (32, width), "down": (width, 32)}
+        self.blocks = nn.ModuleList(_Gate(shapes) for _ in range(4))
+        for pair in pairs:
+            one, other = (self.get_submodule(f"blocks.{name}") for name in pair.split())
+            other.weight = one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+class _Gate(nn.ModuleDict):
+    def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
+        super().__init__({name: nn.Linear(*shape) for name, shape in shapes.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self["down"](self["up"](x) * self["side"](x).tanh())
+
+
+SHARING = {
+    "one of a site": ["0.up 2.up"],
+    "few rows": ["0.down 2.down"],
+    "whole blocks": ["0.up 2.up", "0.side 2.side", "0.down 2.down"],
+    "the last stage of a block": ["1.down 3.down"],
+    "crossed": ["0.up 2.side", "0.side 3.up"],
+    "one site": ["1.up 1.side"],
+    "three": ["0.up 1.up", "0.up 3.side"],
+}
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_moments_of_a_shared_weight_are_sums_over_all_its_uses(kind: str) -> None:
+    model = Gated(*SHARING[kind], width=96 if kind == "few rows" else 48)
+    samples = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(1))
+    setting = Setting(model, samples, squares)
+    assert len(setting.shared) == len(SHARING[kind])
+    packed = setting.in_turn(judged(setting))
+    assert packed.keys() == setting.weights.keys()
+
+
+def test_variants_share_weights_and_their_h(tmp_path: Path) -> None:
+    """And a run that stopped goes on with the same bits."""
+    samples = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(1))
+    setting = Setting(Gated(*SHARING["whole blocks"]), samples, squares)
+    alone = setting.in_turn()
+    results, stop = PartialResults(tmp_path, "a" * 16), True
+    seen: list[dict[str, Moments]] = []
+
+    def pack(groups: Any, moments: dict[str, Moments]) -> dict[str, PackedWeight]:
+        if stop and len(seen) == 5:
+            raise KeyboardInterrupt
+        seen.append(moments)
+        return setting.pack(groups, moments)
+
+    def both() -> dict[str, dict[str, PackedWeight]]:
+        arguments = setting.linears_of, setting.records, samples, squares
+        packers = {"other": pack, "one": pack}
+        return pack_in_turn(
+            setting.model, *arguments, packers, results=results, shared=setting.shared
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        both()
+    stop = False
+    packed = both()
+    assert same(packed["one"], alone) and same(packed["other"], alone)
+    for other, one in zip(seen[:4:2], seen[1:4:2], strict=True):
+        assert all(other[name].h is one[name].h for name in one)
+
+
 def squares(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     return model(x).square().sum(), len(x)
 
@@ -176,6 +267,65 @@ def test_any_module_and_any_loss(loss: Loss, skip: bool) -> None:
     samples = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(1))
     setting = Setting(Chain(skip=skip), samples, loss)
     setting.in_turn(judged(setting))
+
+
+@pytest.mark.parametrize("room", [0, 20_000])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_variants_side_by_side_are_those_packed_alone(
+    family: str, room: int, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where outputs of linears are kept for some samples only, or for none."""
+    setting = Setting(make_model(family), tokens[:3], causal_lm_loss)
+
+    seen: dict[str, list[Moments]] = {"other": [], "one": []}
+
+    def recorded(variant: str) -> Callable[..., dict[str, PackedWeight]]:
+        def pack(groups: Any, moments: dict[str, Moments]) -> dict[str, PackedWeight]:
+            seen[variant] += moments.values()
+            if variant == "other":  # another weight, which changes the inputs of later stages
+                moments = {owner: replace(m, d=m.d * 0.9) for owner, m in moments.items()}
+            return setting.pack(groups, moments)
+
+        return pack
+
+    alone = setting.in_turn(recorded("one"))
+    moments_alone = seen.pop("one")
+    seen["one"] = []
+    monkeypatch.setattr(sequential, "_KEPT_BYTES", room)
+    packed = pack_in_turn(
+        setting.model,
+        setting.linears_of,
+        setting.records,
+        setting.samples,
+        setting.loss,
+        {variant: recorded(variant) for variant in seen},
+    )
+    assert same(packed["one"], alone) and not same(packed["other"], alone)
+    for one, other, expected in zip(seen["one"], seen["other"], moments_alone, strict=True):
+        assert one.h is other.h and one.roots is other.roots
+        assert torch.equal(one.h, expected.h) and torch.equal(one.d, expected.d)
+    assert torch.equal(seen["one"][0].d, seen["other"][0].d)
+    assert not torch.equal(seen["one"][-1].d, seen["other"][-1].d)
+
+
+def test_a_linear_runs_once_where_its_output_is_kept(
+    tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: dict[str, int] = {}
+    forward = MixedLinear.forward
+
+    def counted(linear: MixedLinear, x: Tensor) -> Tensor:
+        shape = f"{linear.out_features}x{linear.in_features}"
+        runs[shape] = runs.get(shape, 0) + 1
+        return forward(linear, x)
+
+    monkeypatch.setattr(MixedLinear, "forward", counted)
+    setting = Setting(make_model("llama"), tokens, causal_lm_loss)
+    runs.clear()
+    setting.in_turn()
+    first = [name for name in setting.weights if name.startswith("model.layers.0.")]
+    last = [n for n in setting.weights if n.startswith("model.layers.1.") and "down" not in n]
+    assert sum(runs.values()) == len(tokens) * len(first + last)
 
 
 def test_a_stage_is_of_one_block_and_one_kind() -> None:
@@ -207,7 +357,7 @@ def test_each_block_runs_once_a_stage_of_its_own_and_once_more(tokens: Tensor) -
         layer.self_attn.register_forward_pre_hook(lambda *_, index=index: count(index))
     setting.in_turn()
     assert len(stages(setting.model, list(setting.linears_of))) == 8
-    assert runs == [2 * len(tokens) * 5 + 1, 2 * len(tokens) * 4 + 1]
+    assert runs == [len(tokens) * (4 + 5) + 1, len(tokens) * (4 + 4) + 1]
 
 
 def test_beats_moments_of_the_original_alone() -> None:
@@ -305,7 +455,7 @@ def test_a_damaged_stage_is_reported_and_packed_again(
         name = next(n for n in state.tensors if n.endswith(".shape"))
         shape = state.tensors.pop(name)
         if damage == "another linear":
-            state.tensors[f"another.{name}"] = shape
+            state.tensors[f"only:another.{name}"] = shape
         results.store(part, state.tensors)
     else:
         content = bytearray(whole)
@@ -326,6 +476,8 @@ def test_a_damaged_stage_is_reported_and_packed_again(
 def test_bytes_are_moments_of_a_stage_and_outputs_of_a_block() -> None:
     model, samples = Chain(), torch.zeros(3, 20, 32)
     needed = bytes_needed(model, quantizable(model), samples, squares)
-    moments, factors = 8 * 48**2, 5 * 8 * 48**2
-    outputs = 2 * 3 * (20 * 32 * 4)
-    assert needed == moments + factors + outputs
+    moments, factors = 8 * 48**2, 4 * 48**2
+    outputs, kept = 3 * (20 * 32 * 4), 3 * (20 * (48 + 32) * 4)
+    assert needed == moments + factors + 2 * outputs + kept
+    needed = bytes_needed(model, quantizable(model), samples, squares, variants=2)
+    assert needed == 3 * moments // 2 + factors + 3 * outputs + 2 * kept

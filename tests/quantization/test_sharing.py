@@ -1,15 +1,11 @@
-"""Groups of weights that share a scale or readers, and moments of all uses of a weight."""
-
-import torch
+"""Groups of weights that share a scale or readers."""
 
 from fgmp.quantization.sharing import (
     joined,
     readers,
-    summed_moments,
     weights_by_readers,
     weights_by_scale,
 )
-from fgmp.sensitivity.moments import Moments
 
 LINEARS_OF = {"a": ["a", "b"], "c": ["c"], "d": ["d", "e"], "f": ["f"]}
 SHARED = {"e": "b"}
@@ -35,18 +31,6 @@ def test_sites_with_a_shared_weight_have_one_scale() -> None:
     assert sorted(groups) == [["a", "b", "d"], ["c"], ["f"]]
 
 
-def test_a_shared_weight_has_the_moments_of_all_its_readers() -> None:
+def test_weights_are_grouped_by_the_sites_that_read_them() -> None:
     assert readers(LINEARS_OF, SHARED)["b"] == ["a", "d"]
     assert weights_by_readers(LINEARS_OF, SHARED) == [["a"], ["b"], ["c"], ["d"], ["f"]]
-    moments = {
-        owner: Moments(torch.full((2, 2), float(i)), torch.full((2, 2), 10.0 * i))
-        for i, owner in enumerate(LINEARS_OF, 1)
-    }
-    summed = summed_moments(moments, LINEARS_OF, SHARED)
-    assert {name: (m.h[0, 0].item(), m.c[0, 0].item()) for name, m in summed.items()} == {
-        "a": (1, 10),
-        "b": (1 + 3, 10 + 30),
-        "c": (2, 20),
-        "d": (3, 30),
-        "f": (4, 40),
-    }

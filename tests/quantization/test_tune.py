@@ -21,7 +21,7 @@ from fgmp.model.select import linearize
 from fgmp.model.source import load_model, load_tokenizer
 from fgmp.model.store import config_of
 from fgmp.quantization.candidates import Choice, Decision
-from fgmp.quantization.held_out import Trial
+from fgmp.quantization.held_out import HeldOutMetrics
 from fgmp.quantization.install import Assignment
 from fgmp.quantization.task import BudgetResult
 from fgmp.quantization.tune import _Adam, tune
@@ -56,7 +56,9 @@ def test_predictions_come_back_on_text_that_was_held_out() -> None:
 @pytest.fixture
 def always_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tuned parameters are used, whatever they bring."""
-    monkeypatch.setattr("fgmp.quantization.held_out.Trial.clearly_better", lambda self, other: True)
+    monkeypatch.setattr(
+        "fgmp.quantization.held_out.HeldOutMetrics.clearly_better", lambda self, other: True
+    )
 
 
 @pytest.mark.usefixtures("always_used")
@@ -78,7 +80,7 @@ def test_ties_biases_and_files_hold(family: str, tokens: Tensor, tmp_path: Path)
 
 def test_what_does_not_help_is_left_out(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "fgmp.quantization.held_out.Trial.clearly_better", lambda self, other: False
+        "fgmp.quantization.held_out.HeldOutMetrics.clearly_better", lambda self, other: False
     )
     model, plain = quantized(tokens, tune=1), quantized(tokens[:7])
     assert not config_of(model).result["tune"]["used"]
@@ -250,9 +252,9 @@ def test_dropout_does_not_drop(tokens: Tensor) -> None:
     assert facts[0] == facts[1]
 
 
-def trial(loss: float, kl: float) -> Trial:
+def trial(loss: float, kl: float) -> HeldOutMetrics:
     losses = torch.full((4,), loss, dtype=torch.float64)
-    return Trial(losses, torch.ones(4, dtype=torch.float64), losses, kl)
+    return HeldOutMetrics(losses, torch.ones(4, dtype=torch.float64), losses, kl)
 
 
 @pytest.mark.parametrize("increase", [0.4, 0.6])
@@ -282,8 +284,8 @@ def test_a_bound_of_perplexity_holds_for_what_is_tuned(
     line = (
         f"held-out perplexity is {increase:+.2f}% "
         if used
-        else "tuning took held-out perplexity to +0.60% from all-FP8's, over the max_increase of "
-        "0.5%: tuned parameters are not used"
+        else "tuning took held-out perplexity to +0.60% relative to all-FP8, above the "
+        "max_increase of 0.5%: tuned parameters are not used"
     )
     assert line in lines[-1]
 
@@ -292,7 +294,9 @@ def test_another_loss_and_too_few_sequences_are_refused(tokens: Tensor) -> None:
     def loss(model: nn.Module, sample: Tensor) -> tuple[Tensor, int]:
         return model(input_ids=sample[None]).logits.sum(), 1
 
-    with pytest.raises(InputError, match=r"^tune needs the predictions of a causal .* tune 3$"):
+    with pytest.raises(
+        InputError, match=r"^tune supports only causal .* got tune 3 and a custom loss$"
+    ):
         fgmp.quantize(make_model("llama"), tokens, Recipe(**ALL_FP4, tune=3), loss=loss)
     with pytest.raises(InputError, match=r"^tune needs at least 2 sequences, got 1$"):
         quantized(tokens[:1], tune=1)

@@ -13,7 +13,7 @@ from setting import Setting
 from tiny_setting import tiny_setting
 from torch import Tensor
 
-from fgmp.assign.compensate import compensated, factorize
+from fgmp.assign.compensate import Factors, compensated, factorize
 from fgmp.formats.codec import decode_e2m1, decode_e4m3
 from fgmp.formats.spec import E2M1, E4M3, THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
 from fgmp.formats.weight import WeightCodes, nearest_scale_codes
@@ -44,7 +44,9 @@ def test_gptq_uses_inputs_of_its_own_layers(setting: Setting) -> None:
             model(input_ids=sample[None])
     for name, linear in linears.items():
         w, h = original.get_submodule(name).weight.detach(), moments[name].h
-        factors = factorize(Moments(h, h.clone()), baselines.GPTQ_DAMPING)
+        root = factorize(h, baselines.GPTQ_DAMPING)
+        assert root is not None
+        factors = Factors(root, torch.zeros_like(w))
         fp4 = torch.zeros_like(linear.packed.is_fp8())
         assert not linear.packed.is_fp8().any()
         codes = compensated(w, factors, fp4, linear.packed.t.item(), torch.ones_like(w))
@@ -133,12 +135,13 @@ def test_scales_by_the_local_hessian_are_the_cheapest() -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(6, 16, generator=generator)
     q = torch.randn(64, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
-    factors = factorize(Moments(q.T @ q, q.T @ q), 0.01)
-    assert factors is not None
+    root = factorize(q.T @ q, 0.01)
+    assert root is not None
+    factors = Factors(root, torch.zeros_like(weight))
     fp4 = torch.zeros(6, 1, dtype=torch.bool)
     t = weight.abs().max().item() / 600
     best = hessian.compensated(weight, factors, fp4, t, None)
-    metric = torch.linalg.inv(factors.spread)
+    metric = root.double()
 
     def cost(codes: WeightCodes) -> Tensor:
         values = decode_e2m1(codes.fp4) * decode_e4m3(codes.scale).unsqueeze(-1) * t

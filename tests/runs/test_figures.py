@@ -10,7 +10,7 @@ def test_tables_and_plots_are_those_of_the_results() -> None:
     assert page.count("<!-- end -->") == len(models) + 7
     for path in figures.PAGES:
         page = path.read_text()
-        filled = figures.filled(page, models, figures.results_beside())
+        filled = figures.filled(page, models, figures.other_results())
         assert filled == page, "run python runs/figures.py"
     for model, facts in models.items():
         drawn = (figures.DOCS / "results" / f"accuracy-{model}.svg").read_text()
@@ -20,4 +20,4 @@ def test_tables_and_plots_are_those_of_the_results() -> None:
 def test_a_table_without_results_is_an_error() -> None:
     page = "<!-- accuracy-none -->\n<!-- end -->"
     with pytest.raises(KeyError, match="accuracy-none"):
-        figures.filled(page, figures.results(), figures.results_beside())
+        figures.filled(page, figures.results(), figures.other_results())

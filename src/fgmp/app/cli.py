@@ -49,7 +49,7 @@ app = typer.Typer(
     help=(
         "Fine-grained mixed-precision quantization of language models.\n\n"
         "Every block of 16 weights or activations along the dot product is NVFP4 or FP8. "
-        "Fisher-weighted impact decides which: one threshold for all weights, one for all "
+        "Fisher-weighted scores decide which: one threshold for all weights, one for all "
         "activations. MODEL is a folder or a hub name of a Hugging Face causal LM; DIR is a "
         "folder that `quantize` wrote. TEXT is a text file, JSON lines with a `text` field, or "
         "the name of a Hugging Face dataset."
@@ -63,10 +63,18 @@ app = typer.Typer(
 
 app.add_typer(hardware, name="hw")
 
+
+def _use_threads(count: int | None) -> None:
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+
+
 Text = Annotated[str, typer.Option("--data", help="Evaluation text: file, JSON lines or dataset.")]
 SeqLen = Annotated[
     int | None,
-    typer.Option(help="Tokens in a window. [default: the model's context, at most 2048]"),
+    typer.Option(help="Tokens per window. [default: the model's context, at most 2048]"),
 ]
 Bos = Annotated[
     bool | None,
@@ -78,13 +86,29 @@ Bos = Annotated[
 ]
 KvCache = Annotated[
     str | None,
-    typer.Option(help="Keep keys and values packed: fp8, nvfp4 or mixed, 70% of it in FP4."),
+    typer.Option(help="Pack keys and values: fp8, nvfp4 or mixed (70% of blocks in FP4)."),
 ]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
         help="Run Python files that come with the model. Only for models of people you trust.",
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Dtype of the model's passes: stored (that of its files), float32, or auto (float32 "
+        "for fp16 models, and for bf16 models on CPUs without bf16 arithmetic)."
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        callback=_use_threads,
+        expose_value=False,
+        help="CPU threads. [default: one per core, or OMP_NUM_THREADS]",
     ),
 ]
 CompareBos = Annotated[
@@ -100,38 +124,38 @@ CompareBos = Annotated[
 Model = Annotated[str, typer.Argument(help="Hugging Face causal LM: folder or hub name.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
 Fp4 = Annotated[
-    float | None, typer.Option(help="Share of blocks kept in FP4, 0 to 1. [default: 0.7]")
+    float | None, typer.Option(help="Fraction of weight blocks in FP4, 0 to 1. [default: 0.7]")
 ]
 Fp4Activations = Annotated[
-    float | None, typer.Option(help="The same for activations. [default: as --fp4]")
+    float | None, typer.Option(help="Fraction of activation blocks in FP4. [default: as --fp4]")
 ]
 Bits = Annotated[
     float | None,
     typer.Option(
-        help="A budget instead of shares: mean of the formats' bits of a weight and of an "
-        "activation value, 4.5 (all FP4) to 8 (all FP8)."
+        help="Budget instead of fractions: mean of bits per weight and bits per activation value, "
+        "4.5 (all FP4) to 8 (all FP8)."
     ),
 ]
 MaxBytes = Annotated[
     str | None,
-    typer.Option(help="A budget: bytes of the checkpoint's tensors, such as 3.5M or 4G."),
+    typer.Option(help="Budget: bytes of the checkpoint's tensors, such as 3.5M or 4G."),
 ]
 MaxIncrease = Annotated[
     str | None,
     typer.Option(
-        help="A budget: perplexity on held-out text over all-FP8's, such as 1%. Packs and "
-        "measures about eight times."
+        help="Budget: increase of perplexity on held-out text over all-FP8, such as 1%. Packs and "
+        "evaluates about eight times."
     ),
 ]
 MaxEnergy = Annotated[
     str | None,
     typer.Option(
-        help="A budget: energy of matrix products over all-FP8's on hardware as in "
-        "docs/energy.md, such as 75%."
+        help="Budget: energy of matmuls in percent of an FP8-only accelerator's "
+        "(docs/energy.md), such as 75%."
     ),
 ]
 RecipeFile = Annotated[
-    Path | None, typer.Option(help="YAML file with any recipe keys; options override it.")
+    Path | None, typer.Option(help="YAML file with recipe fields; options override it.")
 ]
 CalibrationText = Annotated[
     str | None,
@@ -140,23 +164,24 @@ CalibrationText = Annotated[
 CalibrationFile = Annotated[
     Path | None,
     typer.Option(
-        help="File that keeps the calibration: written if missing, else used, which saves most of "
-        "the time under another recipe. Must be of this model and text."
+        help="File for the Fisher information: written if missing, else read, which saves most of "
+        "the time of another recipe. Must be of this model and text."
     ),
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration sequences. [default: 512]")]
 CalibrationSeqLen = Annotated[
-    int | None, typer.Option(help="Tokens in a calibration sequence. [default: 512]")
+    int | None, typer.Option(help="Tokens per calibration sequence. [default: 512]")
 ]
-Seed = Annotated[int | None, typer.Option(help="Chooses the sequences. [default: 0]")]
+Seed = Annotated[int | None, typer.Option(help="Random seed for sampling sequences. [default: 0]")]
 Policy = Annotated[
     str | None, typer.Option(help="fisher, fisher-per-layer, error, random, fp8 or nvfp4.")
 ]
 Clip = Annotated[
-    str | None, typer.Option(help="Search FP4 block scales: auto, on or off. [default: auto]")
+    str | None,
+    typer.Option(help="Scale search of FP4 weight blocks: auto, on or off. [default: auto]"),
 ]
 Tune = Annotated[
-    int | None, typer.Option(help="Passes that tune norms, embeddings and biases. [default: 0]")
+    int | None, typer.Option(help="Epochs of tuning norms, embeddings and biases. [default: 0]")
 ]
 
 
@@ -181,13 +206,15 @@ def quantize(
     tune: Tune = None,
     bos: Bos = None,
     trust_remote_code: TrustRemoteCode = False,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL and write a packed checkpoint.
 
-    Calibrates (one forward and backward pass over the calibration text), chooses the format of
-    every block, and packs. Interrupt it with Ctrl-C and run the same command again: it resumes
-    where it stopped.
+    Calibrates (one forward and backward pass over the calibration set), chooses the format of
+    every block, and packs. After an interruption (Ctrl-C) the same command resumes where it
+    stopped.
     """
     options = {
         "fp4": fp4,
@@ -217,6 +244,7 @@ def quantize(
         calibration,
         bos,
         trust_remote_code=trust_remote_code,
+        dtype=dtype,
     )
     show(summary, as_json, lambda result: print_lines(result.lines()))
 
@@ -229,6 +257,8 @@ def evaluate(
     kv_cache: KvCache = None,
     bos: Bos = None,
     trust_remote_code: TrustRemoteCode = False,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity of a model on TEXT.
@@ -240,7 +270,7 @@ def evaluate(
 
     reporter, trust = terminal_reporter(), trust_remote_code
     evaluation = evaluate_model(
-        model, data, seq_len, reporter, kv_cache, bos, trust_remote_code=trust
+        model, data, seq_len, reporter, kv_cache, bos, trust_remote_code=trust, dtype=dtype
     )
     show(evaluation, as_json, lambda result: print_lines(result.lines()))
 
@@ -253,18 +283,20 @@ def compare(
     seq_len: SeqLen = None,
     bos: CompareBos = None,
     trust_remote_code: TrustRemoteCode = False,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Original, all-FP8, all-NVFP4 and FGMP side by side on TEXT.
 
     The gap is all-NVFP4 minus all-FP8, in perplexity and in KL from the original; "recovered" is
-    how much of it FGMP closes.
+    the percentage of it that FGMP closes.
     """
     from fgmp.app.commands import compare_models
 
     reporter, trust = terminal_reporter(), trust_remote_code
     comparison = compare_models(
-        model, directory, data, seq_len, reporter, bos, trust_remote_code=trust
+        model, directory, data, seq_len, reporter, bos, trust_remote_code=trust, dtype=dtype
     )
     show(comparison, as_json, _print_comparison)
 
@@ -283,12 +315,14 @@ def inspect(
 @app.command()
 def generate(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="An fgmp checkpoint or a model.")],
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to make.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
     kv_cache: KvCache = None,
     trust_remote_code: TrustRemoteCode = False,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Continue PROMPT, token by token as they come."""
@@ -304,6 +338,7 @@ def generate(
         stream,
         kv_cache,
         trust_remote_code=trust_remote_code,
+        dtype=dtype,
         reporter=terminal_reporter(),
     )
     show(text, as_json, lambda _: _write("\n"))
@@ -314,9 +349,10 @@ def quickstart(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path(
         "fgmp-quickstart"
     ),
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """The whole job on the model that ships with the package, offline.
+    """Run the whole pipeline on the model that ships with the package, offline.
 
     Quantizes it at 70% FP4, compares it with FP8 and NVFP4 on the interpreter's own language
     reference, and writes a checkpoint and a one-page report.
@@ -330,10 +366,21 @@ def quickstart(
     show(run(output, terminal_reporter()), as_json, print_result)
 
 
+@app.command()
+def doctor(threads: Threads = None, as_json: Json = False) -> None:
+    """Show what this machine can do: versions, kernels, dtypes, memory, and what is missing."""
+    from fgmp.app.doctor import diagnose
+
+    show(diagnose(), as_json, lambda result: print_lines(result.lines()))
+
+
 def main() -> None:
     """Run a command and exit: 0 done, 1 refused, 2 wrong usage, 130 interrupted or terminated."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as batch systems end what runs
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Threads that wait must not spin: beside another busy process that costs up to 30 times the
+    # time. PyTorch's OpenMP runtime reads this when it is loaded, which is later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     app()
 

@@ -44,14 +44,15 @@ from fgmp.evaluation.perplexity import evaluate as evaluate_windows
 from fgmp.model.cache import PackedCache, packed_cache, require_kind
 from fgmp.model.convert import sharing_copy
 from fgmp.model.linear import sites
+from fgmp.model.precision import round_to_stored
 from fgmp.model.source import Source, context_length
-from fgmp.model.store import config_of, round_to_stored, save
+from fgmp.model.store import config_of, save
 from fgmp.pack import checkpoint
 from fgmp.pack.checkpoint import QUANT_METHOD
 from fgmp.pack.folder import weight_files
 from fgmp.progress import Progress, silent
 from fgmp.quantization.budget import least_bytes
-from fgmp.quantization.pipeline import prepare, require_embedded, run
+from fgmp.quantization.pipeline import prepare, require_valid_token_ids, run
 from fgmp.quantization.uniform import uniform
 from fgmp.recipe import Recipe
 from fgmp.storage.resume import forget, require_own
@@ -68,7 +69,7 @@ _CACHE_SAMPLES, _CACHE_SEQ_LEN = 8, 256
 
 @dataclass(frozen=True)
 class Reporter:
-    """Where progress and messages go; by default nowhere."""
+    """Receivers of progress and messages; the defaults discard them."""
 
     progress: Progress = silent
     message: Callable[[str], None] = lambda text: None
@@ -78,7 +79,7 @@ SILENT = Reporter()
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """What of a packed model is quantized."""
+    """Fraction of matmul parameters that are quantized, and the matrices that are not."""
     result = config_of(model).result
     return Coverage(result.get("quantized_share"), result.get("unquantized", []))
 
@@ -93,23 +94,25 @@ def quantize_to(
     bos: bool | None = None,
     *,
     trust_remote_code: bool = False,
+    dtype: str = "auto",
 ) -> QuantizeSummary:
     """Quantize a model by name and write the checkpoint.
 
     Args:
         model_name: folder or hub name.
         output: folder to write.
-        recipe: what the checkpoint shall be.
+        recipe: quantization settings.
         calibration_text: file or data set; default: docstrings of the Python library.
-        reporter: where progress goes.
-        calibration: file that keeps the Fisher information, for other recipes on the same model
-            and text.
+        reporter: receives progress and messages.
+        calibration: file for the Fisher information, so that other recipes on the same model and
+            text can reuse it.
         bos: whether every calibration window starts with the beginning-of-sequence token; None: if
             the tokenizer puts it before a text.
+        trust_remote_code, dtype: as for :class:`fgmp.model.source.Source`.
     """
     started = time.perf_counter()
     _require_targets(output, calibration)
-    source = _source(model_name, trust_remote_code, reporter)
+    source = _source(model_name, trust_remote_code, dtype, reporter)
     if source.is_packed:
         raise InputError(f"model {model_name}: already quantized, by {QUANT_METHOD!r}")
     tokenizer = source.tokenizer()
@@ -128,31 +131,38 @@ def quantize_to(
             recipe,
             held_out=text.held_out,
             resume=resume,
+            dtype=dtype,
             progress=reporter.progress,
             report=reporter.message,
         )
         checkpoint.require_space(output, least_bytes(model, prepared.task.linears))
         run(prepared, calibration=calibration)
-        config = config_of(model)
-        config.calibration.update(
-            text=_utf8(Path(calibration_text).name) if calibration_text else "docstrings",
-            fingerprint=text.fingerprint,
-            seq_len=text.samples.shape[1],
-            bos=bos_id is not None,
-            # The held-out slice decided too, so a figure on it would be flattered as well.
-            digest=digest(torch.cat([text.samples, text.held_out]), tokenizer),
-        )
+        _record_text(model, text, tokenizer, calibration_text, bos=bos_id is not None)
         save(model, output, tokenizer, extra_files=source.processor_files())
-        _verify_written(model, output, text.held_out[0])
+        _verify_written(model, output, dtype, text.held_out[0])
     forget(resume)
     return _summary(model, output, time.perf_counter() - started)
 
 
-def _source(name: str, trust_remote_code: bool, reporter: Reporter) -> Source:
+def _record_text(
+    model: nn.Module, text: CalibrationText, tokenizer: Any, name: str | None, *, bos: bool
+) -> None:
+    """Store in a quantized model's configuration which text it was calibrated on."""
+    config_of(model).calibration.update(
+        text=_utf8(Path(name).name) if name else "docstrings",
+        fingerprint=text.fingerprint,
+        seq_len=text.samples.shape[1],
+        bos=bos,
+        # The held-out slice decided too, so a figure on it would be flattered as well.
+        digest=digest(torch.cat([text.samples, text.held_out]), tokenizer),
+    )
+
+
+def _source(name: str, trust_remote_code: bool, dtype: str, reporter: Reporter) -> Source:
     """The model of this name; says loudly that code which comes with it will run."""
     if trust_remote_code:
         reporter.message(f"warning: Python files that come with {name} are run")
-    return Source(name, trust_remote_code=trust_remote_code)
+    return Source(name, trust_remote_code=trust_remote_code, dtype=dtype)
 
 
 def _require_targets(output: Path, calibration: Path | None) -> None:
@@ -206,7 +216,7 @@ def _calibration_windows(
     if len(text.samples) < text.asked:
         reporter.message(
             f"the calibration text gives {len(text.samples)} sequences of {seq_len} tokens, "
-            f"fewer than the {text.asked} asked for"
+            f"fewer than the {text.asked} requested"
         )
     return text
 
@@ -222,7 +232,7 @@ def _resumable(folder: Path, reporter: Reporter) -> Iterator[None]:
         raise
 
 
-def _verify_written(model: nn.Module, output: Path, tokens: torch.Tensor) -> None:
+def _verify_written(model: nn.Module, output: Path, dtype: str, tokens: torch.Tensor) -> None:
     """Read the checkpoint back and compare its logits with the model's on one sequence.
 
     Raises:
@@ -232,7 +242,9 @@ def _verify_written(model: nn.Module, output: Path, tokens: torch.Tensor) -> Non
     tokens = tokens[:_VERIFIED_TOKENS].unsqueeze(0)
     with torch.no_grad():
         expected = next_token_log_probabilities(model.eval(), tokens)
-        actual = next_token_log_probabilities(Source(str(output)).load().eval(), tokens)
+        actual = next_token_log_probabilities(
+            Source(str(output), dtype=dtype).load().eval(), tokens
+        )
     difference = (actual - expected).abs().max().item()
     if difference != 0:
         raise CheckpointError(
@@ -269,6 +281,7 @@ def evaluate_model(
     bos: bool | None = None,
     *,
     trust_remote_code: bool = False,
+    dtype: str = "auto",
 ) -> Evaluation:
     """Perplexity of a model or checkpoint by name, with a packed KV cache if one is named.
 
@@ -277,12 +290,12 @@ def evaluate_model(
     if kv_cache:
         require_kind(kv_cache)
     documents = read_documents(data)  # before the model, whose loading may take minutes
-    source = _source(name, trust_remote_code, reporter)
+    source = _source(name, trust_remote_code, dtype, reporter)
     tokenizer, model = source.tokenizer(), source.load()
     length, bos_id = _window_length(model, seq_len), beginning(tokenizer, bos)
     windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
     del documents
-    require_embedded(f"text {data}", windows, model)
+    require_valid_token_ids(f"text {data}", windows, model)
     cache = _packed_cache(model, tokenizer, kv_cache, bos) if kv_cache else None
     stored = 0
 
@@ -308,7 +321,7 @@ def evaluate_model(
 
 
 def _online(model: nn.Module, windows: torch.Tensor, tokenizer: Any, reporter: Reporter) -> Online:
-    """What the activation sites did since counting started; warns of surprises."""
+    """Activation statistics since counting started; warns of drift and of overlapping text."""
     _warn_of_drift(model, reporter)
     return Online(
         saturated=comparison.saturated_elements(model),
@@ -327,23 +340,24 @@ def compare_models(
     bos: bool | None = None,
     *,
     trust_remote_code: bool = False,
+    dtype: str = "auto",
 ) -> Comparison:
     """Original, all-FP8, all-NVFP4 and the checkpoint in ``directory``, on the same windows.
 
     ``bos`` is as for :func:`fgmp.evaluation_windows`; None: as in the checkpoint's calibration.
     """
     checkpoint.read_config(directory)
-    source = _source(model_name, trust_remote_code, reporter)
+    source = _source(model_name, trust_remote_code, dtype, reporter)
     if source.is_packed:
         raise InputError(f"model {model_name}: the original must not be quantized")
     documents = read_documents(data)
     tokenizer = source.tokenizer()
-    original, mixed = source.load(), Source(str(directory)).load()
+    original, mixed = source.load(), Source(str(directory), dtype=dtype).load()
     length = _window_length(original, seq_len)
     bos_id = beginning(tokenizer, _calibrated_bos(mixed) if bos is None else bos)
     windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
     del documents
-    require_embedded(f"text {data}", windows, original)
+    require_valid_token_ids(f"text {data}", windows, original)
     models = {
         "fp8": uniform(sharing_copy(original), mixed, "fp8"),
         "nvfp4": uniform(sharing_copy(original), mixed, "nvfp4"),
@@ -371,6 +385,7 @@ def generate_text(
     kv_cache: str | None = None,
     *,
     trust_remote_code: bool = False,
+    dtype: str = "auto",
     reporter: Reporter = SILENT,
 ) -> Generation:
     """Continue a prompt; ``stream`` gets the text as it comes.
@@ -380,14 +395,14 @@ def generate_text(
     if kv_cache:
         require_kind(kv_cache)
     _require_unicode("the prompt", prompt)
-    source = _source(name, trust_remote_code, reporter)
+    source = _source(name, trust_remote_code, dtype, reporter)
     tokenizer, model = source.tokenizer(), source.load()
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     length = inputs["input_ids"].shape[1]
     room = context_length(model) - length
     if length == 0 or room < 1:
         raise InputError(f"the prompt has {length} tokens; it must have 1 to {length + room - 1}")
-    require_embedded("the prompt", inputs["input_ids"], model)
+    require_valid_token_ids("the prompt", inputs["input_ids"], model)
     cache = _packed_cache(model, tokenizer, kv_cache) if kv_cache else None
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
@@ -423,7 +438,7 @@ def _packed_cache(
         bos_id=beginning(tokenizer, bos),
         source="docstrings",
     )
-    require_embedded("docstrings", text.samples, model)
+    require_valid_token_ids("docstrings", text.samples, model)
     return packed_cache(model, text.samples, kind)
 
 
@@ -474,7 +489,7 @@ def _warn_of_drift(model: nn.Module, reporter: Reporter) -> None:
 def _warn_of_overlap(
     model: nn.Module, windows: torch.Tensor, tokenizer: Any, reporter: Reporter
 ) -> float | None:
-    """Share of windows that repeat calibration text, with a warning; None if unknown."""
+    """Fraction of windows that repeat calibration text, with a warning; None if unknown."""
     known = config_of(model).calibration.get("digest")
     if not isinstance(known, str):
         return None
@@ -482,6 +497,6 @@ def _warn_of_overlap(
     if share:
         reporter.message(
             f"warning: at least {share:.1%} of the evaluation windows repeat calibration text; "
-            "their figures flatter the model"
+            "their perplexity is biased downwards"
         )
     return share

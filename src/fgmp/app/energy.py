@@ -31,7 +31,7 @@ from fgmp.hardware.inference import LANES, PREFILL, Work
 from fgmp.hardware.silicon import MIXED
 from fgmp.model.source import context_length, load_model, load_tokenizer
 from fgmp.model.store import config_of
-from fgmp.quantization.pipeline import require_embedded
+from fgmp.quantization.pipeline import require_valid_token_ids
 
 TOKENS = 256
 """Tokens whose activations drive the netlists."""
@@ -80,7 +80,7 @@ class Phase:
 
     Attributes:
         tokens, passes: tokens that are processed together, and how often.
-        cycles: of the mixed machine.
+        cycles: cycles of the mixed accelerator.
         ppu_stall_percent: cycles in which its lanes wait for the quantizer.
         ppu_percent: quantizer energy over that of lanes and totals.
         saving_vs_fp8_percent: by boundary: lanes and quantizer, on chip, with DRAM.
@@ -122,13 +122,14 @@ class EnergyResult:
     """What ``fgmp hw energy`` computed; energies are in ``unit``.
 
     Attributes:
-        fj_per_op: of the mixed lane, by unit.
-        unit, library: of energies, and the cells that they were measured with.
-        saving_vs_fp8_percent, saving_zero_delay_percent: of the lane, with and without glitches.
-        ppu_percent, cycles, ppu_stall_percent: of the prefill; see :class:`Phase`.
-        mix: shares of the pairs of formats.
+        fj_per_op: energy per operation of the mixed lane, by unit.
+        unit, library: unit of energies, and the cell library.
+        saving_vs_fp8_percent, saving_zero_delay_percent: saving of the lane with and without
+            glitches.
+        ppu_percent, cycles, ppu_stall_percent: those of the prefill; see :class:`Phase`.
+        mix: fractions of the pairs of formats.
         lanes, quantizer: measured components.
-        overhead: the saving beside energy that no format changes; see :func:`overhead`.
+        overhead: the saving with energy that does not depend on the format; see :func:`overhead`.
         inference: phases by model.
         assumptions: sentences.
     """
@@ -284,7 +285,7 @@ def _joules(
 
 
 def overhead(measured: Silicon, library: Library) -> dict[str, Any]:
-    """The saving beside 0 to 2 FP8 dot products' worth of energy that no format changes."""
+    """Saving if 0 to 2 times an FP8 dot product's energy does not depend on the format."""
     saving = measured.mixed.saving(measured.fp8)
     curve = [(i / 5, inference.diluted(saving, i / 5)) for i in range(11)]
     result: dict[str, Any] = {
@@ -305,13 +306,13 @@ def assumptions(
     scenario: dict[tuple[bool, bool], float],
     quantizer: str,
 ) -> list[str]:
-    """What the figures rest on, in sentences."""
+    """Assumptions behind the figures, as sentences."""
     table = inference.energies()
     stated = [
         f"cells: {library.name}, {library.voltage:g} V; no wires, an ideal clock net",
         f"clock period {silicon.PERIOD_NS:g} ns, one pair of blocks a lane a cycle",
         f"operands: {tokens.numel()} tokens of {Path(data).name if data else 'Python docstrings'}",
-        "FP8 codes of weights that the checkpoint holds in FP4 are drawn from the values that "
+        "FP8 codes of weights that the checkpoint holds in FP4 are sampled from the values that "
         "round to them; FP4 codes of FP8 blocks are made from their values",
         f"{LANES} lanes share an activation block; a weight block stays for {MIXED.reuse} tokens",
         *(
@@ -323,7 +324,7 @@ def assumptions(
         "not counted",
         f"the quantizer is the checkpoint's, by the rule and scales {quantizer}",
         "FP8-only and FP4-only machines are charged no quantizer",
-        "Llama-2-7B: its shapes, every linear with independent shares of FP4 blocks, "
+        "Llama-2-7B: its shapes, every linear with independent fractions of FP4 blocks, "
         + ", ".join(
             f"{unit} {share:.1%}" for unit, share in inference.unit_shares(scenario).items()
         ),
@@ -348,7 +349,7 @@ def text_windows(name: str, model: nn.Module, data: str | None) -> torch.Tensor:
         documents = list(itertools.islice(docstrings(standard_library()), _DOCUMENTS))
     text = data or "docstrings"
     tokens = evaluation_windows(text, tokenizer, length, documents)[: TOKENS // length]
-    require_embedded(f"text {text}", tokens, model)
+    require_valid_token_ids(f"text {text}", tokens, model)
     return tokens
 
 

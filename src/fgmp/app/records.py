@@ -19,9 +19,9 @@ Lines = dict[str, str]
 
 @dataclass(frozen=True)
 class Coverage:
-    """Share of matmul parameters that is quantized, and the matrices that are not.
+    """Fraction of matmul parameters that are quantized, and the matrices that are not.
 
-    The share is None where a checkpoint does not record it.
+    The fraction is None if a checkpoint does not record it.
     """
 
     quantized_share: float | None
@@ -36,17 +36,17 @@ class Coverage:
 
 @dataclass(frozen=True)
 class QuantizeSummary:
-    """What ``fgmp quantize`` wrote.
+    """Result of ``fgmp quantize``.
 
     Attributes:
         output: the checkpoint folder.
         fp4_fraction: fractions of blocks in FP4.
-        coverage: what is quantized.
-        bits_per_weight: of packed weights, every byte counted.
-        bytes, tensor_bytes: of the safetensors files, and of their tensors.
+        coverage: which matrices are quantized.
+        bits_per_weight: bits per packed weight, counting every stored byte.
+        bytes, tensor_bytes: size of the safetensors files, and of their tensors.
         budget, clip, uniform, tune: the run's decisions, as the checkpoint stores them.
-        seconds: of the whole command.
-        peak_bytes: largest memory held.
+        seconds: time of the whole command.
+        peak_bytes: peak memory.
     """
 
     output: str
@@ -88,12 +88,12 @@ class QuantizeSummary:
 def _budget_lines(budget: Mapping[str, float]) -> Lines:
     lines = {}
     if "bits" in budget:
-        lines["budget"] = f"{budget['bits']:.3f} bits, mean of weight and activation formats"
+        lines["budget"] = f"{budget['bits']:.3f} bits, mean of weights and activations"
     if "energy_percent" in budget:
         lines["energy"] = f"{budget['energy_percent']:.1f}% of all-FP8's"
     if "increase_percent" in budget:
         lines["increase"] = (
-            f"{budget['increase_percent']:+.2f}% of all-FP8's perplexity on held-out text "
+            f"{budget['increase_percent']:+.2f}% perplexity on held-out text relative to all-FP8 "
             f"({budget['increase_low']:+.2f}% to {budget['increase_high']:+.2f}%)"
         )
     return lines
@@ -126,13 +126,13 @@ class CacheUse:
 
 @dataclass(frozen=True)
 class Online:
-    """What a quantized model's activation sites did during an evaluation.
+    """Statistics of a quantized model's activation sites during an evaluation.
 
     Attributes:
         saturated: elements beyond the largest FP8 value.
         drift: by site, the fraction of FP4 blocks less its value at calibration.
-        calibration_overlap: share of windows that repeat calibration text; None if unknown.
-        coverage: what is quantized.
+        calibration_overlap: fraction of windows that repeat calibration text; None if unknown.
+        coverage: which matrices are quantized.
     """
 
     saturated: int
@@ -160,14 +160,14 @@ class Online:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``fgmp eval`` measured.
+    """Result of ``fgmp eval``.
 
     Attributes:
         perplexity, nll: exp of the mean loss, and the mean loss in nats per token.
         tokens: predicted tokens.
         fp4_activations: fraction of activation blocks that ran in FP4; None if not quantized.
-        cache: of a packed KV cache.
-        online: of a quantized model.
+        cache: use of a packed KV cache, if any.
+        online: activation statistics, if the model is quantized.
         bos: whether every window started with the beginning-of-sequence token.
     """
 
@@ -202,12 +202,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``fgmp compare`` measured.
+    """Result of ``fgmp compare``.
 
     Attributes:
         rows: one per model.
-        coverage: what is quantized.
-        calibration_overlap: share of windows that repeat calibration text; None if unknown.
+        coverage: which matrices are quantized.
+        calibration_overlap: fraction of windows that repeat calibration text; None if unknown.
         bos: whether every window started with the beginning-of-sequence token.
     """
 
@@ -226,7 +226,7 @@ class Comparison:
         }
 
     def lines(self) -> Lines:
-        """Labelled lines, beside the table of rows."""
+        """Labelled lines, in addition to the table of rows."""
         return {**_bos_line(self.bos), "quantized": str(self.coverage)}
 
 
@@ -236,7 +236,7 @@ def _bos_line(bos: bool) -> Lines:
 
 @dataclass(frozen=True)
 class Generation:
-    """What ``fgmp generate`` wrote: text, its tokens, speed, and a packed KV cache's size."""
+    """Result of ``fgmp generate``: text, its tokens, speed, and a packed KV cache's size."""
 
     text: str
     tokens: int
@@ -252,7 +252,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Quickstart:
-    """What ``fgmp quickstart`` wrote and measured."""
+    """Result of ``fgmp quickstart``."""
 
     output: Path
     checkpoint: Path
@@ -273,11 +273,77 @@ class Quickstart:
         }
 
     def lines(self) -> Lines:
-        """Labelled lines, beside the table of rows."""
+        """Labelled lines, in addition to the table of rows."""
         return {
             **self.summary.lines(),
             "report": str(self.report),
             "whole run": f"{self.seconds:.0f} s",
+        }
+
+
+@dataclass(frozen=True)
+class PassSpeed:
+    """Milliseconds of one matrix product, by PyTorch in two dtypes and packed."""
+
+    name: str
+    float32: float
+    bfloat16: float
+    packed: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Result of ``fgmp doctor``.
+
+    Attributes:
+        versions: of packages; None if one is not installed.
+        processor, threads, cores: of the CPU; threads are those that PyTorch uses.
+        torch_instruction_set, kernel_instruction_set: what PyTorch and the C++ kernels run on; None
+            if these are not compiled.
+        gpus: their names.
+        memory_bytes, memory_free_bytes: of the machine.
+        bfloat16_runs_in: the dtype in which passes of bf16 models run on this CPU.
+        products: times of matrix products.
+        advice: what is missing and how to get it.
+    """
+
+    versions: dict[str, str | None]
+    processor: str
+    threads: int
+    cores: int
+    torch_instruction_set: str
+    kernel_instruction_set: str | None
+    gpus: list[str]
+    memory_bytes: int
+    memory_free_bytes: int
+    bfloat16_runs_in: str
+    products: list[PassSpeed]
+    advice: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    def lines(self) -> Lines:
+        """Labelled lines."""
+        installed = [f"{name} {v}" for name, v in self.versions.items() if v is not None]
+        missing = [name for name, v in self.versions.items() if v is None]
+        return {
+            "installed": ", ".join(installed),
+            "not installed": ", ".join(missing) or "-",
+            "processor": f"{self.processor}, {self.cores} cores, {self.threads} threads in use",
+            "instruction sets": f"PyTorch {self.torch_instruction_set}, kernels "
+            f"{self.kernel_instruction_set or 'not compiled'}",
+            "GPUs": ", ".join(self.gpus) or "none",
+            "memory": f"{self.memory_bytes / 1e9:.1f} GB, "
+            f"{self.memory_free_bytes / 1e9:.1f} GB free",
+            "bf16 models": f"passes run in {self.bfloat16_runs_in}",
+            **{
+                f"product, {p.name}": f"float32 {p.float32:.2f} ms, bfloat16 {p.bfloat16:.2f} ms, "
+                f"packed {p.packed:.2f} ms"
+                for p in self.products
+            },
+            **{f"advice {i}": text for i, text in enumerate(self.advice, 1)},
         }
 
 

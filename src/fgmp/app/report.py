@@ -49,8 +49,8 @@ def write_report(
         path: HTML file to write.
         title: heading.
         rows: from ``fgmp.evaluation.compare``.
-        summary: of the quantizing run.
-        inspection: of its checkpoint.
+        summary: summary of the quantizing run.
+        inspection: inspection of its checkpoint.
     """
     ours = next(row for row in rows if row.name == "fgmp")
     shares = inspection.fp8_share
@@ -64,7 +64,7 @@ def write_report(
 <div class="scroll">{_table(rows)}</div>
 <p class="lead">KL is the mean token divergence from the original model; the gap is all-NVFP4
 minus all-FP8. Intervals are paired bootstraps over evaluation windows.</p>
-<h2>Share of FP8 blocks</h2>
+<h2>Fraction of FP8 blocks</h2>
 <p class="key soft"><span style="background:var(--eight)"></span>FP8
 <span style="background:var(--four)"></span>NVFP4</p>
 <div class="scroll">{_bars("weights, by kind of layer", shares.by_kind)}
@@ -80,8 +80,8 @@ minus all-FP8. Intervals are paired bootstraps over evaluation windows.</p>
 
 def _headline(ours: Row) -> str:
     parts = [
-        f"{ours.bits_per_weight:.2f} bits a weight, {ours.bits_per_activation:.2f} bits an "
-        f"activation, perplexity {ours.vs_fp8_percent:+.2f}% against all-FP8"
+        f"{ours.bits_per_weight:.2f} bits per weight, {ours.bits_per_activation:.2f} bits per "
+        f"activation, perplexity {ours.vs_fp8_percent:+.2f}% relative to all-FP8"
     ]
     if ours.kl_gap_recovered_percent is not None:
         parts.append(f"{ours.kl_gap_recovered_percent:.0f}% of the KL gap to NVFP4 recovered")
@@ -101,7 +101,7 @@ def _table(rows: list[Row]) -> str:
 
 
 def _bars(title: str, shares: dict[str, float]) -> str:
-    """Horizontal bars, one a name: the FP8 share in front of the NVFP4 rest."""
+    """Horizontal bars, one per name: the FP8 fraction, then NVFP4."""
     label, width, step = 300, 420, 20
     height = step * (len(shares) + 1) + 12
     drawn = [f'<text x="0" y="14" class="soft">{escape(title)}</text>']

@@ -17,7 +17,8 @@ from fgmp.assign.scale_search import search_scale_codes
 from fgmp.formats.weight import WeightCodes
 
 WeightScore = Callable[[WeightCodes, Tensor, Tensor], Tensor]
-"""(codes in both formats, weight (N, K), sensitivities (N, K)) to scores, float64 (N, G)."""
+"""Block scores: maps (codes in both formats, weight (N, K), sensitivities (N, K)) to float64
+(N, G)."""
 
 
 class Compensate(Protocol):
@@ -43,8 +44,8 @@ class Methods:
         weight_score: scores weight blocks; None: the score of the recipe's rule.
         search_scales: scale search of FP4 weight blocks, used if the recipe has ``clip``.
         compensate: error compensation, used if the recipe has ``compensate``.
-        damping: see ``assign.compensate.DAMPING``.
-        relief: see ``assign.frontier.RELIEF``.
+        damping: GPTQ's percdamp; see ``assign.compensate.DAMPING``.
+        relief: factor on the scores of compensated weights; see ``assign.frontier.RELIEF``.
     """
 
     weight_score: WeightScore | None = None

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fgmp.assign.impact import WEIGHT_SCORES
+from fgmp.assign.impact import block_scores
 from fgmp.assign.methods import WeightScore
 from fgmp.errors import InputError
 from fgmp.formats.activation import Site, fl32, multiplier, power_codes, sensitivity_codes
 from fgmp.formats.rules import RULES, QuantizerConfig
 from fgmp.formats.spec import E4M3, SCALE_MAX_CODE, SCORE_BITS
-from fgmp.formats.weight import WeightCodes
+from fgmp.formats.weight import quantize_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,11 @@ class Policy:
     sensitivity: str
     per_layer: bool = False
     fraction: float | None = None
+
+    @property
+    def comparable(self) -> bool:
+        """Whether scores of weights and activations share a unit, and thresholds are global."""
+        return self.sensitivity == "fisher" and not self.per_layer and self.fraction is None
 
 
 POLICIES = {
@@ -69,8 +74,9 @@ def register(name: str, policy: Policy) -> None:
 def weight_scores(
     policy: Policy,
     rule: str,
-    codes: WeightCodes,
     weight: Tensor,
+    scale_codes: Tensor,
+    t: float,
     fisher: Tensor,
     generator: torch.Generator,
     score: WeightScore | None = None,
@@ -80,17 +86,20 @@ def weight_scores(
     Args:
         policy: which sensitivities weight the squared errors.
         rule: decision rule, a key of ``formats.rules.RULES``, which names a score of weight blocks.
-        codes: the weight in both formats.
         weight: before rounding, (N, K).
+        scale_codes: E4M3 codes of the FP4 block scales, uint8 (N, G).
+        t: tensor scale.
         fisher: F_w (N, K).
         generator: random numbers for the policy ``random``.
         score: replaces the score that the rule names.
     """
     if policy.sensitivity == "random":
-        scores = torch.rand(codes.scale.shape, generator=generator, dtype=torch.float64)
-        return scores.to(codes.scale.device)
-    score = score or WEIGHT_SCORES[RULES[rule].weight_score]
-    return score(codes, weight, sensitivities(policy, fisher))
+        scores = torch.rand(scale_codes.shape, generator=generator, dtype=torch.float64)
+        return scores.to(scale_codes.device)
+    sensitivity = sensitivities(policy, fisher)
+    if score:
+        return score(quantize_weight(weight, t, scale_codes), weight, sensitivity)
+    return block_scores(weight, scale_codes, t, sensitivity, RULES[rule].weight_score)
 
 
 def sensitivities(policy: Policy, fisher: Tensor) -> Tensor:
@@ -101,7 +110,7 @@ def sensitivities(policy: Policy, fisher: Tensor) -> Tensor:
 def weight_masks(
     policy: Policy, scores: dict[str, Tensor], fp4_fraction: float
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Which blocks of the weights are FP8: those whose score exceeds a threshold.
+    """Masks of FP8 weight blocks: those whose score exceeds a threshold.
 
     Args:
         policy: whether one threshold holds for all linears or one for each.

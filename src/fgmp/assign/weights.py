@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fgmp.assign.compensate import factorize
+from fgmp.assign.compensate import factors_of, root_of
 from fgmp.assign.methods import DEFAULT_METHODS, Methods
 from fgmp.assign.policy import Policy, sensitivities, weight_scores
 from fgmp.formats.weight import nearest_scale_codes, quantize_weight, tensor_scale
@@ -72,10 +72,9 @@ def score_weights(
                 scales = methods.search_scales(weight, _search_weights(policy, f), t)
             else:
                 scales = nearest_scale_codes(weight.float(), t)
-            codes = quantize_weight(weight, t, scales)
             scored.scales[name], scored.t[name] = scales, t
             scored.scores[name] = weight_scores(
-                policy, rule, codes, weight, f, generator, methods.weight_score
+                policy, rule, weight, scales, t, f, generator, methods.weight_score
             )
             advance()
     return scored
@@ -105,10 +104,12 @@ def pack_weights(
     """
     packed = {}
     for names in groups:
-        factors = factorize(moments[names[0]], methods.damping) if moments else None
+        sums = moments[names[0]] if moments else None
+        root = root_of(sums, methods.damping) if sums else None
         for name in names:
             t = scored.t[name]
-            if factors:
+            if sums and root is not None:
+                factors = factors_of(root, sums.drift(name, weights[name]))
                 sensitivity = _search_weights(policy, fisher[name]) if scored.clipped else None
                 codes = methods.compensate(
                     weights[name], factors, masks[name], t, sensitivity, methods.search_scales

@@ -1,7 +1,7 @@
 """Compare the original with all-FP8, all-NVFP4 and FGMP models on the same windows in one run.
 
 ``kl`` is the mean KL divergence per token of a model's predictions from the original's. It is the
-steadier measure: on small, overconfident models quantization noise can *lower* perplexity.
+less noisy metric: on small, overconfident models quantization noise can *lower* perplexity.
 
 Intervals are paired. Windows are resampled together for a model and the original, which gives an
 interval of their perplexity ratio; it is reported times the original's perplexity.
@@ -23,11 +23,11 @@ from fgmp.evaluation.perplexity import (
 )
 from fgmp.formats.spec import BLOCK, FP4_BITS, FP8_BITS, stream_bits
 from fgmp.model.linear import sites, weight_holders
-from fgmp.model.store import stored_dtype
+from fgmp.model.precision import stored_dtype
 from fgmp.progress import Progress, silent
 
 CONTEXT = 4096
-"""Tokens whose activations ``compression`` counts beside the weights, as the paper does."""
+"""Tokens whose activations ``compression`` counts in addition to the weights, as in the paper."""
 
 _REFERENCE_BITS = 16
 _RESAMPLES = 2000

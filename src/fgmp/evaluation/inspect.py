@@ -22,7 +22,7 @@ class LinearFacts:
     """One packed weight.
 
     Attributes:
-        name: of the linear.
+        name: name of the linear.
         n, k: rows and columns.
         blocks, fp8_blocks: number of all blocks and of FP8 blocks.
         plane_bytes: bytes of its planes.
@@ -56,9 +56,9 @@ class Fp8Shares:
     """Fractions of FP8 blocks.
 
     Attributes:
-        weights: of all weights.
-        by_layer, by_kind, by_linear: of weights, by layer index, by kind of layer, by linear.
-        activations_by_site: of activations at calibration, by site.
+        weights: fraction of all weight blocks.
+        by_layer, by_kind, by_linear: fractions by layer index, by kind of layer, by linear.
+        activations_by_site: fractions of activation blocks at calibration, by site.
     """
 
     weights: float

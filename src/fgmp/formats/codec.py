@@ -94,6 +94,15 @@ def to_blocks(x: Tensor) -> Tensor:
     return blocks
 
 
+def block_sums(terms: Tensor) -> Tensor:
+    """Sums over blocks (..., 16) to (...), adding halves to halves: one order on every machine."""
+    width = BLOCK
+    while width > 1:
+        width //= 2
+        terms = terms[..., :width] + terms[..., width:]
+    return terms.squeeze(-1)
+
+
 def from_blocks(blocks: Tensor, k: int) -> Tensor:
     """Join blocks (..., G, 16) and drop the padding: (..., k)."""
     return blocks.flatten(-2)[..., :k]

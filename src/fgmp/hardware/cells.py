@@ -87,9 +87,9 @@ class Cell:
     Attributes:
         area: in the library's unit.
         leakage: mean over states, in nW.
-        capacitance: of each input pin, in fF.
+        capacitance: capacitance of each input pin, in fF.
         output: the output pin.
-        function: of the output, in liberty's operators over input pins; empty for flip-flops.
+        function: output function in liberty's operators over input pins; empty for flip-flops.
         arcs, output_energy, input_energy: see :class:`Arc` and :class:`Energy`.
         max_load: largest load of the output, in fF.
         clock, data: pins of a flip-flop; for a clock gate ``data`` is its enable.

@@ -35,7 +35,7 @@ class RtlFiles:
     Attributes:
         output: the folder.
         modules: their names, each with a file.
-        latency: of a lane, in cycles.
+        latency: latency of a lane, in cycles.
     """
 
     output: Path

@@ -38,7 +38,7 @@ class Trace:
     """Settled states of a run without delays.
 
     Attributes:
-        values: of every net at the end of each cycle, (cycles, nets, W).
+        values: values of every net at the end of each cycle, (cycles, nets, W).
     """
 
     values: Words

@@ -77,7 +77,7 @@ class LinearImage:
         """The image of the linears that read ``site``, with their biases.
 
         Args:
-            name: of the linear or site, for errors.
+            name: name of the linear or site, for errors.
             site: constants of the input.
             linears: weights with their biases.
 

@@ -83,10 +83,10 @@ class Work:
     """One linear.
 
     Attributes:
-        name: of the linear.
+        name: name of the linear.
         site: the site it reads.
         n, k: output and input features.
-        mix: of its pairs of blocks.
+        mix: fractions of its pairs of blocks, by formats.
         routed: share of the tokens that it computes; less than 1 for an expert of a mixture.
     """
 
@@ -112,14 +112,14 @@ class Machine:
     """Energies of a lane design, and how its lanes are fed.
 
     Attributes:
-        name: of the machine.
+        name: name of the machine.
         fj_per_op: by unit, per operation of that unit; ``totals`` and ``control`` per operation of
             any.
         quantizer_fj: per block; 0 for an FP8 or FP4 machine, whose simpler quantizer was not
             measured.
         bits: per value in memory, FP4 and FP8, scales and flags included.
         lanes, rows, reuse: outputs at a time, tokens at a time, tokens per load of a weight block.
-        latency: of the quantizer, in cycles.
+        latency: latency of the quantizer, in cycles.
     """
 
     name: str

@@ -78,7 +78,7 @@ def percent_of_fp8(work: Sequence[Work], quantizer: QuantizerConfig) -> float:
 
     Args:
         work: the linears.
-        quantizer: of the mixed machine; see :func:`machine`.
+        quantizer: quantizer of the mixed machine; see :func:`machine`.
     """
     wide = [replace(linear, mix={(True, True): 1.0}) for linear in work]
     mixed_energy = sum(serve(work, machine("mixed", quantizer), PREFILL).values())

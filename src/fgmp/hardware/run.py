@@ -31,7 +31,7 @@ class Outcome:
     Attributes:
         fp32: bit patterns, uint32 (tokens, N).
         bf16: bit patterns, uint16 (tokens, N).
-        counters: of ``rtl.accelerator``, by name.
+        counters: counters of ``rtl.accelerator``, by name.
         nonfinite: the sticky flag.
     """
 
@@ -148,7 +148,7 @@ def in_verilator(
         array: its parameters.
         image, x: the linear and its activations (tokens, K).
         pause: probability per cycle that a side of a stream pauses.
-        seed: of the pauses.
+        seed: random seed of the pauses.
     """
     fed = feed(array, image, x)
     row = model.inputs.rows(1)

@@ -166,7 +166,7 @@ def per_operation(
     """fJ per operation by part of a lane.
 
     Args:
-        energy: of a cycle, in which one pair of blocks passes.
+        energy: energy of a cycle, in which one pair of blocks passes.
         datapath: the lane's.
         shares: share of the pairs that each unit computes, by its name.
 

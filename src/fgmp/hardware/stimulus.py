@@ -44,7 +44,7 @@ class Layer:
     """The operands of one linear.
 
     Attributes:
-        name: of the linear.
+        name: name of the linear.
         activation: blocks (M, G) for M tokens.
         weight: blocks (N, G).
         activation_fp8, weight_fp8: codes of the same tensors with every block in FP8, for an
@@ -141,7 +141,7 @@ def stimulate(
         datapath: its ``kind`` decides which codes are at the ports. A lane for FP4 alone reads only
             E2M1 codes, so its layers must be all FP4.
         cycles: length of each stream.
-        seed: of the choice of linears, rows and tokens.
+        seed: random seed of the choice of linears, rows and tokens.
 
     Raises:
         InputError: no linear has ``reuse`` tokens.

@@ -88,7 +88,7 @@ class Model:
 
     Args:
         component: its ports are the columns of the arrays.
-        folder: of sources and the library; created if missing.
+        folder: folder of sources and the library; created if missing.
     """
 
     def __init__(self, component: wiring.Component, folder: Path) -> None:
@@ -150,7 +150,7 @@ class Model:
             sources: items by the stream's name, uint8 (items, bytes of the payload).
             sinks: number of items to receive, by the stream's name.
             pause: probability per cycle that a side pauses.
-            seed: of the pauses.
+            seed: random seed of the pauses.
             limit: largest number of cycles.
 
         Returns:

@@ -1,7 +1,8 @@
 """Checks of the operators' arguments; every violation has its own message.
 
-Shapes, dtypes and devices are checked on every call. Whether ``row_ptr`` counts the flags of
-``scale`` takes a pass over the weight: kernels check it while they read, :func:`counts` beforehand.
+Shapes, dtypes and devices are checked on every call. A token takes hundreds of calls, so that
+messages are made only where a check fails. Whether ``row_ptr`` counts the flags of ``scale`` takes
+a pass over the weight: kernels check it while they read, :func:`counts` beforehand.
 """
 
 import torch
@@ -18,14 +19,23 @@ Planes = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tenso
 PLANES = ("low", "scale", "overflow", "row_ptr", "fp8")
 
 
+_PLANES_OF_MODES = frozenset(MODES.values())
+
+
 def require(holds: bool, operator: str, argument: str, rule: str, value: object) -> None:
     """Raise InputError, "operator: argument must rule, got value", unless ``holds``."""
     if not holds:
         raise InputError(f"{operator}: {argument} must {rule}, got {value}")
 
 
-def _shape(operator: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    require(tensor.shape == shape, operator, name, f"have shape {list(shape)}", [*tensor.shape])
+def _require_shape(operator: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        require(False, operator, name, f"have shape {list(shape)}", [*tensor.shape])
+
+
+def _require_device(operator: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        require(False, operator, name, f"be on {device}", tensor.device)
 
 
 def _tensor(
@@ -36,10 +46,12 @@ def _tensor(
     like: Tensor,
     dtype: torch.dtype,
 ) -> None:
-    require(tensor.dtype == dtype, operator, name, f"be {dtype}", tensor.dtype)
-    _shape(operator, name, tensor, shape)
-    require(tensor.is_contiguous(), operator, name, "be contiguous", f"strides {tensor.stride()}")
-    require(tensor.device == like.device, operator, name, f"be on {like.device}", tensor.device)
+    if tensor.dtype != dtype:
+        require(False, operator, name, f"be {dtype}", tensor.dtype)
+    _require_shape(operator, name, tensor, shape)
+    if not tensor.is_contiguous():
+        require(False, operator, name, "be contiguous", f"strides {tensor.stride()}")
+    _require_device(operator, name, tensor, like.device)
 
 
 def activation(
@@ -61,15 +73,16 @@ def activation(
     _tensor(operator, "r", r, (), x, torch.float32)
     _tensor(operator, "sensitivity", sensitivity, (x.shape[-1],), x, torch.uint8)
     _tensor(operator, "threshold", threshold, (), x, torch.int64)
-    require(rule in RULES, operator, "rule", f"be one of {', '.join(RULES)}", rule)
-    require(scales in SCALES, operator, "scales", f"be one of {', '.join(SCALES)}", scales)
+    for argument, value, known in (("rule", rule, RULES), ("scales", scales, SCALES)):
+        if value not in known:
+            require(False, operator, argument, f"be one of {', '.join(known)}", value)
 
 
 def weight(operator: str, planes: Planes, k: int) -> None:
     """Check the planes of a packed weight with ``k`` columns; raises as :func:`activation`."""
     require(k > 0, operator, "k", "be positive", k)
     present = {name: plane for name, plane in zip(PLANES, planes, strict=True) if plane is not None}
-    if tuple(present) not in MODES.values():
+    if tuple(present) not in _PLANES_OF_MODES:
         choices = " or ".join("+".join(mode) for mode in MODES.values())
         raise InputError(f"{operator}: planes must be {choices}, got {'+'.join(present) or 'none'}")
     first = next(iter(present.values()))
@@ -103,13 +116,13 @@ def linear(
     weight(operator, planes, units.shape[-1])
     dense = planes[0] if planes[0] is not None else planes[4]
     assert dense is not None
-    require(dense.device == units.device, operator, "planes", f"be on {units.device}", dense.device)
+    _require_device(operator, "planes", dense, units.device)
     _tensor(operator, "r", r, (), units, torch.float32)
     _tensor(operator, "t", t, (), units, torch.float32)
     if bias is not None:
-        _shape(operator, "bias", bias, (dense.shape[0],))
+        _require_shape(operator, "bias", bias, (dense.shape[0],))
         require(bias.is_floating_point(), operator, "bias", "be floating point", bias.dtype)
-        require(bias.device == units.device, operator, "bias", f"be on {units.device}", bias.device)
+        _require_device(operator, "bias", bias, units.device)
     require(dtype.is_floating_point, operator, "dtype", "be floating point", dtype)
 
 

@@ -14,12 +14,12 @@ is that a kernel multiplies the probabilities by scales, one product per block a
 Scales are static. :func:`packed_cache` runs a few sequences, records the largest magnitude of every
 layer's keys and values, and leaves headroom of a factor two. The rows of a token therefore depend
 on that token alone. In the mixed cache a block is FP8 if its *benefit* exceeds a threshold: the
-squared error that FP8 avoids, weighted by the channels' mean squared gradients. Keys and values of
-all layers share the threshold. In a packed model gradients go straight through the activation
-quantizers.
+reduction in squared error from FP4 to FP8, weighted by the channels' mean squared gradients. Keys
+and values of all layers share the threshold. In a packed model gradients use the straight-through
+estimator for activation quantizers.
 
-Every read decodes the whole cache. This saves memory and shows what the format costs in quality; it
-is no fast attention kernel.
+Every read decodes the whole cache. This saves memory and shows the format's effect on quality; it
+is not a fast attention kernel.
 """
 
 from collections.abc import Sequence
@@ -234,11 +234,11 @@ def packed_cache(model: nn.Module, samples: Tensor, kind: str, fp4: float = 0.7)
     Raises:
         InputError: an unknown kind, a fraction out of range, no samples, or keys and values that
             are not finite; a model with sliding windows or other state than keys and values; a head
-            size that is no multiple of 16.
+            size that is not a multiple of 16.
     """
     require_kind(kind)
     if kind == "mixed" and not 0 < fp4 < 1:
-        raise InputError(f"a mixed kv cache needs a share of FP4 between 0 and 1, got {fp4}")
+        raise InputError(f"a mixed kv cache needs a fraction of FP4 between 0 and 1, got {fp4}")
     if samples.ndim != 2 or len(samples) == 0 or samples.shape[1] < 2:
         raise InputError(
             f"a kv cache is calibrated on windows (B, L) of at least 2 tokens, got shape "

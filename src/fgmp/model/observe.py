@@ -6,7 +6,7 @@ function.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
 import torch
@@ -50,6 +50,25 @@ def observed_inputs(
             module = model.get_submodule(name)
             stack.callback(module.register_forward_pre_hook(partial(hook, name)).remove)
         yield
+
+
+class PassEnded(Exception):
+    """Raised in a hook, and caught by what runs the pass: nothing later is of interest."""
+
+
+@contextmanager
+def ends_after(module: nn.Module) -> Iterator[None]:
+    """Within this context, a pass through the model ends without a result once ``module`` ran."""
+
+    def end(*_: object) -> None:
+        raise PassEnded
+
+    handle = module.register_forward_hook(end)
+    try:
+        with suppress(PassEnded):
+            yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

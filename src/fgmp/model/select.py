@@ -7,7 +7,7 @@ weights and for one on the meta device that is about to be loaded.
 
 Output heads and routers stay in high precision unless an include pattern names them. Embeddings
 always do, and so do heads that share the embedding's weight. A weight that several linears share is
-quantized once, if all of them are chosen; else it keeps its precision.
+quantized once, if all of them are chosen, else not at all.
 """
 
 from collections.abc import Iterator, Mapping
@@ -113,7 +113,7 @@ def quantizable(
     """Linears to quantize, by name, in module order.
 
     Args:
-        model: linearized.
+        model: the linearized model.
         include: name patterns (shell style); ``*`` leaves out output heads and routers.
         exclude: name patterns of linears to leave out.
 
@@ -256,6 +256,8 @@ def _alike(modules: nn.ModuleList) -> bool:
 
 def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
     """Replace submodules by dotted name, in place, everywhere the model uses the same module."""
+    if not new:
+        return
     by_identity = {id(model.get_submodule(name)): module for name, module in new.items()}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -13,7 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import cached_file
 
 from fgmp.errors import InputError
-from fgmp.model.store import first_line, load, pretrained, run_as_fp32, stored_dtype
+from fgmp.model.precision import require_choice, run_in
+from fgmp.model.store import first_line, load, pretrained
 from fgmp.pack.checkpoint import QUANT_METHOD
 from fgmp.pack.folder import CONFIG, read_json
 
@@ -32,15 +32,18 @@ class Source:
         name: folder or hub name.
         trust_remote_code: run Python files that come with the model. Models that Transformers
             implements never need them; they are never stored.
+        dtype: dtype of the model's passes, one of :data:`fgmp.model.precision.CHOICES`.
 
     Raises:
         InputError: no configuration can be loaded there, the model needs its own Python files, or
-            the configuration names an attention implementation on the hub.
+            the configuration names an attention implementation on the hub; or no such dtype.
     """
 
-    def __init__(self, name: str, *, trust_remote_code: bool = False) -> None:
+    def __init__(self, name: str, *, trust_remote_code: bool = False, dtype: str = "auto") -> None:
+        require_choice(dtype)
         self.name = name
         self.trust_remote_code = trust_remote_code
+        self.dtype = dtype
         self.config = _config(name, trust_remote_code)
 
     @property
@@ -62,19 +65,17 @@ class Source:
     def load(self) -> nn.Module:
         """Load the model; an fgmp checkpoint is loaded with packed linears.
 
-        A model stored in fp16 runs in fp32: see :func:`fgmp.model.store.run_as_fp32`.
-
         Raises:
             InputError: not a causal LM, quantized by another method, or not loadable.
             CheckpointError: an fgmp checkpoint breaks a rule of the format.
         """
         if self.is_packed:
             packed = Path(self.name).is_dir()
-            return _runnable(load(self.name) if packed else self._pretrained())
+            return run_in(load(self.name) if packed else self._pretrained(), self.dtype)
         if self._method is not None:
             raise InputError(f"model {self.name}: already quantized, by {self._method!r}")
         self._require_causal_lm()
-        return _runnable(self._pretrained())
+        return run_in(self._pretrained(), self.dtype)
 
     def _pretrained(self) -> nn.Module:
         remote = self.trust_remote_code
@@ -148,10 +149,6 @@ def load_model(name: str) -> nn.Module:
 def load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a model by folder or hub name; see :meth:`Source.tokenizer`."""
     return Source(name).tokenizer()
-
-
-def _runnable(model: nn.Module) -> nn.Module:
-    return run_as_fp32(model) if stored_dtype(model) == torch.float16 else model
 
 
 _CONTEXT_KEYS = (

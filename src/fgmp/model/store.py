@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fgmp.errors import CheckpointError, FGMPError, InputError
 from fgmp.model.convert import install_from
+from fgmp.model.precision import stored_dtype, stored_dtypes
 from fgmp.pack import checkpoint
 from fgmp.pack.checkpoint import QUANT_METHOD, RUN, CheckpointConfig
 from fgmp.pack.folder import CONFIG, weight_files
@@ -20,9 +21,6 @@ from fgmp.pack.reader import Reader
 
 CONFIG_ATTRIBUTE = "fgmp_config"
 """Attribute of a quantized model that holds its :class:`CheckpointConfig`."""
-
-_FP16 = "fgmp_fp16_parameters"
-"""Attribute of a model that runs in fp32: names of the parameters that its files store in fp16."""
 
 
 def config_of(model: nn.Module) -> CheckpointConfig:
@@ -38,34 +36,6 @@ def config_of(model: nn.Module) -> CheckpointConfig:
             raise InputError(f"{type(model).__name__} is not a model that fgmp quantized")
         config = CheckpointConfig.from_dict(quantization.to_dict())
     return config
-
-
-def stored_dtype(model: nn.Module) -> torch.dtype:
-    """Dtype in which a model's files store its parameters; it may run in another.
-
-    It is fp16 if any parameter is stored so, else the dtype of the first parameter.
-    """
-    return torch.float16 if getattr(model, _FP16, ()) else next(model.parameters()).dtype
-
-
-def run_as_fp32(model: nn.Module) -> nn.Module:
-    """Convert a model's parameters to fp32, in place, and return it.
-
-    Parameters that were fp16 are saved as fp16 again. This is for models stored in fp16: gradients
-    of a summed loss overflow fp16, and most CPUs have no fp16 arithmetic.
-    """
-    named = model.named_parameters(remove_duplicate=False)
-    setattr(model, _FP16, {name for name, p in named if p.dtype == torch.float16})
-    return nn.Module.float(model)  # Transformers refuses model.float() on quantized models
-
-
-@torch.no_grad()
-def round_to_stored(model: nn.Module) -> None:
-    """Round parameters that run in fp32 and are stored in fp16, in place: as a reader gets them."""
-    half = getattr(model, _FP16, ())
-    for name, parameter in model.named_parameters():
-        if name in half:
-            parameter.copy_(parameter.half())
 
 
 def save(
@@ -256,5 +226,5 @@ def _stored(model: nn.Module) -> dict[str, tuple[Tensor, torch.dtype]]:
             continue
         seen.add(key)
         unique[name] = tensor
-    half = getattr(model, _FP16, ())
-    return {n: (t, torch.float16 if n in half else t.dtype) for n, t in unique.items()}
+    dtypes = stored_dtypes(model)
+    return {name: (tensor, dtypes[name]) for name, tensor in unique.items()}

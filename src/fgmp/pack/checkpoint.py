@@ -80,7 +80,8 @@ class CheckpointConfig:
         sites: by *owner*, the linear that holds the site's tensors.
         shared: linears that use the packed weight of another, and the name of that one, by name.
         recipe: ``Recipe.to_dict()``.
-        calibration: the calibration set: fingerprint, sequences, tokens.
+        calibration: the calibration text (fingerprint, sequences, tokens), and the dtype of the
+            passes.
         result: fractions of FP4 blocks, the decision on scale search and its measurements.
         producer: name and version of the program that wrote the checkpoint.
         run: measurements during quantization, in seconds and bytes; stored in :data:`RUN`.

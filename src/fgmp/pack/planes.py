@@ -97,7 +97,7 @@ class PackedWeight:
         return sum(t.nbytes for t in self.tensors().values())
 
     def is_fp8(self) -> Tensor:
-        """Which blocks are FP8, bool (N, G)."""
+        """Mask of FP8 blocks, bool (N, G)."""
         if self.scale is not None:
             return self.scale == FP8_BLOCK
         assert self.fp8 is not None

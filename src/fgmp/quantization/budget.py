@@ -1,11 +1,11 @@
-"""From a budget to fractions of FP4 blocks, without a second calibration.
+"""Convert a budget to fractions of FP4 blocks, without a second calibration.
 
 ``assign.frontier.Frontier`` gives the best fractions for any mean number of bits. The other budgets
 are conditions on a point of that frontier:
 
     max_bytes       most bits at which the checkpoint has no more bytes, by counting them
-    max_energy      most bits at which matrix products take no more energy; held-out text gives how
-                    often each pair of formats meets, ``hardware.relative_energy`` weighs the pairs
+    max_energy      most bits at which matmuls take no more energy; held-out text gives the number
+                    of operations per pair of formats, ``hardware.relative_energy`` their energy
     max_increase    fewest bits at which held-out perplexity exceeds all-FP8's by no more; the model
                     is packed and measured at a few points
 """
@@ -28,7 +28,7 @@ from fgmp.model.select import shared_weights
 from fgmp.model.store import bytes_to_save
 from fgmp.pack.planes import packed_bytes
 from fgmp.quantization.candidates import perplexity_increase
-from fgmp.quantization.held_out import Trial
+from fgmp.quantization.held_out import HeldOutMetrics
 from fgmp.quantization.task import BudgetResult, OperatingPoint, Scores, Task
 from fgmp.recipe import Recipe
 
@@ -43,18 +43,18 @@ _SITE_BYTES = 4 + 4 + 8
 
 
 def solve(
-    task: Task, scores: Scores, fisher: Mapping[str, Tensor], fp8: Trial | None
+    task: Task, scores: Scores, fisher: Mapping[str, Tensor], fp8: HeldOutMetrics | None
 ) -> OperatingPoint:
-    """The fractions that the recipe asks for, or that its budget comes to.
+    """The fractions that the recipe requests, or that its budget results in.
 
     Args:
-        task: its recipe has the budget; its held-out sequences are measured.
+        task: the run; its recipe has the budget.
         scores: block scores.
         fisher: F_w by linear.
-        fp8: the all-FP8 model on held-out text, where the budget is ``max_increase``.
+        fp8: held-out metrics of the all-FP8 model if the budget is ``max_increase``, else None.
 
     Raises:
-        InputError: the budget is less than all FP4 takes.
+        InputError: the budget is below that of all-FP4.
     """
     recipe = task.recipe
     if scores.policy.fraction is not None:
@@ -85,7 +85,7 @@ def require_possible(recipe: Recipe, model: nn.Module, linears: dict[str, nn.Lin
     """Refuse a budget that cannot be met, before hours of calibration.
 
     Raises:
-        InputError: fewer bytes than all FP4 takes, or a quantizer of unknown energy.
+        InputError: fewer bytes than all-FP4 takes, or a quantizer of unknown energy.
     """
     if recipe.max_bytes is not None:
         require_bytes(recipe.max_bytes, model, linears, {})
@@ -101,7 +101,7 @@ def require_possible(recipe: Recipe, model: nn.Module, linears: dict[str, nn.Lin
 def require_bytes(
     max_bytes: int, model: nn.Module, linears: dict[str, nn.Linear], sites: Mapping[str, Site]
 ) -> None:
-    """Refuse fewer bytes than all FP4 takes.
+    """Refuse fewer bytes than all-FP4 takes.
 
     Without ``sites``, which are unknown before calibration, every linear may have its own.
     """
@@ -136,8 +136,8 @@ def tensor_bytes(
     """Bytes of all tensors of the checkpoint to come.
 
     Args:
-        model: linearized, not quantized yet.
-        linears: those to quantize.
+        model: the linearized model, not quantized yet.
+        linears: the linears to quantize.
         sites: constants of the sites.
         fp8_blocks: number of FP8 blocks by linear; None for all.
     """
@@ -176,7 +176,7 @@ def _bits_of_increase(
     task: Task,
     scores: Scores,
     fisher: Mapping[str, Tensor],
-    fp8: Trial,
+    fp8: HeldOutMetrics,
     frontier: Frontier,
 ) -> float:
     def within(bits: float) -> bool:
@@ -202,7 +202,8 @@ def _bits_of_energy(
     if limit < least:
         raise InputError(
             f"max_energy must be at least {least:.1f}%, what all FP4 takes of all-FP8's energy "
-            f"on this model (all FP8 on the mixed machine: {energy(FP8_BITS):.1f}%), got {limit:g}%"
+            f"on this model (all FP8 on the mixed accelerator: {energy(FP8_BITS):.1f}%), got "
+            f"{limit:g}%"
         )
     bits = furthest(lambda b: energy(b) <= limit, FP4_BITS, FP8_BITS, _ENERGY_STEPS)
     return bits, percent_at[bits]
@@ -221,7 +222,7 @@ def _energy_percent(task: Task, scores: Scores, fractions: Fractions) -> float:
     most = max(count.tokens for count in counts.values())
     work = []
     for owner, names in scores.linears_of.items():
-        activation = counts[owner].fp8_share(masks[task.shared.get(owner, owner)].shape[1])
+        activation = counts[owner].fp8_fraction(masks[task.shared.get(owner, owner)].shape[1])
         for name in names:
             mask = masks[task.shared.get(name, name)]
             mix = _pair_mix(activation, mask.double().mean(0).cpu())
@@ -231,7 +232,7 @@ def _energy_percent(task: Task, scores: Scores, fractions: Fractions) -> float:
 
 
 def _pair_mix(activation: Tensor, weight: Tensor) -> dict[tuple[bool, bool], float]:
-    """Shares of (activation is FP8, weight is FP8) over block pairs, from FP8 shares (G,)."""
+    """Fractions of (activation is FP8, weight is FP8) over block pairs, from FP8 fractions (G,)."""
     both = (activation * weight).mean().item()
     a, w = activation.mean().item(), weight.mean().item()
     return {
@@ -244,13 +245,13 @@ def _pair_mix(activation: Tensor, weight: Tensor) -> dict[tuple[bool, bool], flo
 
 @dataclass
 class _Counts:
-    """FP8 blocks by their place along K, int64 (G,), and tokens."""
+    """Number of FP8 blocks per block position along K, int64 (G,), and of tokens."""
 
     fp8: Tensor | None = None
     tokens: int = 0
 
-    def fp8_share(self, groups: int) -> Tensor:
-        """float64 (G,); a site that no token reached counts as FP4."""
+    def fp8_fraction(self, groups: int) -> Tensor:
+        """Fraction of FP8 blocks, float64 (G,); a site that no token reached counts as FP4."""
         if self.fp8 is None:
             return torch.zeros(groups, dtype=torch.float64)
         return self.fp8.double().cpu() / self.tokens

@@ -1,7 +1,7 @@
 """Candidates: packed variants of the model, measured on held-out text, and the choice among them.
 
-Candidates are the mixed model under each way of choosing FP4 scales, and the uniform models that
-take no more bits. The chosen one is never worse on held-out text than a uniform model of its size.
+Candidates are the mixed model with and without scale search, and the uniform models that take no
+more bits. A uniform model that is closer to the original on held-out text replaces the mixed one.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,14 +17,14 @@ from fgmp.assign.policy import weight_masks
 from fgmp.assign.weights import ScoredWeights, pack_weights
 from fgmp.formats.spec import FP8_BITS
 from fgmp.pack.planes import packed_bytes
-from fgmp.quantization.held_out import Trial, trials
+from fgmp.quantization.held_out import HeldOutMetrics, held_out_metrics
 from fgmp.quantization.install import Assignment
 from fgmp.quantization.sequential import pack_in_turn, stages
 from fgmp.quantization.sharing import readers, weights_by_readers
 from fgmp.quantization.task import BudgetResult, OperatingPoint, Scores, Task
 from fgmp.quantization.uniform import UNIFORM, uniform_assignment
 
-_SEARCHED, _NEAREST = "on", "off"
+_SEARCHED, _ABSMAX = "on", "off"
 """Names of the candidates with and without searched scales."""
 
 _INCREASE = "increase"
@@ -32,12 +32,14 @@ _INCREASE = "increase"
 
 @dataclass(frozen=True)
 class Decision:
-    """Candidates compared on held-out text, and which was used.
+    """A choice between candidates, with their held-out metrics.
 
     Attributes:
-        used: for scale search whether it is on; for uniform models the one chosen, or None.
+        used: for scale search, whether it is on; for uniform models, the name of the chosen one, or
+            None if the mixed model was chosen.
         held_out_nll: mean loss by candidate, in nats per prediction.
-        held_out_kl: mean KL divergence from the original, likewise, of a language model.
+        held_out_kl: mean KL divergence from the original by candidate, in nats per prediction;
+            empty if the model is not a causal language model.
     """
 
     used: bool | str | None
@@ -82,21 +84,25 @@ def pack_candidates(
     *,
     resumable: bool = True,
 ) -> dict[str, Assignment]:
-    """Pack the mixed model at these fractions of FP4 blocks, once for each variant.
+    """Pack the mixed model once per variant, at the given fractions of FP4 blocks.
 
     Args:
         task, scores: the run and its block scores.
         fisher: F_w by linear.
-        fractions: of FP4 blocks.
-        variants: some of ``scores.variants``.
-        resumable: whether an interrupted compensation stores its finished stages.
+        fractions: fractions of FP4 blocks, of weights and of activations.
+        variants: the entries of ``scores.variants`` to pack.
+        resumable: whether finished stages of compensation are stored, so that it can be resumed.
+
+    Returns:
+        Assignments by candidate name, ``on`` and ``off``.
     """
     fp4 = fractions.activations
     activations = assign_activations(scores.sites, scores.histograms, scores.policy, fp4)
-    candidates = {}
+    packers, inputs = {}, []
     for variant in variants:
         masks, _ = weight_masks(scores.policy, variant.scores, fractions.weights)
-        make = partial(
+        inputs += [masks, variant.scales, variant.t]
+        packers[_SEARCHED if variant.clipped else _ABSMAX] = partial(
             pack_weights,
             task.weights,
             fisher,
@@ -105,41 +111,41 @@ def pack_candidates(
             masks=masks,
             methods=task.methods,
         )
-        if task.recipe.compensate:
-            shared_sites = readers(scores.linears_of, task.shared).values()
-            inputs = (scores.linears_of, activations.records, masks, variant.scales, variant.t)
-            results = task.partial_results(*inputs) if resumable else None
-            todo = stages(task.model, list(scores.sites), shared_sites)
-            steps = len(todo) * len(task.samples)
-            with task.progress("compensating", steps) as advance:
-                weights = pack_in_turn(
-                    task.model,
-                    scores.linears_of,
-                    activations.records,
-                    task.samples,
-                    task.loss,
-                    make,
-                    advance,
-                    results,
-                    shared=task.shared,
-                )
-        else:
-            groups = weights_by_readers(scores.linears_of, task.shared)
-            with task.progress("packing", len(task.weights)) as advance:
-                weights = make(groups, advance=advance)
-        name = _SEARCHED if variant.clipped else _NEAREST
-        candidates[name] = Assignment(weights, activations, scores.linears_of, shared=task.shared)
-    return candidates
+    if task.recipe.compensate:
+        inputs += [scores.linears_of, activations.records]
+        results = task.partial_results(*inputs) if resumable else None
+        together = readers(scores.linears_of, task.shared).values()
+        steps = len(stages(task.model, list(scores.sites), together)) * len(task.samples)
+        with task.progress("compensating", steps) as advance:
+            packed = pack_in_turn(
+                task.model,
+                scores.linears_of,
+                activations.records,
+                task.samples,
+                task.loss,
+                packers,
+                advance,
+                results,
+                shared=task.shared,
+            )
+    else:
+        groups = weights_by_readers(scores.linears_of, task.shared)
+        with task.progress("packing", len(packers) * len(task.weights)) as advance:
+            packed = {name: pack(groups, advance=advance) for name, pack in packers.items()}
+    return {
+        name: Assignment(weights, activations, scores.linears_of, shared=task.shared)
+        for name, weights in packed.items()
+    }
 
 
-def measure(task: Task, candidates: Mapping[str, Assignment]) -> dict[str, Trial]:
+def measure(task: Task, candidates: Mapping[str, Assignment]) -> dict[str, HeldOutMetrics]:
     """Measure each candidate on the held-out sequences."""
     replacements = {name: a.replacement(task.model) for name, a in candidates.items()}
     with task.progress("checking on held-out text", len(task.held_out)) as advance:
-        return trials(task.model, replacements, task.held_out, task.loss, advance)
+        return held_out_metrics(task.model, replacements, task.held_out, task.loss, advance)
 
 
-def measure_fp8(task: Task, scores: Scores) -> Trial:
+def measure_fp8(task: Task, scores: Scores) -> HeldOutMetrics:
     """Measure the all-FP8 model on the held-out sequences."""
     fp8 = _uniform(task, scores, "fp8")
     return measure(task, {"fp8": fp8})["fp8"]
@@ -150,34 +156,34 @@ def choose(
     scores: Scores,
     point: OperatingPoint,
     candidates: dict[str, Assignment],
-    fp8: Trial | None,
+    fp8: HeldOutMetrics | None,
 ) -> Choice:
     """Choose among the mixed candidates and the uniform models that take no more bits.
 
     Args:
         task, scores: the run and its block scores.
-        point: where the candidates were packed.
+        point: operating point (fractions of FP4 blocks) of the candidates.
         candidates: from :func:`pack_candidates`.
-        fp8: the all-FP8 model on held-out text, where the budget is ``max_increase``.
+        fp8: held-out metrics of the all-FP8 model if the budget is ``max_increase``, else None.
     """
-    mixed = list(candidates)[::-1]  # searched scales first: they stay unless others are better
-    rivals = _uniform_rivals(task, scores, point, candidates[mixed[0]])
-    everything = {**candidates, **rivals}
-    measured = measure(task, everything) if len(everything) > 1 else {}
+    mixed = list(candidates)[::-1]  # with scale search first: kept unless clearly worse
+    baselines = _uniform_baselines(task, scores, point, candidates[mixed[0]])
+    all_candidates = {**candidates, **baselines}
+    measured = measure(task, all_candidates) if len(all_candidates) > 1 else {}
     bound = task.recipe.max_increase
     best_mixed = best_of(measured, mixed, fp8, bound)
-    best = best_of(measured, [best_mixed, *rivals], fp8, bound)
+    best = best_of(measured, [best_mixed, *baselines], fp8, bound)
     if best != best_mixed:
         task.report(
             f"all {best.upper()} was closer to the original on held-out text at no more bits "
-            f"({measured[best].harm:.5f} nats against {measured[best_mixed].harm:.5f}); "
-            f"using all {best.upper()}"
+            f"({measured[best].selection_metric:.5f} nats against "
+            f"{measured[best_mixed].selection_metric:.5f}); using all {best.upper()}"
         )
     budget = point.budget
     if fp8 is not None:
         budget = with_increase(task, budget, measured[best], fp8)
     return Choice(
-        everything[best],
+        all_candidates[best],
         _decision(best_mixed == _SEARCHED, measured, mixed if len(mixed) > 1 else []),
         _decision(best if best in UNIFORM else None, measured, [best_mixed, *UNIFORM]),
         budget,
@@ -185,12 +191,15 @@ def choose(
 
 
 def best_of(
-    measured: Mapping[str, Trial], names: list[str], fp8: Trial | None, bound: float | None
+    measured: Mapping[str, HeldOutMetrics],
+    names: list[str],
+    fp8: HeldOutMetrics | None,
+    bound: float | None,
 ) -> str:
-    """The first of ``names``, unless a later one is clearly better.
+    """Name of the best candidate; a later one replaces an earlier one only if clearly better.
 
-    Under ``bound``, the candidates within it come before all others: percent by which held-out
-    perplexity may exceed that of ``fp8``.
+    ``bound`` is the percentage by which held-out perplexity may exceed that of ``fp8``. If any
+    candidate is within it, only such candidates are considered.
     """
     if bound is not None and fp8 is not None:
         within = [n for n in names if measured[n].increase_percent(fp8) <= bound]
@@ -202,22 +211,28 @@ def best_of(
     return best
 
 
-def with_increase(task: Task, budget: BudgetResult, trial: Trial, fp8: Trial) -> BudgetResult:
-    """Report the increase of held-out perplexity over all-FP8's, and add it to ``budget``."""
-    increase = trial.increase_percent(fp8)
-    low, high = trial.increase_interval(fp8)
+def with_increase(
+    task: Task, budget: BudgetResult, metrics: HeldOutMetrics, fp8: HeldOutMetrics
+) -> BudgetResult:
+    """Report the increase of held-out perplexity over all-FP8; return ``budget`` with it."""
+    increase = metrics.increase_percent(fp8)
+    low, high = metrics.increase_interval(fp8)
     task.report(
-        f"held-out perplexity is {increase:+.2f}% ({low:+.2f}% to {high:+.2f}%) from all-FP8's"
+        f"held-out perplexity is {increase:+.2f}% ({low:+.2f}% to {high:+.2f}%) relative to all-FP8"
     )
     return replace(budget, increase_percent=increase, increase_low=low, increase_high=high)
 
 
 def perplexity_increase(
-    task: Task, scores: Scores, fisher: Mapping[str, Tensor], fractions: Fractions, fp8: Trial
+    task: Task,
+    scores: Scores,
+    fisher: Mapping[str, Tensor],
+    fractions: Fractions,
+    fp8: HeldOutMetrics,
 ) -> float:
     """Percent by which held-out perplexity at these fractions exceeds that of ``fp8``.
 
-    A resumed run reads what it has measured already: one number per point, not a model.
+    A resumed run loads the values measured before the interruption; packed models are not stored.
     """
     variant = scores.variants[-1]
     inputs = (scores.linears_of, scores.sites, variant.scales, variant.t, list(task.held_out))
@@ -226,14 +241,14 @@ def perplexity_increase(
     if state is not None:
         return float(state.facts["percent"])
     candidates = pack_candidates(task, scores, fisher, fractions, [variant], resumable=False)
-    (trial,) = measure(task, candidates).values()
-    percent = trial.increase_percent(fp8)
+    (metrics,) = measure(task, candidates).values()
+    percent = metrics.increase_percent(fp8)
     if results:
         results.store(_INCREASE, {}, {"percent": percent})
     return percent
 
 
-def _uniform_rivals(
+def _uniform_baselines(
     task: Task, scores: Scores, point: OperatingPoint, mixed: Assignment
 ) -> dict[str, Assignment]:
     """The uniform models that take no more bits than ``mixed``."""
@@ -251,10 +266,11 @@ def _uniform(task: Task, scores: Scores, name: str) -> Assignment:
 
 
 def _fp8_takes_no_more(task: Task, mixed: Assignment) -> bool:
-    """Whether all FP8 takes no more bits than ``mixed``, every byte counted.
+    """Whether all-FP8 takes no more bits than ``mixed``, counting every stored byte.
 
-    A mix with hardly any FP4 takes more, since its FP8 blocks have scale bytes, too. A budget of
-    bytes or energy reaches all FP8 by itself where it allows that; elsewhere it must not get it.
+    A mixed model with very little FP4 takes more, because its FP8 blocks have scale bytes too. With
+    ``max_bytes`` and ``max_energy`` the answer is no: the budget already gives all-FP8 if it fits,
+    and otherwise all-FP8 would exceed it.
     """
     if task.recipe.budget in ("max_bytes", "max_energy"):
         return False
@@ -264,11 +280,11 @@ def _fp8_takes_no_more(task: Task, mixed: Assignment) -> bool:
 
 
 def _decision(
-    used: bool | str | None, measured: Mapping[str, Trial], names: Iterable[str]
+    used: bool | str | None, measured: Mapping[str, HeldOutMetrics], names: Iterable[str]
 ) -> Decision:
-    trials = {name: measured[name] for name in names if name in measured}
+    metrics = {name: measured[name] for name in names if name in measured}
     return Decision(
         used,
-        {name: trial.nll for name, trial in trials.items()},
-        {name: trial.kl for name, trial in trials.items() if trial.kl is not None},
+        {name: m.nll for name, m in metrics.items()},
+        {name: m.kl for name, m in metrics.items() if m.kl is not None},
     )

@@ -1,11 +1,11 @@
 """The selection metric: how far a candidate is from the original on held-out text.
 
-All candidates see the same sequences, side by side with the original. For a causal language model
-the metric is the mean KL divergence of a candidate's predictions from the original's. It needs far
-less text than the loss to separate candidates, since a lucky wrong prediction does not help it.
+All candidates run on the same sequences as the original. For a causal language model the metric is
+the mean KL divergence of a candidate's predictions from the original's. It needs far less text than
+the loss to separate candidates, because it does not depend on the labels of the text.
 
-For any other model only the loss is known. A lower loss is not taken for a better model: the metric
-is the distance of a candidate's loss from the original's, sequence by sequence. One candidate is
+For any other model only the loss is known. A lower loss is not necessarily better: the metric is
+the distance of a candidate's loss from the original's, sequence by sequence. One candidate is
 clearly better if the difference exceeds two standard errors.
 """
 
@@ -28,14 +28,14 @@ _ROWS = 64
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One candidate on the held-out sequences.
+class HeldOutMetrics:
+    """Metrics of one candidate on the held-out sequences.
 
     Attributes:
         losses: summed loss of each sequence in nats, float64 (B,).
         predictions: number of predictions in each sequence, float64 (B,).
         original: the original's losses, float64 (B,).
-        kl: mean KL from the original, nats per prediction; None where only a loss is known.
+        kl: mean KL from the original, nats per prediction; None if only a loss is known.
     """
 
     losses: Tensor
@@ -49,7 +49,7 @@ class Trial:
         return float(self.losses.sum() / self.predictions.sum())
 
     @property
-    def harm(self) -> float:
+    def selection_metric(self) -> float:
         """Selection metric; lower is better.
 
         KL, or the root mean square distance of a sequence's mean loss from the original's.
@@ -61,26 +61,26 @@ class Trial:
         """Squared distance of each sequence's mean loss from the original's."""
         return ((self.losses - self.original) / self.predictions).square()
 
-    def clearly_better(self, other: "Trial") -> bool:
-        """Whether harm is lower than ``other``'s: in KL, or by more than two standard errors."""
+    def clearly_better(self, other: "HeldOutMetrics") -> bool:
+        """Whether the metric is lower than ``other``'s: in KL, or by over two standard errors."""
         if self.kl is not None and other.kl is not None:
             return self.kl < other.kl
-        nearer = other._squares - self._squares
-        if len(nearer) < 2:
+        gain = other._squares - self._squares
+        if len(gain) < 2:
             return False
-        return bool(nearer.mean() > _CLEAR * nearer.std() / math.sqrt(len(nearer)))
+        return bool(gain.mean() > _CLEAR * gain.std() / math.sqrt(len(gain)))
 
-    def increase_percent(self, base: "Trial") -> float:
+    def increase_percent(self, base: "HeldOutMetrics") -> float:
         """Percent by which perplexity exceeds that of ``base``."""
         return 100 * math.expm1(self._shift(base)[0])
 
-    def increase_interval(self, base: "Trial") -> tuple[float, float]:
+    def increase_interval(self, base: "HeldOutMetrics") -> tuple[float, float]:
         """:meth:`increase_percent` less and plus two standard errors, sequences paired."""
         shift, error = self._shift(base)
         low, high = (100 * math.expm1(shift + sign * _CLEAR * error) for sign in (-1, 1))
         return low, high
 
-    def _shift(self, other: "Trial") -> tuple[float, float]:
+    def _shift(self, other: "HeldOutMetrics") -> tuple[float, float]:
         """Difference of mean losses and its standard error; needs two sequences or more."""
         total = self.predictions.sum()
         difference = self.losses - other.losses
@@ -92,13 +92,13 @@ class Trial:
 
 
 @torch.no_grad()
-def trials(
+def held_out_metrics(
     model: nn.Module,
     candidates: Mapping[str, Replacement],
     samples: Sequence[Any] | Tensor,
     loss: Loss,
     advance: Callable[[], None] = lambda: None,
-) -> dict[str, Trial]:
+) -> dict[str, HeldOutMetrics]:
     """Measure candidates on sequences.
 
     Args:
@@ -129,7 +129,7 @@ def trials(
     predictions = torch.tensor(counts, dtype=torch.float64)
     total = float(predictions.sum())
     return {
-        name: Trial(
+        name: HeldOutMetrics(
             torch.tensor(values, dtype=torch.float64),
             predictions,
             torch.tensor(original, dtype=torch.float64),

@@ -55,7 +55,7 @@ def install(
 
     Args:
         model: its linears are replaced; ``fgmp.model.store.config_of`` finds the configuration.
-        assignment: what to install.
+        assignment: the assignment to install.
         recipe: stored in the configuration.
         matrices: elements of every matmul parameter of the unquantized model, by name.
     """

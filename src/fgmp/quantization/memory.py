@@ -1,15 +1,15 @@
 """Predicted and measured peak memory of a run.
 
-The peak is what the process holds already (the model), and beside it the largest of three:
+The peak is the memory that the process already holds (the model) plus the largest of three:
 
-    calibration   the sums that F_w is made of, and the working set of one sequence
-    packing       those sums, what compensation holds, block scores, packed planes, and what scoring
-                  one weight takes
-    tuning        the packed planes, what tuning holds, and a working set
+    calibration   accumulators of F_w, saved tensors, and logits
+    packing       accumulators of F_w, moments and factors of compensation, block scores, packed
+                  tensors, and the temporaries of scoring the largest weight
+    tuning        packed tensors, tuning state, saved tensors, and logits
 
-A working set is the tensors that a backward pass keeps, measured on a short prefix of one sequence
-and scaled up, the copies of its logits beside them, and a weight gradient where one is formed. F_w
-takes four bytes per quantized parameter; factored, four per row and per column of a weight.
+*Saved tensors* are those that autograd saves for the backward pass of one sequence, measured on a
+short prefix and scaled up, plus a weight gradient if one is computed. F_w takes four bytes per
+quantized parameter; factored, four bytes per row and four per column of a weight.
 """
 
 import os
@@ -32,10 +32,10 @@ from fgmp.model.select import shared_weights
 from fgmp.sensitivity.histogram import HISTOGRAM_BYTES
 
 _PROBE_TOKENS = 64
-"""Length of the prefix that the working set is measured on."""
+"""Tokens of the prefix on which saved tensors are measured."""
 
 _FISHER_BYTES = 4
-"""Bytes per value of the sums that F_w is made of."""
+"""Bytes per value of an accumulator of F_w."""
 
 _SCORING_BYTES = 64
 """Bytes per element while scoring one weight: float64 copies of the weight, its Fisher information
@@ -48,20 +48,21 @@ _DEQUANTIZED_BYTES = 4
 """Bytes per element of a dequantized weight."""
 
 _LOGITS_COPIES = 5
-"""Copies of one sequence's fp32 logits beside what backward keeps: the logits, a sample of labels
-or the original's, gradients of log-probabilities and of logits. An upper bound:
-``runs/memory_constants.py`` measures 2 to 3 on a CPU."""
+"""Copies of one sequence's fp32 logits, in addition to saved tensors: the logits, probabilities of
+sampled labels or of the original, log-probabilities, and the gradients of these and of the logits.
+An upper bound: ``runs/memory_constants.py`` measures 2 to 3 on a CPU."""
 
 _TUNING_BYTES, _TUNING_COPIES = 12, 2
-"""Bytes per element of a tuned parameter: its fp32 copy and two moments. Copies in its own dtype:
-tuned, and its gradient. If that dtype is not fp32, the gradient is held in fp32, too."""
+"""Memory per element of a tuned parameter: 12 bytes for an fp32 master copy and Adam's two moments,
+plus two copies in its own dtype, the tuned value and its gradient. If that dtype is not fp32, there
+is an fp32 copy of the gradient too."""
 
 _STEP_BYTES, _STEP_COPIES = 4, 2
-"""The same for the largest parameter during a step: the root that the step divides by, and
-gradients before they are added up."""
+"""Memory per element of the largest parameter during an optimizer step: 4 bytes for Adam's
+denominator, and two gradients in its own dtype before they are accumulated."""
 
 _RANKING = 3
-"""Copies of the scores while a budget ranks them: concatenated, sorted, and their order."""
+"""Copies of the scores while a budget ranks them: concatenated, sorted, and the permutation."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,14 @@ class MemoryEstimate:
     """Predicted bytes of a run.
 
     Attributes:
-        held: already held by the process.
-        fisher: sums that F_w is made of.
-        packed: packed planes, block scores and histograms.
-        working: tensors that the backward pass of one sequence keeps, and a weight gradient.
-        compensation: moments and factors.
-        scoring: of the largest weight.
-        logits: copies of one sequence's logits beside those.
-        tuning: copies of parameters, moments and gradients; needed when F_w is gone.
+        held: memory that the process already holds.
+        fisher: accumulators of F_w.
+        packed: packed tensors, block scores and histograms.
+        working: tensors saved for the backward pass of one sequence, and a weight gradient.
+        compensation: moments and factors of the layer inputs of one stage, and cached outputs.
+        scoring: temporaries of scoring the largest weight.
+        logits: copies of one sequence's logits, in addition to ``working``.
+        tuning: copies of parameters, Adam's moments and gradients; used after F_w is freed.
     """
 
     held: int
@@ -90,21 +91,21 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """Largest number of bytes held at once: in calibration, in packing or later."""
-        return self.held + max(self._early, self._late)
+        """Predicted peak: the largest of calibration, packing, and checking or tuning."""
+        return self.held + max(self._calibration_or_packing, self._checking_or_tuning)
 
     @property
-    def tuning_is_the_peak(self) -> bool:
+    def peaks_in_tuning(self) -> bool:
         """Whether the peak would be lower without tuning."""
-        return bool(self.tuning) and self._late > self._early
+        return bool(self.tuning) and self._checking_or_tuning > self._calibration_or_packing
 
     @property
-    def _early(self) -> int:
+    def _calibration_or_packing(self) -> int:
         packing = self.packed + self.compensation + self.scoring
         return self.fisher + max(packing, self.working + self.logits)
 
     @property
-    def _late(self) -> int:
+    def _checking_or_tuning(self) -> int:
         tuning = self.tuning + self.working if self.tuning else 0
         return self.packed + tuning + self.logits
 
@@ -125,15 +126,15 @@ def estimate(
 ) -> MemoryEstimate:
     """Predict the peak of quantizing a model.
 
-    Which linears share a site, and so a histogram, is not known yet: each counts its own.
+    It is not known yet which linears share a site, so each linear is charged for a histogram.
 
     Args:
-        model: linearized.
-        linears: those to quantize.
+        model: the linearized model.
+        linears: linears to quantize, by name.
         sample: one calibration sequence.
-        loss: whose gradients are squared.
-        packed_bytes_per_parameter: of all packed weights that are held at once.
-        variants: ways of choosing FP4 scales, each of which scores all weights.
+        loss: loss whose gradients are squared.
+        packed_bytes_per_parameter: bytes per quantized parameter of all packed models held at once.
+        variants: number of variants (with and without scale search); each scores all weights.
         ranked: whether a budget ranks the scores.
         fisher: form of F_w, ``exact`` or ``factored``.
         compensation: bytes of moments and factors.
@@ -145,7 +146,8 @@ def estimate(
     parameters = sum(linear.weight.numel() for linear in holders.values())
     device = next(model.parameters()).device
     largest = max(linear.weight.numel() for linear in linears.values())
-    # The probe comes first: libraries and caches that its passes load stay, and count as held.
+    # Measure saved tensors first: its passes load libraries and fill caches, which stay allocated
+    # and must be part of ``held``.
     working = _working_set(model, linears, sample, loss)
     scores = (variants + _RANKING * ranked) * _SCORE_BYTES
     weights = {id(linear.weight) for linear in linears.values()}
@@ -169,18 +171,18 @@ def estimate(
 
 
 def require(estimate: MemoryEstimate, device: torch.device) -> None:
-    """Refuse a run that cannot fit.
+    """Check that a run fits in free memory.
 
     Raises:
-        MemoryLimitError: it needs more than is free.
+        MemoryLimitError: the run needs more memory than is free.
     """
     extra, free = estimate.peak - estimate.held, free_bytes(device)
     if extra > free:
-        ways = "" if not estimate.tuning_is_the_peak else "tune: 0, "
+        tune_hint = "" if not estimate.peaks_in_tuning else "tune: 0, "
         raise MemoryLimitError(
             f"quantizing needs {extra / 1e9:.2f} GB more on {device}, {free / 1e9:.2f} GB are "
-            f"free; use {ways}a shorter seq_len, fisher: factored, compensate: false, or a machine "
-            "with more memory"
+            f"free; use {tune_hint}a shorter seq_len, fisher: factored, compensate: false, or a "
+            "machine with more memory"
         )
 
 
@@ -192,18 +194,18 @@ def held_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that are still free, within the limit of a container where there is one."""
+    """Free bytes, within the container's limit if there is one."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
     for limit, used, cached in _CGROUPS:
         try:
-            most, now = int(Path(limit).read_text()), int(Path(used).read_text())
+            limit_bytes, used_bytes = int(Path(limit).read_text()), int(Path(used).read_text())
             stat = dict(line.split() for line in Path(cached[0]).read_text().splitlines())
         except (OSError, ValueError):  # no such file, or no limit
             continue
         # What counts as used includes cached files, which the system can drop.
-        free = min(free, most - now + int(stat.get(cached[1], 0)))
+        free = min(free, limit_bytes - used_bytes + int(stat.get(cached[1], 0)))
     return free
 
 
@@ -219,7 +221,7 @@ _CGROUPS = (
         ("/sys/fs/cgroup/memory/memory.stat", "total_inactive_file"),
     ),
 )
-"""Files of control groups, version 2 and 1: limit, use, and the key of its cached part."""
+"""Cgroup files, v2 and v1: limit, usage, and (file, key) of the reclaimable page cache."""
 
 
 def reset_peak(device: torch.device) -> None:
@@ -251,18 +253,18 @@ def fisher_bytes(linears: dict[str, nn.Linear], fisher: str) -> int:
 
 
 def _working_set(model: nn.Module, linears: dict[str, nn.Linear], sample: Any, loss: Loss) -> int:
-    """Bytes that the backward pass of one sequence keeps in calibration."""
+    """Bytes that autograd saves for the backward pass of one calibration sequence."""
     short, ratio = sample, 1.0
     if isinstance(sample, Tensor) and sample.ndim == 1 and len(sample) > _PROBE_TOKENS:
         short, ratio = sample[:_PROBE_TOKENS], len(sample) / _PROBE_TOKENS
-    saved: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
+    saved: dict[int, torch.UntypedStorage] = {}  # holds references, so addresses stay unique
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage
         return tensor
 
-    # As in calibration, parameters take no gradients; inputs of linears do, and are saved.
+    # As in calibration, parameters are frozen; only inputs of linears require gradients.
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         stack.enter_context(differentiable_inputs(linears.values(), count))

@@ -1,9 +1,8 @@
-"""The run from end to end: calibrate, score, assign, pack, choose.
+"""The quantization pipeline: calibrate, score, assign, pack, choose, tune.
 
-:func:`quantize` reads from top to bottom as the paper does, and each step is one function of
-another file. :func:`prepare` does what must come first and is cheap: it checks the arguments,
-selects the linears and predicts the memory. A caller that wants to know the size of the result
-before hours of work calls :func:`prepare` and :func:`run` itself.
+:func:`quantize` calls :func:`prepare`, then :func:`run`. :func:`prepare` is cheap: it checks the
+arguments, selects the linears and predicts peak memory. :func:`run` has one function call per step.
+A caller that needs the size of the result before hours of work calls the two itself.
 """
 
 import time
@@ -12,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fgmp.assign.methods import DEFAULT_METHODS, Methods
@@ -21,6 +21,7 @@ from fgmp.formats.spec import E2M1, E4M3, FP4_BITS
 from fgmp.formats.weight import check_finite
 from fgmp.model.linear import mixed_linears
 from fgmp.model.losses import Loss, causal_lm_loss
+from fgmp.model.precision import run_in, stored_dtype
 from fgmp.model.select import (
     linearize,
     matches,
@@ -54,6 +55,7 @@ def quantize(
     calibration: Path | Calibration | None = None,
     resume: Path | None = None,
     methods: Methods = DEFAULT_METHODS,
+    dtype: str = "auto",
     progress: Progress = silent,
     report: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
@@ -63,25 +65,29 @@ def quantize(
         model: a causal LM of Transformers, or any module if ``loss`` is given.
         samples: calibration sequences: int64 (B, L) token windows for a causal LM, else whatever
             ``loss`` takes, one at a time.
-        recipe: what the result shall be. ``samples`` overrides its number and length of sequences.
-        loss: (model, sequence) to (summed loss in nats, number of predictions).
+        recipe: quantization settings. Its ``samples`` and ``seq_len`` are ignored: the argument
+            ``samples`` sets both.
+        loss: maps (model, sequence) to (summed loss in nats, number of predictions).
         held_out: sequences on which candidates are compared with the original. Default: the last
-            eighth of ``samples``, which under ``clip="auto"``, ``max_increase`` or ``tune`` then
-            takes no part in calibration.
-        groups: activation sites that override those found by tensor identity.
-        calibration: a file that keeps the Fisher information for other recipes: written if it does
-            not exist, else used, and refused if it belongs to another model, text or sites. Or a
-            :class:`Calibration`, used as it is; such a run stores no partial results.
+            eighth of ``samples``. With ``clip="auto"``, ``max_increase`` or ``tune`` that eighth is
+            excluded from calibration.
+        groups: linears of each activation site, by site name; overrides detection by tensor
+            identity.
+        calibration: file for the Fisher information, so that other recipes can reuse it. It is
+            written if it does not exist; otherwise it is read, and refused if it belongs to another
+            model, text or sites. Or a :class:`Calibration`; then no partial results are stored.
         resume: folder for partial results, from which the same call resumes after an interruption.
             The caller deletes it once the result is safe.
-        methods: steps of assignment to replace, for research.
-        progress: reports on long stages; see ``fgmp.progress``.
-        report: gets a line of text now and then.
+        methods: replacements for steps of weight quantization, for research.
+        dtype: dtype of forward and backward passes, one of :data:`fgmp.model.precision.CHOICES`.
+        progress: progress reporter for long stages; see ``fgmp.progress``.
+        report: called with each one-line message to the user.
 
     Returns:
-        ``model``, its linears replaced by packed ones. They are of a uniform format if that takes
-        no more bits and is closer to the original on held-out text.
-        ``fgmp.model.store.config_of(model)`` holds what was reached.
+        ``model``, with its linears replaced by packed linears. Its other parameters now have the
+        dtype of the passes; they are saved in their original dtype. All blocks have one format if a
+        uniform model takes no more bits and is closer to the original on held-out text.
+        ``fgmp.model.store.config_of(model)`` has the recipe and the results.
 
     Raises:
         InputError: no linear to quantize, a weight or activation that is not finite, too few
@@ -96,6 +102,7 @@ def quantize(
         held_out=held_out,
         resume=resume,
         methods=methods,
+        dtype=dtype,
         progress=progress,
         report=report,
     )
@@ -104,7 +111,13 @@ def quantize(
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A checked task, the elements of every matmul parameter by name, and the memory it needs."""
+    """Checked arguments of a run.
+
+    Attributes:
+        task: the run.
+        matrices: number of elements of every matmul parameter, by name.
+        memory: predicted peak memory.
+    """
 
     task: Task
     matrices: dict[str, int]
@@ -120,20 +133,23 @@ def prepare(
     held_out: Sequence[Any] | Tensor | None = None,
     resume: Path | None = None,
     methods: Methods = DEFAULT_METHODS,
+    dtype: str = "auto",
     progress: Progress = silent,
     report: Callable[[str], None] = lambda line: None,
 ) -> Prepared:
     """Check everything that can be checked without calibration; arguments as for :func:`quantize`.
 
-    The model is linearized, in place.
+    The model is linearized and converted to the dtype of its passes, in place.
     """
+    run_in(model, dtype)
+    report(_passes(model))
     if loss is causal_lm_loss:
         _require_tokens("samples", samples, model)
         _require_tokens("held_out", () if held_out is None else held_out, model)
     elif recipe.tune:
         raise InputError(
-            f"tune needs the predictions of a causal language model, got another loss and tune "
-            f"{recipe.tune}"
+            f"tune supports only causal language models with the default loss, got tune "
+            f"{recipe.tune} and a custom loss"
         )
     samples, held_out = _split(samples, held_out, recipe)
     linears = _select(model, recipe)
@@ -151,11 +167,11 @@ def run(
     """Quantize a prepared model in place; arguments and result as for :func:`quantize`."""
     task, recipe = prepared.task, prepared.task.recipe
     started = time.perf_counter()
-    if isinstance(calibration, Calibration):  # no fingerprint says where its numbers come from
+    if isinstance(calibration, Calibration):  # no fingerprint: partial results cannot be matched
         task = replace(task, resume=None)
     else:
         calibration = _calibrate(task, groups, calibration)
-    task, calibration = _without_unreached(task, calibration)
+    task, calibration = _exclude_unreached(task, calibration)
     calibrated = time.perf_counter()
     scores = score(task, calibration)
     fp8 = None if recipe.max_increase is None else measure_fp8(task, scores)
@@ -164,14 +180,15 @@ def run(
     candidates = pack_candidates(
         task, scores, calibration.weights, point.fractions, scores.variants
     )
-    predictions, floored = calibration.predictions, _floored_share(calibration.sites.values())
-    del calibration  # F_w is as large as the model in fp32; tuning needs the room
+    predictions, floored = calibration.predictions, _floored_fraction(calibration.sites.values())
+    del calibration  # frees F_w, as large as the model in fp32, before tuning
     choice = choose(task, scores, point, candidates, fp8)
     del candidates
     if recipe.tune:
         choice = tune(task, choice, fp8)
     config = install(task.model, choice.assignment, recipe, prepared.matrices)
-    config.calibration.update(sequences=len(task.samples), predictions=predictions)
+    dtype = str(next(task.model.parameters()).dtype).removeprefix("torch.")
+    config.calibration.update(sequences=len(task.samples), predictions=predictions, dtype=dtype)
     config.result.update(
         choice.to_dict(),
         sensitivities_floored=floored,
@@ -187,6 +204,17 @@ def run(
     return task.model
 
 
+def _passes(model: nn.Module) -> str:
+    """In which dtype and on what the passes of a model run."""
+    parameter = next(model.parameters())
+    ran, stored = (str(d).removeprefix("torch.") for d in (parameter.dtype, stored_dtype(model)))
+    line = f"passes run in {ran}" + (f" (stored: {stored})" if ran != stored else "")
+    if parameter.device.type != "cpu":
+        return f"{line} on {parameter.device}"
+    threads = torch.get_num_threads()
+    return f"{line}, CPU threads: {threads}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def _require_tokens(name: str, sequences: Sequence[Any] | Tensor, model: nn.Module) -> None:
     """Refuse sequences that are not the model's token ids, before hours of calibration."""
     for index, tokens in enumerate(sequences):
@@ -197,21 +225,23 @@ def _require_tokens(name: str, sequences: Sequence[Any] | Tensor, model: nn.Modu
         else:
             continue
         raise InputError(
-            f"{name} must be token ids, int64 (B, L) with L 2 or more, where no other loss is "
-            f"given; got {got} as sequence {index}"
+            f"{name} must be token ids, int64 (B, L) with L 2 or more, unless a loss is given; "
+            f"got {got} as sequence {index}"
         )
-    require_embedded(name, sequences, model)
+    require_valid_token_ids(name, sequences, model)
 
 
-def require_embedded(name: str, sequences: Sequence[Tensor] | Tensor, model: nn.Module) -> None:
-    """Refuse token ids, int64 (L,) per sequence, without a row of the input embedding.
+def require_valid_token_ids(
+    name: str, sequences: Sequence[Tensor] | Tensor, model: nn.Module
+) -> None:
+    """Refuse token ids, int64 (L,) per sequence, that are outside the model's vocabulary.
 
     Raises:
-        InputError: naming the first such id and its position.
+        InputError: a token id has no row in the input embedding; names the first and its position.
     """
     try:
         rows = len(model.get_input_embeddings().weight)  # type: ignore[operator]
-    except (AttributeError, NotImplementedError, TypeError):  # a model that does not name it
+    except (AttributeError, NotImplementedError, TypeError):  # no accessible input embedding
         return
     for index, tokens in enumerate(sequences):
         outside = (tokens < 0) | (tokens >= rows)
@@ -226,20 +256,20 @@ def require_embedded(name: str, sequences: Sequence[Tensor] | Tensor, model: nn.
 def _split(
     samples: Sequence[Any] | Tensor, held_out: Sequence[Any] | Tensor | None, recipe: Recipe
 ) -> tuple[Any, Any]:
-    """Sequences to calibrate on, and sequences to compare candidates on."""
+    """Calibration sequences and held-out sequences."""
     if len(samples) == 0:
         raise InputError("quantize needs at least one calibration sequence, got none")
-    least = 1 if recipe.max_increase is None else 2  # one sequence gives no standard error
+    min_held_out = 1 if recipe.max_increase is None else 2  # one sequence gives no standard error
     if held_out is not None:
         if len(held_out) == 0:
             raise InputError("held_out needs at least one sequence, got none")
-        if len(held_out) < least:
+        if len(held_out) < min_held_out:
             raise InputError(
-                f"max_increase needs at least {least} held-out sequences, an eighth of "
-                f"{8 * least} samples, got {len(held_out)}"
+                f"max_increase needs at least {min_held_out} held-out sequences, got "
+                f"{len(held_out)} (by default an eighth of the samples is held out)"
             )
         return samples, held_out
-    count = max(least, len(samples) // 8)
+    count = max(min_held_out, len(samples) // 8)
     needed_by = {
         "max_increase": recipe.max_increase is not None,
         "clip=auto": recipe.clip == "auto",
@@ -249,7 +279,9 @@ def _split(
         return samples, samples[-count:]
     if len(samples) <= count:
         option = next(name for name, needed in needed_by.items() if needed)
-        raise InputError(f"{option} needs at least {least + 1} sequences, got {len(samples)}")
+        raise InputError(
+            f"{option} needs at least {min_held_out + 1} sequences, got {len(samples)}"
+        )
     return samples[:-count], samples[-count:]
 
 
@@ -257,14 +289,14 @@ def _select(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
     """Linearize the model and select the linears to quantize; weights must be finite."""
     linearize(model)
     if mixed_linears(model):
-        raise InputError(f"{type(model).__name__} is quantized already; quantize its original")
+        raise InputError(f"{type(model).__name__} is already quantized; pass the unquantized model")
     linears = quantizable(model, recipe.include, recipe.exclude)
     if not linears:
         others = sorted(set(other_linears(model).values()))
-        hint = f"; it has linears of another kind: {', '.join(others)}" if others else ""
+        hint = f"; unsupported linear types: {', '.join(others)}" if others else ""
         raise InputError(
             f"no linear layer to quantize: include {list(recipe.include)} and exclude "
-            f"{list(recipe.exclude)} leave none of {type(model).__name__}'s{hint}"
+            f"{list(recipe.exclude)} select none of {type(model).__name__}'s linears{hint}"
         )
     for name, linear in linears.items():
         check_finite(f"{name}.weight", linear.weight)
@@ -272,14 +304,14 @@ def _select(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
 
 
 def _variants(recipe: Recipe) -> int:
-    """Number of ways to choose FP4 scales that are scored and packed."""
+    """Number of variants of the weights (with and without scale search) that are packed."""
     return 2 if recipe.clip == "auto" else 1
 
 
 def _packed_bytes_per_parameter(recipe: Recipe) -> float:
-    """Bytes of the packed weights held at once: every variant, and the all-NVFP4 model."""
-    fp8_share = 1.0 if recipe.budget else 1 - recipe.fp4
-    return (FP4_BITS + _variants(recipe) * (FP4_BITS + E2M1.bits * fp8_share)) / 8
+    """Bytes per weight of all packed models held at once: every variant, and all-NVFP4."""
+    fp8_fraction = 1.0 if recipe.budget else 1 - recipe.fp4
+    return (FP4_BITS + _variants(recipe) * (FP4_BITS + E2M1.bits * fp8_fraction)) / 8
 
 
 def _require_memory(task: Task) -> MemoryEstimate:
@@ -287,7 +319,9 @@ def _require_memory(task: Task) -> MemoryEstimate:
     device = next(task.model.parameters()).device
     compensation = 0
     if task.recipe.compensate:
-        compensation = bytes_needed(task.model, task.linears, task.samples, task.loss)
+        compensation = bytes_needed(
+            task.model, task.linears, task.samples, task.loss, _variants(task.recipe)
+        )
     needed = memory.estimate(
         task.model,
         task.linears,
@@ -308,7 +342,7 @@ def _require_memory(task: Task) -> MemoryEstimate:
 
 
 def _vocabulary(task: Task) -> int:
-    """Vocabulary size of a causal language model that names its output head, else 0."""
+    """Vocabulary size of a causal language model with a known output head, else 0."""
     head = output_head(task.model)
     weight = None if head is None else head.weight
     return len(weight) if task.loss is causal_lm_loss and isinstance(weight, Tensor) else 0
@@ -335,63 +369,66 @@ def _calibrate(task: Task, groups: dict[str, list[str]] | None, file: Path | Non
         )
     if reused:
         task.report(
-            f"using the gradients in {file}; scores of activations and moments of inputs depend on "
-            "the recipe and take passes forward"
+            f"using the Fisher information in {file}; activation scores and input moments depend "
+            "on the recipe and still need forward passes"
         )
     return calibration
 
 
-def _without_unreached(task: Task, calibration: Calibration) -> tuple[Task, Calibration]:
-    """Leave linears alone that no calibration token reached, and report them.
+def _exclude_unreached(task: Task, calibration: Calibration) -> tuple[Task, Calibration]:
+    """Exclude linears that no calibration token reached, and report them.
 
-    Nothing is known of their inputs. Some are never called, because another module reads their
-    weight. Idle experts are quantized, beside experts that tokens reached, with default scales and
-    every block in FP4; so is what a pattern of ``include`` names.
+    Their input statistics are unknown. Some are never called, because another module reads their
+    weight. Two kinds are quantized anyway, with default scales and every block in FP4: experts
+    without tokens, if other experts of the layer had tokens, and linears that an ``include``
+    pattern names.
 
     Raises:
         InputError: no token reached any linear.
     """
-    idle = {site.linears[0]: site for site in calibration.sites.values() if site.tokens == 0}
+    sites_without_tokens = {
+        site.linears[0]: site for site in calibration.sites.values() if site.tokens == 0
+    }
     reached = [n for s in calibration.sites.values() if s.tokens for n in s.linears]
     kinds = {stage_kind(task.model, name) for name in reached}
     patterns = tuple(pattern for pattern in task.recipe.include if pattern != "*")
-    left_alone = {
+    excluded = {
         name
-        for site in idle.values()
+        for site in sites_without_tokens.values()
         for name in site.linears
         if stage_kind(task.model, name) not in kinds and not matches(name, patterns)
     }
-    weights = {id(task.linears[name].weight) for name in left_alone}
-    left_alone |= {name for name, m in task.linears.items() if id(m.weight) in weights}
-    if left_alone:
+    weights = {id(task.linears[name].weight) for name in excluded}
+    excluded |= {name for name, m in task.linears.items() if id(m.weight) in weights}
+    if excluded:
         task.report(
-            f"linears that saw no calibration token keep their precision: "
-            f"{', '.join(sorted(left_alone))}"
+            f"not quantizing linears that received no calibration tokens: "
+            f"{', '.join(sorted(excluded))}"
         )
-    if len(left_alone) == len(task.linears):
+    if len(excluded) == len(task.linears):
         raise InputError("no calibration token reached a linear: there is nothing to quantize")
-    experts = [name for name in idle if name not in left_alone]
+    experts = [name for name in sites_without_tokens if name not in excluded]
     if experts:
         task.report(
-            f"{len(experts)} sites saw no calibration token; they get default scales and all "
-            f"blocks in FP4: {', '.join(experts)}"
+            f"{len(experts)} sites received no calibration tokens; quantizing them with default "
+            f"scales and all blocks in FP4: {', '.join(experts)}"
         )
-    linears = {name: m for name, m in task.linears.items() if name not in left_alone}
-    sites = {n: s for n, s in calibration.sites.items() if s.linears[0] not in left_alone}
+    linears = {name: m for name, m in task.linears.items() if name not in excluded}
+    sites = {n: s for n, s in calibration.sites.items() if s.linears[0] not in excluded}
     return replace(task, linears=linears), replace(calibration, sites=sites)
 
 
 def _report_point(task: Task, point: OperatingPoint) -> None:
     if task.recipe.budget:
         task.report(
-            f"{task.recipe.budget} comes to {point.budget.bits:.3f} bits: "
+            f"{task.recipe.budget} allows {point.budget.bits:.3f} bits on average: "
             f"{point.fractions.weights:.1%} of weight blocks and "
             f"{point.fractions.activations:.1%} of activation blocks in FP4"
         )
 
 
-def _floored_share(statistics: Iterable[SiteStatistics]) -> float:
-    """Share of channels whose sensitivity lies below the smallest code and is raised to it."""
+def _floored_fraction(statistics: Iterable[SiteStatistics]) -> float:
+    """Fraction of channels whose sensitivity underflows and is raised to the smallest code."""
     floored, channels = 0, 0
     for site in statistics:
         _, gamma = sensitivity_codes(site.g2)

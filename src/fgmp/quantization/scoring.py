@@ -1,20 +1,23 @@
 """Scores of all blocks, weights' and activations': what assignment ranks.
 
 Weights are scored under each way of choosing FP4 scales that the recipe compares. Activations are
-scored online, in one more pass of the calibration text forward, into a histogram per site. Both
+scored online, in one more pass of the calibration text forward, into a histogram per site; the pass
+ends with the last block that has a site, before the output head. Both
 store what they have done now and then and on an interruption, and a later run resumes from it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fgmp.assign.policy import POLICIES, Policy, site_constants
 from fgmp.assign.weights import ScoredWeights, score_weights
 from fgmp.formats.activation import Site
 from fgmp.model.linear import ActivationSite
-from fgmp.model.observe import frozen, observed_inputs
+from fgmp.model.observe import ends_after, frozen, observed_inputs
+from fgmp.quantization.sequential import block_of
 from fgmp.quantization.sharing import weights_by_scale
 from fgmp.quantization.task import Scores, Task
 from fgmp.sensitivity.fisher import Calibration
@@ -61,10 +64,14 @@ def _count_activation_scores(
         for owner, site in sites.items()
     }
 
+    order: list[str] = []  # of sites on one sample
+
     def count(owner: str, x: Tensor) -> None:
+        order.append(owner)
         if x.numel():
             histograms[owner].add(modules[owner].scores(x))
 
+    end = None  # of a pass; known once the first sample ran whole
     periodic, whole, start = Periodic(), True, done
     with task.progress("scoring activations", len(task.samples)) as advance:
         for _ in range(done):
@@ -74,7 +81,10 @@ def _count_activation_scores(
                 for index in range(start, len(task.samples)):
                     with uninterrupted():
                         whole = False
-                        task.loss(task.model, task.samples[index])
+                        order.clear()
+                        with ends_after(end) if end else nullcontext():
+                            task.loss(task.model, task.samples[index])
+                        end = end or _end(task.model, order)
                         whole, done = True, index + 1
                     advance()
                     if results and periodic.due():
@@ -82,6 +92,16 @@ def _count_activation_scores(
         finally:
             if results and whole and done > start:
                 _store_histograms(results, histograms, done)
+
+
+def _end(model: nn.Module, order: Sequence[str]) -> nn.Module | None:
+    """The block after which no site reads anything, from the sites of a pass in order.
+
+    None if the last site lies in no block, or ran more than once.
+    """
+    last = order[-1] if order else ""
+    block = block_of(model, last)
+    return model.get_submodule(block) if block and order.count(last) == 1 else None
 
 
 def _store_histograms(

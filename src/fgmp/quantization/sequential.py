@@ -1,27 +1,35 @@
-"""Error compensation in order of execution, stage by stage.
+"""Sequential error compensation (GPTQ), in order of execution.
 
 A layer is packed so that its output on quantized inputs q is close to the original's on x. In the
 final model, q carries the errors of all earlier layers. So q comes from a model in which those
 layers are packed already, and x from the original: the layer compensates for earlier errors, too.
+Several *variants* of the quantized model are packed side by side. They share the original's runs
+and the moments H, which are those of the last one.
 
-A *stage* is a set of sites that are compensated together. Sites share a stage if they lie in one
-block (an entry of the model's outermost module list, such as a decoder layer) and have the same
-name within it, apart from indices of inner lists, such as experts. Outside of any block each site
-is a stage. Grouping too many sites costs accuracy, not correctness. Sites that read one shared
-weight share a stage, too, at the place of the first of them.
+A *stage* is a set of sites that are compensated together. Sites share a stage if they are in the
+same decoder layer (an entry of the model's outermost module list; ``block`` in this file) and have
+the same name within it, apart from indices of inner lists, such as those of experts. A site outside
+of all such lists is a stage of its own. Sites that read one shared weight share a stage, too, in
+place of the first of them. Sites of a stage do not compensate each other's errors.
 
-Each stage runs the samples through both models, up to the stage's inputs. To keep the cost from
-growing with the square of the depth, a finished block runs one last time, in the pass of the next
-stage. Its outputs are stored, and from then on it returns them without running. This shortcut is
-valid if a block's output is all that later blocks depend on. The first sample checks that in every
-stage, against one run without shortcuts. If the check fails, all shortcuts are dropped and every
-pass runs the whole model: slow, and correct. The same holds for a loss that runs the model twice.
+Each stage runs the samples through all models, up to the stage's inputs. To keep the cost from
+growing with the square of the depth, outputs of finished blocks are stored, and from then on a
+block returns them without running. The original runs to the end of a block in the block's last
+stage; a variant, whose last linears are not packed by then, runs the block once more in the pass of
+the next stage. This shortcut is valid if a block's output is all that later blocks depend on. The
+first sample checks that in every stage, against one run without shortcuts. If the check fails, all
+shortcuts are dropped and every pass runs whole models: slow, and correct. The same holds for a loss
+that runs the model twice.
 
-Finished stages can be stored on disk. A resumed run installs their weights and computes no moments
-for them; the next stage's pass runs all earlier blocks once.
+In a variant's block, linears of earlier stages read the same inputs in each pass. Their outputs are
+kept, up to half a gigabyte per variant, and not computed again. That does not hold for stages that
+a shared weight extends past sites still to be packed: outputs of their linears are not kept.
 
-Routers of the quantized model repeat the choices of the original's, so that each expert sees the
-same tokens in both models.
+Finished stages can be stored on disk. A resumed run installs their weights instead of accumulating
+moments; the pass of the first stage that is not stored runs all earlier layers once.
+
+Routers of the quantized models repeat the choices of the original's, so that each expert sees the
+same tokens in all of them.
 """
 
 import copy
@@ -38,31 +46,46 @@ from fgmp.formats.activation import Site
 from fgmp.model.convert import Replacement, packed_linears
 from fgmp.model.linear import ActivationSite
 from fgmp.model.losses import Loss
-from fgmp.model.observe import frozen, observed_inputs
+from fgmp.model.observe import PassEnded, ends_after, frozen, observed_inputs
 from fgmp.model.select import routers, shared_weights
 from fgmp.pack.planes import PackedWeight
-from fgmp.quantization.sharing import joined, readers, summed_moments, weights_by_readers
-from fgmp.sensitivity.moments import MOMENT_BYTES, Moments, add_moments, new_moments
+from fgmp.quantization.sharing import joined, readers, weights_by_readers
+from fgmp.sensitivity.moments import MOMENT_BYTES, Moments, Source, add_moments, new_moments
 from fgmp.storage.resume import PartialResults
 
 PackStage = Callable[..., dict[str, PackedWeight]]
-"""(linears of a stage grouped by site, moments= by site owner) to packed weights by linear."""
+"""Packs a stage: maps (lists of linear names, one per site; ``moments`` by site owner) to packed
+weights by linear."""
 
-_FACTOR_MATRICES = 5
-"""float64 matrices held at once by ``factorize``: H, C, the inverse, its factor, the transfer."""
+Variants = dict[str, dict[str, PackedWeight]]
+"""Packed weights by variant and linear."""
+
+_FACTOR_MATRICES = 1
+"""fp32 matrices held beside H and D while a weight is packed: the root."""
+
+_KEPT_BYTES = 1 << 29
+"""Most bytes of outputs of packed linears that are kept per variant."""
 
 _SAMPLED = 4096
-"""Elements of a tensor that the check of shortcuts compares."""
+"""Number of elements per tensor that the check of cached outputs compares."""
 _TOLERANCE = 2.0**-8
 """Relative distance allowed between two runs of the same computation: one rounding to bf16."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Sites, by owner, that are compensated together; ``block`` is empty outside of all blocks."""
+    """Sites that are compensated together.
+
+    Attributes:
+        block: name of their module-list entry, such as ``model.layers.0``; empty if in none.
+        owners: the sites, each named by its first linear.
+        in_order: whether all sites before each of these are in this stage or in earlier ones; no if
+            a shared weight brought sites of several kinds together.
+    """
 
     block: str
     owners: list[str]
+    in_order: bool = True
 
 
 def stages(
@@ -82,8 +105,9 @@ def stages(
         by_kind.setdefault((block, kind), Stage(block, [])).owners.append(owner)
     merged = []
     for group in joined([*(stage.owners for stage in by_kind.values()), *together]):
-        blocks = {block_of(model, owner) for owner in group}
-        merged.append(Stage(blocks.pop() if len(blocks) == 1 else "", group))
+        kinds = {(block_of(model, owner), stage_kind(model, owner)) for owner in group}
+        blocks = {block for block, _ in kinds}
+        merged.append(Stage(blocks.pop() if len(blocks) == 1 else "", group, len(kinds) == 1))
     return merged
 
 
@@ -110,36 +134,61 @@ def _list_entries(model: nn.Module, name: str) -> Iterator[str]:
 
 @torch.no_grad()
 def bytes_needed(
-    model: nn.Module, linears: dict[str, nn.Linear], samples: Sequence[Any] | Tensor, loss: Loss
+    model: nn.Module,
+    linears: dict[str, nn.Linear],
+    samples: Sequence[Any] | Tensor,
+    loss: Loss,
+    variants: int = 1,
 ) -> int:
-    """Bytes of the largest stage's moments and factors, and of a block's stored outputs.
+    """Bytes of the largest stage's moments and factors, and of stored outputs.
 
     Assumes that all samples are as large as the first.
     """
-    outputs: dict[str, int] = {}
+    outputs: dict[str, int] = {}  # of one block, by list of blocks
+    of_linears: dict[str, int] = {}  # of one block
 
-    def measure(parent: str, _: nn.Module, __: Any, out: Any) -> None:
-        outputs[parent] = max(outputs.get(parent, 0), sum(t.nbytes for t in _tensors(out)))
+    def measure(sizes: dict[str, int], name: str, _: nn.Module, __: Any, out: Any) -> None:
+        sizes[name] = sizes.get(name, 0) + sum(t.nbytes for t in _tensors(out))
 
+    blocks = {block_of(model, name) for name in linears} - {""}
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
-        for block in {block_of(model, name) for name in linears} - {""}:
-            hook = partial(measure, _parent(block))
-            stack.callback(model.get_submodule(block).register_forward_hook(hook).remove)
+        for sizes, names in (
+            (outputs, {b: b for b in blocks}),
+            (of_linears, _blocks(model, linears)),
+        ):
+            for name, counted_as in names.items():
+                hook = partial(measure, sizes, counted_as)
+                stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         loss(model, samples[0])
-    return stage_bytes(model, linears) + 2 * len(samples) * sum(outputs.values())
+    lists: dict[str, int] = {}
+    for block, size in outputs.items():
+        lists[_parent(block)] = max(lists.get(_parent(block), 0), size)
+    per_variant = min(len(samples) * max(of_linears.values(), default=0), _KEPT_BYTES)
+    stored = (1 + variants) * len(samples) * sum(lists.values()) + variants * per_variant
+    return stage_bytes(model, linears, variants) + stored
 
 
-def stage_bytes(model: nn.Module, linears: dict[str, nn.Linear]) -> int:
+def _blocks(model: nn.Module, linears: Iterable[str]) -> dict[str, str]:
+    """Block of each linear that is in one."""
+    blocks = {name: block_of(model, name) for name in linears}
+    return {name: block for name, block in blocks.items() if block}
+
+
+def stage_bytes(model: nn.Module, linears: dict[str, nn.Linear], variants: int = 1) -> int:
     """Bytes of the largest stage's moments, and of the factors of the widest input.
 
     An upper bound: which linears share an input is not known yet, so each counts its own moments.
     """
     widths = {name: linear.in_features**2 for name, linear in linears.items()}
-    together = readers({name: [name] for name in linears}, shared_weights(linears)).values()
-    todo = stages(model, list(linears), together)
-    moments = max(sum(widths[n] for n in stage.owners) for stage in todo)
-    return MOMENT_BYTES * moments + 8 * _FACTOR_MATRICES * max(widths.values())
+    shared = shared_weights(linears)
+    together = readers({name: [name] for name in linears}, shared).values()
+    moments = max(
+        sum(widths[name] for name in stage.owners if name not in shared)
+        for stage in stages(model, list(linears), together)
+    )
+    factors = 4 * _FACTOR_MATRICES * max(widths.values())
+    return (1 + variants) * MOMENT_BYTES // 2 * moments + factors
 
 
 @torch.no_grad()
@@ -149,140 +198,227 @@ def pack_in_turn(
     sites: Mapping[str, Site],
     samples: Sequence[Any] | Tensor,
     loss: Loss,
-    pack_stage: PackStage,
+    packers: Mapping[str, PackStage],
     advance: Callable[[], None] = lambda: None,
     results: PartialResults | None = None,
     *,
     shared: Mapping[str, str] | None = None,
-) -> dict[str, PackedWeight]:
-    """Pack stage by stage; the model is left as it was, also after an error.
+) -> Variants:
+    """Pack all variants stage by stage; the model is left as it was, also after an error.
 
     Args:
         model: the original, linearized.
         linears_of: linears by the owner of their site, sites in order of execution.
         sites: constants of the sites.
         samples, loss: as for calibration.
-        pack_stage: packs the linears of a stage, given the moments of their inputs.
+        packers: by variant, what packs the linears of a stage, given the moments of their inputs.
         advance: called after each sample of each stage.
         results: stages that this run packed before an interruption; later ones are added.
         shared: linears that use the weight of another, and the name of that one, by name.
     """
     shared = shared or {}
-    packed: dict[str, PackedWeight] = {}
+    packed: Variants = {variant: {} for variant in packers}
     todo = stages(model, list(linears_of), readers(linears_of, shared).values())
+    last_of = {block_of(model, owner): stage for stage in todo for owner in stage.owners}
     with frozen(model):
-        run = _Run(model, samples, loss, list(linears_of))
+        run = _Run(model, samples, loss, linears_of, list(packers), shared)
         for number, stage in enumerate(todo):
             groups = {owner: linears_of[owner] for owner in stage.owners}
             by_readers = weights_by_readers(groups, shared)
-            weights = _restored(results, number, by_readers, model)
+            is_last = stage.block != "" and stage is last_of[stage.block]
+            weights = _restored(results, number, by_readers, model, list(packers))
             if weights is None:
-                moments = summed_moments(run.moments(stage, sites, advance), groups, shared)
-                weights = pack_stage(by_readers, moments=moments)
+                moments = run.moments(stage, sites, advance, closes=is_last)
+                weights = {
+                    variant: pack_stage(by_readers, moments=moments.pop(variant))
+                    for variant, pack_stage in packers.items()
+                }
                 if results is not None:
                     results.store(_part(number), _planes(weights))
             else:
                 for _ in samples:
                     advance()
-            run.finish(weights, sites, groups, shared)
-            if stage.block not in {"", *(later.block for later in todo[number + 1 :])}:
+            run.finish(stage, weights, sites)
+            if is_last:
                 run.close(stage.block)
-            packed |= weights
+            for variant, more in weights.items():
+                packed[variant] |= more
     return packed
 
 
 def _restored(
-    results: PartialResults | None, number: int, groups: Sequence[list[str]], model: nn.Module
-) -> dict[str, PackedWeight] | None:
+    results: PartialResults | None,
+    number: int,
+    groups: Iterable[list[str]],
+    model: nn.Module,
+    variants: Sequence[str],
+) -> Variants | None:
     """Weights of a stage that was packed before, on the devices of the weights they replace."""
     state = results.load(_part(number)) if results else None
     if results is None or state is None:
         return None
-    planes: dict[str, dict[str, Tensor]] = {n: {} for group in groups for n in group}
+    names = [name for group in groups for name in group]
+    planes: dict[str, dict[str, dict[str, Tensor]]] = {v: {n: {} for n in names} for v in variants}
     try:
         for key, tensor in state.tensors.items():
-            name, _, plane = key.rpartition(".")
+            variant, _, rest = key.partition(":")
+            name, _, plane = rest.rpartition(".")
             device = next(model.get_submodule(name).parameters()).device
-            planes[name][plane] = tensor.to(device)
-        return {name: PackedWeight(**named) for name, named in planes.items()}
+            planes[variant][name][plane] = tensor.to(device)
+        return {
+            variant: {name: PackedWeight(**named) for name, named in weights.items()}
+            for variant, weights in planes.items()
+        }
     except (AttributeError, KeyError, TypeError) as error:
         results.unusable(_part(number), error)
         return None
 
 
-def _planes(weights: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
-    return {f"{n}.{plane}": t for n, w in weights.items() for plane, t in w.tensors().items()}
+def _planes(variants: Variants) -> dict[str, Tensor]:
+    return {
+        f"{variant}:{name}.{plane}": tensor
+        for variant, weights in variants.items()
+        for name, weight in weights.items()
+        for plane, tensor in weight.tensors().items()
+    }
 
 
 def _part(number: int) -> str:
     return f"stage {number:05d}"
 
 
-class _StageReached(Exception):
-    """Ends a forward pass once every input of interest has been seen."""
+class _Stream:
+    """What one model, the original or a variant, has done so far.
+
+    Attributes:
+        linears: packed linears; none in the original.
+        closing: blocks that run once more, to store their outputs.
+        closed: blocks that return stored outputs.
+        outputs: stored outputs, by list of blocks and sample.
+        kept: outputs of packed linears of the open block, by linear and sample.
+        kept_bytes: bytes of ``kept``.
+    """
+
+    def __init__(self) -> None:
+        self.linears: dict[str, nn.Module] = {}
+        self.closing: list[str] = []
+        self.closed: list[str] = []
+        self.outputs: dict[tuple[str, int], Any] = {}
+        self.kept: dict[tuple[str, int], Tensor] = {}
+        self.kept_bytes = 0
+
+    def close(self) -> None:
+        """Let blocks whose outputs are stored return these."""
+        self.closed += self.closing
+        self.closing = []
+
+    def keep(self, name: str, index: int, output: Tensor) -> None:
+        """Keep the output of a linear on a sample, if there is room."""
+        if self.kept_bytes + output.nbytes <= _KEPT_BYTES:
+            self.kept[name, index] = output.clone()
+            self.kept_bytes += output.nbytes
+
+    def forget(self) -> None:
+        """Drop all that is stored."""
+        self.closing, self.closed, self.kept_bytes = [], [], 0
+        self.outputs.clear()
+        self.kept.clear()
 
 
 class _Run:
-    """The original model and the one packed so far; they share everything that is not packed."""
+    """The original model and its variants packed so far; they share what is not packed."""
 
     def __init__(
         self,
         model: nn.Module,
         samples: Sequence[Any] | Tensor,
         loss: Loss,
-        owners: list[str],
-    ) -> None:
-        self.model, self.samples, self.loss = model, samples, loss
-        self.owners = owners
-        self.routers = routers(model)
-        self.packed: dict[str, nn.Module] = {}  # linears of the quantized model so far
-        self.shortcuts = True
-        self.full_inputs: dict[str, list[Tensor]] = {}  # of the first sample, without shortcuts
-        self.closing: list[str] = []  # blocks that run once more, to store their outputs
-        self.closed: list[str] = []  # blocks that return stored outputs
-        self.outputs: dict[tuple[str, bool, int], Any] = {}  # by list of blocks, model, sample
-        self.routed: dict[str, list[Any]] = {}  # outputs of the original's routers, by call
-
-    def moments(
-        self, stage: Stage, sites: Mapping[str, Site], advance: Callable[[], None]
-    ) -> dict[str, Moments]:
-        """Moments of a stage's inputs over all samples."""
-        moments, modules = {}, {}
-        for owner in stage.owners:
-            weight = self.model.get_submodule(owner).weight
-            assert isinstance(weight, Tensor)
-            moments[owner] = new_moments(weight.shape[1], weight.device)
-            modules[owner] = ActivationSite(sites[owner]).to(weight.device)
-        for index in range(len(self.samples)):
-            original = self._inputs(stage, index, quantized=False)
-            if index == 0 and self.shortcuts:
-                self._check_shortcuts(stage, original)
-            quantized = self._inputs(stage, index, quantized=True)
-            for owner, module in modules.items():
-                for x, y in zip(original[owner], quantized[owner], strict=False):
-                    if y.numel():
-                        q = module(y).float() * module.record.t
-                        # A router without a known name may have sent other tokens.
-                        add_moments(moments[owner], x if x.shape == y.shape else y, q)
-            advance()
-        self.closed += self.closing
-        self.closing = []
-        return moments
-
-    def finish(
-        self,
-        weights: dict[str, PackedWeight],
-        sites: Mapping[str, Site],
         linears_of: Mapping[str, list[str]],
+        variants: Sequence[str],
         shared: Mapping[str, str],
     ) -> None:
-        """Run the quantized model with these packed weights from now on."""
-        self.packed |= packed_linears(self.model, weights, sites, linears_of, shared)
+        self.model, self.samples, self.loss = model, samples, loss
+        self.linears_of, self.shared = linears_of, shared
+        self.reusable: set[str] = set()  # packed linears whose inputs do not change any more
+        self.routers = routers(model)
+        self.original = _Stream()
+        self.variants = {variant: _Stream() for variant in variants}
+        self.shortcuts = True
+        self.full_inputs: dict[str, list[Tensor]] = {}  # of the first sample, without shortcuts
+        self.routed: dict[tuple[str, int], list[Any]] = {}  # by router of the original and sample
+
+    def moments(
+        self,
+        stage: Stage,
+        sites: Mapping[str, Site],
+        advance: Callable[[], None],
+        *,
+        closes: bool,
+    ) -> dict[str, dict[str, Moments]]:
+        """Moments of a stage's inputs over all samples, by variant and first weight of a group.
+
+        A group has the weights that the same sites read; its moments are sums over these sites.
+        ``closes`` says that the stage is its block's last: the original then stores its outputs.
+        """
+        sources, modules = {}, {}
+        counting_h = next(reversed(self.variants))
+        moments: dict[str, dict[str, Moments]] = {variant: {} for variant in self.variants}
+        linears_of = {owner: self.linears_of[owner] for owner in stage.owners}
+        owners_of = readers(linears_of, self.shared)
+        read_by: dict[str, list[str]] = {owner: [] for owner in stage.owners}
+        for first, *others in weights_by_readers(linears_of, self.shared):
+            linears = {name: self.model.get_submodule(name) for name in (first, *others)}
+            weights = {n: m.weight for n, m in linears.items() if isinstance(m.weight, Tensor)}
+            k, device = weights[first].shape[1], weights[first].device
+            sources[first] = Source(weights)
+            sums = new_moments(k, device, sources[first])
+            for variant, by_group in moments.items():
+                by_group[first] = sums if variant == counting_h else sums.variant()
+            for owner in owners_of[first]:
+                modules[owner] = ActivationSite(sites[owner]).to(device)
+                read_by[owner].append(first)
+        if closes and self.shortcuts:
+            self.original.closing.append(stage.block)
+        for index in range(len(self.samples)):
+            original = self._inputs(stage, index, self.original)
+            if index == 0 and self.shortcuts:
+                self._check_shortcuts(stage, original)
+            for variant, stream in self.variants.items():
+                quantized = self._inputs(stage, index, stream)
+                for owner, site in modules.items():
+                    for x, y in zip(original[owner], quantized[owner], strict=False):
+                        if y.numel():
+                            q = site(y).float() * site.record.t
+                            # A router without a known name may have sent other tokens.
+                            original_x = x if x.shape == y.shape else y
+                            for first in read_by[owner]:
+                                add_moments(
+                                    moments[variant][first],
+                                    original_x,
+                                    q,
+                                    sources[first],
+                                    to_h=variant == counting_h,
+                                )
+            advance()
+        for stream in (self.original, *self.variants.values()):
+            stream.close()
+        return moments
+
+    def finish(self, stage: Stage, weights: Variants, sites: Mapping[str, Site]) -> None:
+        """Run the variants with these packed weights of a stage from now on."""
+        linears_of = {owner: self.linears_of[owner] for owner in stage.owners}
+        for variant, packed in weights.items():
+            linears = packed_linears(self.model, packed, sites, linears_of, self.shared)
+            self.variants[variant].linears |= linears
+            if stage.in_order:
+                self.reusable |= linears.keys()
 
     def close(self, block: str) -> None:
-        """Note that this block has no further stages."""
+        """Cache the outputs of this layer in the next pass; its last stage is packed."""
         if self.shortcuts:
-            self.closing.append(block)
+            for stream in (self.original, *self.variants.values()):
+                if block not in stream.closed:
+                    stream.closing.append(block)
 
     def _check_shortcuts(self, stage: Stage, inputs: dict[str, list[Tensor]]) -> None:
         """Compare the first sample's ``inputs`` with a run without shortcuts.
@@ -291,77 +427,103 @@ class _Run:
         """
         self.shortcuts = False
         if not self.full_inputs:
-            everything = Stage("", self.owners)
-            self.full_inputs = self._inputs(everything, 0, quantized=False, take=_sampled)
-        # A block that is only a container never runs, and stores nothing.
-        stored = all((_parent(block), False, 0) in self.outputs for block in self.closing)
+            everything = Stage("", list(self.linears_of))
+            self.full_inputs = self._inputs(everything, 0, self.original, take=_sampled)
+        # A layer that is only a container never runs, and stores nothing.
+        stored = all(
+            (_parent(block), 0) in self.original.outputs for block in self.original.closing
+        )
         self.shortcuts = stored and all(
             len(inputs[owner]) == len(self.full_inputs[owner]) <= 1
             and all(map(_close, self.full_inputs[owner], map(_sampled, inputs[owner])))
             for owner in stage.owners
         )
         if not self.shortcuts:
-            self.closing, self.closed = [], []
-            self.outputs.clear()
-            inputs |= self._inputs(stage, 0, quantized=False)
+            for stream in (self.original, *self.variants.values()):
+                stream.forget()
+            inputs |= self._inputs(stage, 0, self.original)
 
     def _inputs(
         self,
         stage: Stage,
         index: int,
-        *,
-        quantized: bool,
+        stream: _Stream,
         take: Callable[[Tensor], Tensor] = Tensor.clone,
     ) -> dict[str, list[Tensor]]:
         """Inputs of a stage's sites on one sample, one tensor per call, each through ``take``."""
         seen: dict[str, list[Tensor]] = {owner: [] for owner in stage.owners}
+        to_the_end = stage.block in stream.closing
 
         def note(owner: str, x: Tensor) -> None:
             seen[owner].append(take(x))
-            if self.shortcuts and all(seen.values()):
-                raise _StageReached
+            if self.shortcuts and all(seen.values()) and not to_the_end:
+                raise PassEnded
 
         with ExitStack() as stack:
-            if quantized:
-                stack.enter_context(Replacement(self.packed).within(self.model))
+            linears = stream.linears
             if self.shortcuts:
-                self._take_shortcuts(stack, stage.block, quantized, index)
-            self._share_routing(stack, quantized)
+                closed = set(stream.closed)
+                linears = {
+                    n: m for n, m in linears.items() if block_of(self.model, n) not in closed
+                }
+            stack.enter_context(Replacement(linears).within(self.model))
+            if self.shortcuts:
+                self._reuse_linears(stack, stream, linears, index)
+                self._take_shortcuts(stack, stage.block, stream, index)
+            self._share_routing(stack, stream, index)
             stack.enter_context(observed_inputs(self.model, stage.owners, note))
-            with suppress(_StageReached):
+            with suppress(PassEnded):
                 self.loss(self.model, self.samples[index])
         return seen
 
-    def _take_shortcuts(self, stack: ExitStack, last: str, quantized: bool, index: int) -> None:
+    def _take_shortcuts(self, stack: ExitStack, last: str, stream: _Stream, index: int) -> None:
         """Closed blocks return stored outputs, closing ones store theirs, ``last`` ends the run."""
 
         def store(block: str, _: nn.Module, __: Any, out: Any) -> None:
-            self.outputs[_parent(block), quantized, index] = copy.deepcopy(out)
+            stream.outputs[_parent(block), index] = copy.deepcopy(out)
 
-        def stop(*_: Any) -> None:
-            raise _StageReached
-
-        for block in self.closed:
-            output = self.outputs[_parent(block), quantized, index]
+        for block in stream.closed:
+            output = stream.outputs[_parent(block), index]
             stack.enter_context(_returning(self.model.get_submodule(block), output))
-        for block in self.closing:
+        for block in stream.closing:
             module = self.model.get_submodule(block)
             stack.callback(module.register_forward_hook(partial(store, block)).remove)
         if last:
-            stack.callback(self.model.get_submodule(last).register_forward_hook(stop).remove)
+            stack.enter_context(ends_after(self.model.get_submodule(last)))
 
-    def _share_routing(self, stack: ExitStack, quantized: bool) -> None:
+    def _reuse_linears(
+        self, stack: ExitStack, stream: _Stream, linears: Mapping[str, nn.Module], index: int
+    ) -> None:
+        """Linears return the outputs that were kept, and others' are kept for later passes."""
+
+        def keep(name: str, _: nn.Module, __: Any, out: Tensor) -> None:
+            stream.keep(name, index, out)
+
+        for name, module in linears.items():
+            closes = block_of(self.model, name) in stream.closing
+            output = stream.kept.get((name, index))
+            if output is not None:
+                stack.enter_context(_returning(module, output))
+                if closes:
+                    stream.kept_bytes -= stream.kept.pop((name, index)).nbytes
+            elif name in self.reusable and block_of(self.model, name) and not closes:
+                stack.callback(module.register_forward_hook(partial(keep, name)).remove)
+
+    def _share_routing(self, stack: ExitStack, stream: _Stream, index: int) -> None:
+        """Routers of the original record what they return; those of the variants repeat it."""
+        recorded: dict[str, list[Any]] = {}
+        to_repeat = {name: iter(self.routed.get((name, index), [])) for name in self.routers}
+
         def record(name: str, _: nn.Module, __: Any, out: Any) -> None:
-            self.routed[name].append(out)
+            recorded.setdefault(name, []).append(out)
+            self.routed[name, index] = recorded[name]
 
         def repeat(name: str, *_: Any) -> Any:
-            return self.routed[name].pop(0) if self.routed[name] else None
+            return next(to_repeat[name], None)
 
         for name in self.routers:
             router = self.model.get_submodule(name)
-            if not quantized:
-                self.routed[name] = []
-            hook = partial(repeat if quantized else record, name)
+            hook = partial(record if stream is self.original else repeat, name)
             stack.callback(router.register_forward_hook(hook).remove)
 
 
@@ -393,7 +555,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _sampled(x: Tensor) -> Tensor:
-    """Up to 4,096 elements of a tensor, (n,), at random places that depend on its size alone."""
+    """Up to 4,096 elements of a tensor, (n,), at positions fixed by its size."""
     flat, generator = x.flatten(), torch.Generator().manual_seed(0)
     if len(flat) <= _SAMPLED:
         return flat.clone()

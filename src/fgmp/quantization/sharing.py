@@ -9,9 +9,7 @@ Compensation minimizes the sum of the errors of all uses: the moments of a share
 sums of the moments of the sites that read it. A model that shares nothing has one group per site.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-
-from fgmp.sensitivity.moments import Moments
+from collections.abc import Collection, Iterable, Mapping
 
 
 def joined(sets: Iterable[Collection[str]]) -> list[list[str]]:
@@ -52,21 +50,3 @@ def weights_by_readers(
     for holder, owners in readers(linears_of, shared).items():
         groups.setdefault(tuple(owners), []).append(holder)
     return list(groups.values())
-
-
-def summed_moments(
-    moments: Mapping[str, Moments], linears_of: Mapping[str, list[str]], shared: Mapping[str, str]
-) -> dict[str, Moments]:
-    """Moments of all inputs of each group of :func:`weights_by_readers`, by its first weight."""
-    owners = readers(linears_of, shared)
-    return {
-        names[0]: _sum(moments[owner] for owner in owners[names[0]])
-        for names in weights_by_readers(linears_of, shared)
-    }
-
-
-def _sum(parts: Iterator[Moments]) -> Moments:
-    first = next(parts)
-    for part in parts:
-        first = Moments(first.h + part.h, first.c + part.c)
-    return first

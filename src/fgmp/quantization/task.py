@@ -1,6 +1,6 @@
-"""What one quantizing run works on, and the records that its steps hand on.
+"""The arguments of a quantization run, and the records that its steps pass on.
 
-``pipeline.quantize`` makes a :class:`Task` of its arguments. Scoring makes :class:`Scores`, the
+``pipeline.prepare`` makes a :class:`Task` of the arguments. Scoring returns :class:`Scores`, the
 budget an :class:`OperatingPoint`; ``candidates`` packs the model at that point.
 """
 
@@ -29,15 +29,15 @@ from fgmp.storage.resume import PartialResults
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A model to quantize, the recipe, and the text to do it with.
+    """A model to quantize, the recipe, and the calibration and held-out sequences.
 
     Attributes:
-        model: linearized; in its original state between steps.
+        model: the linearized model; in its original state between steps.
         linears: the linears to quantize, by name.
         samples: calibration sequences.
         held_out: sequences on which candidates are compared.
         loss: runs one sequence.
-        recipe: what the result shall be.
+        recipe: quantization settings.
         methods: replaceable steps.
         progress, report: as in ``pipeline.quantize``.
         resume: folder for resumable partial results; None: nothing is stored.
@@ -76,7 +76,7 @@ class Task:
 
         Args:
             inputs: what the stage depends on, apart from version, model, calibration text and
-                recipe. Of the recipe, ``tune`` does not count: it comes after packing.
+                recipe (without ``tune``, which comes after packing).
         """
         if self.resume is None:
             return None
@@ -98,8 +98,8 @@ class Scores:
         linears_of: names of the linears that read a site's tensor, by the site's owner.
         sites: constants of the sites, without threshold.
         histograms: activation block scores by site.
-        variants: scored weights, one entry for each way of choosing FP4 scales.
-        policy: the recipe's.
+        variants: scored weights, with and without scale search if both are packed.
+        policy: the recipe's policy.
         predictions: predicted tokens of the calibration text.
     """
 
@@ -113,11 +113,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """What a budget came to; None where it was not asked for.
+    """What a budget results in; None for other budgets.
 
     Attributes:
-        bits: mean of the formats' bits of a weight and of an activation value.
-        energy_percent: energy of matrix products, percent of all-FP8's.
+        bits: mean of bits per weight and bits per activation value, of the formats alone.
+        energy_percent: energy of matmuls, percent of an FP8-only accelerator's.
         increase_percent: held-out perplexity over all-FP8's, in percent; ``increase_low`` and
             ``increase_high`` are two standard errors below and above.
     """
@@ -135,7 +135,7 @@ class BudgetResult:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """Fractions of FP4 blocks to pack at, and what the budget, if any, came to."""
+    """Fractions of FP4 blocks to pack at, and the result of the budget, if any."""
 
     fractions: Fractions
     budget: BudgetResult = BudgetResult()

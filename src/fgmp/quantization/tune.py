@@ -1,16 +1,17 @@
-"""Tune the parameters that are not quantized: norms, biases, embeddings, an output head.
+"""Tune the unquantized parameters: norms, biases, embeddings, an output head.
 
 The codes of a packed model are final; its other parameters are not. They are trained to minimize
-the mean KL divergence from the original's predictions on the calibration text. Adam gets gradients
-through packed weights, and straight-through gradients of the activation quantizers
-(:mod:`fgmp.model.gradients`). Formats, codes and bytes do not change. Norm Tweaking (arXiv
+the mean KL divergence from the original's predictions on the calibration set. Adam gets gradients
+of the dequantized weights, with the straight-through estimator (STE) for activation quantizers
+(:mod:`fgmp.model.gradients`). Formats, codes and sizes do not change. Norm Tweaking (arXiv
 2309.02784) tunes norms after quantization; EfficientQAT (arXiv 2407.11062) tunes step sizes after
-all layers are quantized. Here scales are codes and stay.
+all layers are quantized. Here scales are stored as codes and stay fixed.
 
-A step takes the mean gradient of 8 sequences, run one by one. It moves a parameter by at most about
-``RATE`` times the root mean square of its tensor. The rate rises over the first tenth of the steps,
-then falls to zero as a cosine. A tensor of zeros does not move. Values are fp32 during training and
-rounded to the model's dtype after each step. Held-out text decides whether the result is used.
+The batch size is 8 sequences, whose gradients are accumulated one by one. A step changes a
+parameter by at most about ``RATE`` times the root mean square of its tensor. The learning rate
+warms up over the first tenth of the steps, then decays to zero as a cosine. A tensor of zeros does
+not change. Values are fp32 during training, and rounded after each step to the dtype in which the
+model's files store them. Held-out text decides whether the result is used.
 """
 
 import math
@@ -26,8 +27,9 @@ from fgmp.model.gradients import differentiable
 from fgmp.model.linear import MixedLinear
 from fgmp.model.losses import next_token_logits
 from fgmp.model.observe import frozen
+from fgmp.model.precision import stored_dtypes
 from fgmp.quantization.candidates import Choice, Tuning, best_of, measure, with_increase
-from fgmp.quantization.held_out import Trial
+from fgmp.quantization.held_out import HeldOutMetrics
 from fgmp.quantization.install import Assignment
 from fgmp.quantization.task import Task
 from fgmp.recipe import Recipe
@@ -40,41 +42,43 @@ _WARMUP = 0.1
 _PART = "tuning"
 
 
-def tune(task: Task, choice: Choice, fp8: Trial | None) -> Choice:
+def tune(task: Task, choice: Choice, fp8: HeldOutMetrics | None) -> Choice:
     """Tune the chosen assignment; keep the result if it is closer to the original.
 
     Args:
-        task: its recipe says how many passes.
+        task: the run; its recipe has the number of epochs.
         choice: from ``candidates.choose``.
-        fp8: the all-FP8 model on held-out text, where the budget is ``max_increase``; the bound
-            holds for tuned parameters as for any candidate.
+        fp8: held-out metrics of the all-FP8 model if the budget is ``max_increase``, else None; the
+            bound holds for tuned parameters as for any candidate.
 
     Returns:
         ``choice``, with tuned parameters if they are used, and held-out KL without and with them.
     """
     tuned = replace(choice.assignment, parameters=tuned_parameters(task, choice.assignment))
-    trials = measure(task, {"without": choice.assignment, "with": tuned})
+    metrics = measure(task, {"without": choice.assignment, "with": tuned})
     bound = task.recipe.max_increase
-    used = best_of(trials, ["without", "with"], fp8, bound) == "with"
-    outcome = Tuning(used, {name: trial.kl for name, trial in trials.items()})
+    used = best_of(metrics, ["without", "with"], fp8, bound) == "with"
+    outcome = Tuning(used, {name: m.kl for name, m in metrics.items()})
     if not used:
-        task.report(f"{_reason(trials, fp8, bound)}: tuned parameters are not used")
+        task.report(f"{_reason(metrics, fp8, bound)}: tuned parameters are not used")
         return replace(choice, tune=outcome)
     budget = (
-        choice.budget if fp8 is None else with_increase(task, choice.budget, trials["with"], fp8)
+        choice.budget if fp8 is None else with_increase(task, choice.budget, metrics["with"], fp8)
     )
     return replace(choice, assignment=tuned, budget=budget, tune=outcome)
 
 
-def _reason(trials: Mapping[str, Trial], fp8: Trial | None, bound: float | None) -> str:
+def _reason(
+    metrics: Mapping[str, HeldOutMetrics], fp8: HeldOutMetrics | None, bound: float | None
+) -> str:
     """Why tuned parameters are not used."""
-    tuned = trials["with"]
-    if fp8 is not None and tuned.clearly_better(trials["without"]):
+    tuned = metrics["with"]
+    if fp8 is not None and tuned.clearly_better(metrics["without"]):
         return (
-            f"tuning took held-out perplexity to {tuned.increase_percent(fp8):+.2f}% from "
-            f"all-FP8's, over the max_increase of {bound:g}%"
+            f"tuning took held-out perplexity to {tuned.increase_percent(fp8):+.2f}% relative to "
+            f"all-FP8, above the max_increase of {bound:g}%"
         )
-    return "tuning brought predictions on held-out text no closer to the original's"
+    return "tuning did not bring predictions on held-out text closer to the original's"
 
 
 def tuned_parameters(task: Task, assignment: Assignment) -> dict[str, Tensor]:
@@ -86,9 +90,10 @@ def tuned_parameters(task: Task, assignment: Assignment) -> dict[str, Tensor]:
     linears = assignment.replacement(model).linears
     with Replacement(linears).within(model):
         values = {name: p.detach().clone() for name, p in model.named_parameters()}
+        stored = stored_dtypes(model)
     packed = Replacement(linears, values)
     steps = _steps(len(samples), task.recipe)
-    adam = _Adam(values, len(steps))
+    adam = _Adam(values, stored, len(steps))
     results = task.partial_results(assignment, task.recipe.tune)
     if results:
         adam.resume(results)
@@ -159,8 +164,10 @@ class _Adam:
         whole: whether the last of them was completed; a second Ctrl-C can end it half-way.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], steps: int) -> None:
-        self.values = values
+    def __init__(
+        self, values: Mapping[str, Tensor], stored: Mapping[str, torch.dtype], steps: int
+    ) -> None:
+        self.values, self.stored = values, stored
         self.gradients: dict[str, Tensor | None] = dict.fromkeys(values)
         self.copies = {n: v.to(torch.float32, copy=True) for n, v in values.items()}
         self.rates = [RATE * copy.square().mean().sqrt().item() for copy in self.copies.values()]
@@ -184,7 +191,7 @@ class _Adam:
         self.done += 1
         for name, copy in self.copies.items():
             copy.grad = None
-            self.values[name].copy_(copy)
+            self.values[name].copy_(copy.to(self.stored[name]))
         self.whole = True
 
     def store(self, results: PartialResults) -> None:
@@ -207,7 +214,7 @@ class _Adam:
             copy = self.copies[name]
             if kind == "value":
                 copy.copy_(tensor)
-                self.values[name].copy_(copy)
+                self.values[name].copy_(copy.to(self.stored[name]))
             else:
                 device = "cpu" if kind == "step" else copy.device
                 self.optimizer.state[copy][kind] = tensor.to(device)

@@ -1,4 +1,4 @@
-"""Baselines of one format: all FP8 and all NVFP4, rounded to nearest, on a mixed model's sites."""
+"""Uniform baselines: all-FP8 and all-NVFP4, rounded to nearest, on a mixed model's sites."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,7 +31,7 @@ def uniform_assignment(
     shared: Mapping[str, str],
     fp4: float,
 ) -> Assignment:
-    """Every block in FP4 (``fp4`` 1) or FP8 (0), with scales of the largest magnitude.
+    """Every block in FP4 (``fp4`` 1) or FP8 (0), with absmax scales.
 
     Args:
         weights: (N, K) by linear; a shared one under its first linear.

@@ -111,7 +111,7 @@ def calibrate(
             ``file`` is damaged or belongs to other inputs.
     """
     recorder = _Recorder(linears, fisher, groups or {})
-    state = None
+    state, start = None, 0
     if file is not None:
         fingerprint = _fingerprint(model, linears, samples, groups or {}, loss, fisher)
         state = StateFile(file, fingerprint)
@@ -119,25 +119,14 @@ def calibrate(
     elif resume is not None:
         state = resume.file("calibration")
         start = recorder.restore(resume.load("calibration"))
-    else:
-        start = 0
     for _ in range(start):
         advance()
-    periodic = Periodic()
-    completed = start
+    periodic, completed = Periodic(), start
     try:
         with frozen(model), recorder.hooks():
             for index in range(start, len(samples)):
                 with uninterrupted():
-                    recorder.begin()
-                    total, predictions = loss(model, samples[index])
-                    if not total.isfinite():
-                        raise InputError(
-                            f"calibration: the loss of sequence {index} is {total.item()}"
-                        )
-                    if total.requires_grad:  # else no linear ran
-                        total.backward()
-                    recorder.end(predictions)
+                    recorder.run(model, samples[index], loss, index)
                     completed = index + 1
                 advance()
                 if state and periodic.due():
@@ -168,6 +157,16 @@ class _Recorder:
         self.sums = Calibration()
         self.site_by_linear: dict[str, str] = {}
         self.whole = True  # the sums contain whole sequences only
+
+    def run(self, model: nn.Module, sample: Any, loss: Loss, index: int) -> None:
+        """Run one sequence forward and backward, and add its squared gradients to the sums."""
+        self.begin()
+        total, predictions = loss(model, sample)
+        if not total.isfinite():
+            raise InputError(f"calibration: the loss of sequence {index} is {total.item()}")
+        if total.requires_grad:  # else no linear ran
+            total.backward()
+        self.end(predictions)
 
     # Per sequence: begin, forward (pre hook and hook of every linear), backward, end.
 

@@ -43,8 +43,8 @@ class State:
     """Content of a state file.
 
     Attributes:
-        tensors: by name, on the CPU.
-        facts: of JSON types.
+        tensors: tensors by name, on the CPU.
+        facts: other values, of JSON types.
     """
 
     tensors: dict[str, Tensor]

@@ -45,7 +45,7 @@ def test_under_sanitizers(tmp_path: Path) -> None:
         subprocess.run([cxx, f"-print-file-name={name}"], capture_output=True, text=True).stdout
         for name in ("libasan.so", "libubsan.so")
     ]
-    chosen = "golden or corrupt or elsewhere or panels or unpack or nan"
+    chosen = "golden or corrupt or elsewhere or panels or unpack or nan or alone"
     done = run(
         tmp_path,
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen),

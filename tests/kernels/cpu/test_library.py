@@ -23,18 +23,7 @@ from ..cases import MODES, packed, planes, site, tokens
 VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "blocks.json").read_text())
 
 
-def available() -> list[str]:
-    """Instruction sets that the compiler's machine has and this processor runs."""
-    found = []
-    for name in INSTRUCTION_SETS:
-        try:
-            found.append(Kernels(instruction_set=name).instruction_set)
-        except (OSError, ValueError):
-            break
-    return found
-
-
-SETS = available()
+SETS = Kernels(instruction_set="portable").supported
 
 
 @pytest.fixture(params=SETS)
@@ -44,12 +33,14 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 
 def test_they_are_compiled_where_the_tests_run() -> None:
     assert SETS[:1] == ["portable"]
-    assert set(build.instruction_sets("x86_64")) == set(INSTRUCTION_SETS)
-    assert list(build.instruction_sets("aarch64")) == ["portable"]
+    x86 = ["portable", "avx2", "avx512"]
+    assert list(build.instruction_sets("x86_64")) == x86
+    assert list(build.instruction_sets("aarch64")) == ["portable", "dotprod"]
     best = library.kernels()
     assert best is not None and best.instruction_set == SETS[-1]
     if platform.machine() == "x86_64":
         missing = set(INSTRUCTION_SETS) - set(SETS)
+        assert "dotprod" in missing
         for name in missing:
             with pytest.raises(ValueError, match=f"this processor has no {name}"):
                 Kernels(instruction_set=name)
@@ -222,6 +213,49 @@ def test_many_tokens_and_panels(kernels: Kernels) -> None:
     values = unpack_units(weight)
     error = (y.double() - units.double() @ values.double().T).abs()
     assert (error <= error_bound(units, values, 1.0, 1.0)).all()
+
+
+def test_a_block_of_fp4_weights_is_exact(kernels: Kernels) -> None:
+    """Few tokens by FP4 weights on AVX2: integers, so that only sums of blocks are rounded."""
+    if kernels.instruction_set != "avx2":
+        return
+    k = 16 * 40
+    weight = packed(30, k, 0.0)
+    values = unpack_units(weight)
+    for seed in range(6):
+        units = quantize(tokens(8, k, seed), site(k, "benefit", "search")).units(k)
+        only = torch.zeros_like(units)
+        for row, block in enumerate(range(seed, 40, 5)):
+            only[row, 16 * block :][:16] = units[row, 16 * block :][:16]
+        y, _ = kernels.linear(only.bfloat16(), planes(weight), 1.0, None, torch.float32)
+        assert torch.equal(y, exact_linear(only, values, 1.0, 1.0))
+
+
+def hard_tokens(k: int) -> Tensor:
+    """Units, bf16 (8, k): large beside tiny ones, values of no site, zeros, an infinity."""
+    units = quantize(tokens(8, k), site(k)).units(k)
+    wide = torch.tensor([2688.0, 6 * 2.0**-9]).repeat(k // 2)
+    free = torch.randn(k, generator=torch.Generator().manual_seed(3)) * 2.0 ** (
+        torch.arange(k) % 50
+    )
+    units[1], units[2], units[3], units[4] = wide, free, 0, units[4] * 2.0**-70
+    units[5, ::16], units[5, 1::16] = 2688, 6 * 2.0**-9
+    units[6, 3] = torch.inf
+    return units.bfloat16()
+
+
+@pytest.mark.parametrize("share", MODES.values(), ids=MODES)
+def test_a_token_alone_is_the_token_in_a_batch(kernels: Kernels, share: float) -> None:
+    weight, k = packed(37, 496, share), 496
+    units, values = hard_tokens(k), unpack_units(weight)
+    batch, _ = kernels.linear(units, planes(weight), 1.0, None, torch.float32)
+    for m in range(8):
+        alone, fault = kernels.linear(units[m : m + 1], planes(weight), 1.0, None, torch.float32)
+        assert fault == -1 and same_bits(alone[0], batch[m])
+        if m != 6:
+            exact = units[m].double() @ values.double().T
+            bound = error_bound(units[m : m + 1].float(), values, 1.0, 1.0)[0]
+            assert ((alone[0].double() - exact).abs() <= bound).all()
 
 
 def test_nan_reaches_its_outputs_and_no_others(kernels: Kernels) -> None:

@@ -58,7 +58,7 @@ class Accelerator(wiring.Component):
         activations: stream of 16 bf16 values, row by row.
         flags, words: the weight's image, once per tile of activation rows.
         results: stream of :func:`results_layout`.
-        counters: of the current or last linear.
+        counters: counters of the current or last linear.
         nonfinite: an activation was not finite; falls with ``start``.
     """
 

@@ -28,7 +28,7 @@ class Issue(wiring.Component):
         first, last: it begins, or ends, its dot products.
         weight_release, activation_release: with ``step``, it is the tile's last pair.
         done: all pairs have entered.
-        shape: of the linear.
+        shape: shape of the linear.
         start: a linear begins.
     """
 
@@ -92,7 +92,7 @@ class Drain(wiring.Component):
         column: the totals' output feature.
         next_column: ``column`` of the next cycle.
         last: these are the last totals of the slot.
-        shape: of the linear.
+        shape: shape of the linear.
         start: a linear begins.
     """
 

@@ -54,7 +54,7 @@ def difference_bounds(offsets: tuple[int, ...] = SCALES["max"]) -> DifferenceBou
     """Bounds by enumeration of every scale, FP8 code and FP4 code that can meet in a block.
 
     Args:
-        offsets: of the scale's code from that of the block's largest magnitude.
+        offsets: offsets of the scale's code from that of the block's largest magnitude.
     """
     magnitude = largest = alignment = 0
     for scale in range(SCALE_MIN_CODE, E4M3.max_code + 1):

@@ -102,7 +102,7 @@ class WeightTiles(wiring.Component):
         filled: it completes a tile.
         restart: it is the image's last.
         done: the image was sent as often as needed; no more blocks.
-        shape: of the linear.
+        shape: shape of the linear.
         start: a linear begins.
     """
 
@@ -161,7 +161,7 @@ class ActivationTiles(wiring.Component):
         open_groups: number of blocks present in every row of the tile that is being filled.
         row_finite: whether the rows of ``slot`` of the tile that is read are finite.
         slot, release: the inputs of the banks.
-        shape: of the linear.
+        shape: shape of the linear.
         start: a linear begins.
     """
 

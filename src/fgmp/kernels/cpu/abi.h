@@ -41,6 +41,18 @@ struct Site {
 };
 static_assert(sizeof(Site) == 24, "library.py mirrors it");
 
+// One block of columns of a weight, rounded with error compensation within the block.
+struct Columns {
+  float *values;         // (rows, count): in, columns before rounding; out, decoded values
+  const float *spread;   // (count, count), upper triangular
+  const uint8_t *scale;  // (rows)
+  const uint8_t *is_fp8; // (rows)
+  uint8_t *fp4, *fp8;    // (rows, 16) codes
+  float *errors;         // (rows, count): rounding errors over the diagonal of `spread`
+  int64_t rows, count;
+};
+static_assert(sizeof(Columns) == 72, "library.py mirrors it");
+
 // Thread pool of the caller: PyTorch's OpenMP runtime, whose functions Python looks up, so that no
 // second pool competes for the cores. `start` has the signature of GOMP_parallel.
 struct Team {

@@ -338,26 +338,33 @@ inline F16 decode_fp4(const uint8_t *low, float s) {
   return {half(_mm_unpacklo_epi8(lo, hi)), half(_mm_unpackhi_epi8(lo, hi))};
 }
 
-inline F16 decode_fp8(__m128i codes) {
-  auto half = [](__m128i c) {
-    __m128i w = _mm_cvtepu8_epi16(c);
-    __m128i sign = _mm_and_si128(_mm_slli_epi16(w, 8), _mm_set1_epi16(-0x8000));
-    __m128i magnitude = _mm_and_si128(_mm_slli_epi16(w, 7), _mm_set1_epi16(0x3f80));
-    return _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(sign, magnitude)),
-                         _mm256_set1_ps(256 * kFp8Factor));
-  };
-  return {half(codes), half(_mm_srli_si128(codes, 8))};
+// Numbers from fp16 words, whose bytes come in two vectors.
+inline F16 from_fp16(__m128i low_bytes, __m128i high_bytes) {
+  return {_mm256_cvtph_ps(_mm_unpacklo_epi8(low_bytes, high_bytes)),
+          _mm256_cvtph_ps(_mm_unpackhi_epi8(low_bytes, high_bytes))};
 }
 
-inline F16 decode_fp8(const uint8_t *codes) {
-  return decode_fp8(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codes)));
+// Elements of an FP8 block as 2^-8 times their E4M3 value. `s mmm` gives bits 15 and 7 to 9 of an
+// fp16 word, `eeee` gives bits 10 to 13.
+inline F16 decode_fp8_fp16(const uint8_t *low, const uint8_t *overflow) {
+  const __m128i upper = _mm_setr_epi8(0, 0, 1, 1, 2, 2, 3, 3, -0x80, -0x80, -0x7f, -0x7f, -0x7e,
+                                      -0x7e, -0x7d, -0x7d);
+  const __m128i lower =
+      _mm_setr_epi8(0, -0x80, 0, -0x80, 0, -0x80, 0, -0x80, 0, -0x80, 0, -0x80, 0, -0x80, 0, -0x80);
+  const __m128i sm = nibbles(low), e = _mm_slli_epi16(nibbles(overflow), 2);
+  return from_fp16(_mm_shuffle_epi8(lower, sm), _mm_or_si128(_mm_shuffle_epi8(upper, sm), e));
 }
 
 inline F16 decode_fp8(const uint8_t *low, const uint8_t *overflow) {
-  __m128i sm = nibbles(low), e = nibbles(overflow);
-  __m128i sign = _mm_slli_epi16(_mm_and_si128(sm, _mm_set1_epi8(8)), 4);
-  __m128i mantissa = _mm_and_si128(sm, _mm_set1_epi8(7));
-  return decode_fp8(_mm_or_si128(_mm_or_si128(sign, mantissa), _mm_slli_epi16(e, 3)));
+  return multiply(decode_fp8_fp16(low, overflow), broadcast(256 * kFp8Factor));
+}
+
+inline F16 decode_fp8(const uint8_t *codes) {
+  const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i *>(codes));
+  const __m128i magnitude = _mm_and_si128(_mm_srli_epi16(c, 1), _mm_set1_epi8(0x3f));
+  const __m128i sign = _mm_and_si128(c, _mm_set1_epi8(-0x80));
+  const __m128i last = _mm_slli_epi16(_mm_and_si128(c, _mm_set1_epi8(1)), 7);
+  return multiply(from_fp16(last, _mm_or_si128(sign, magnitude)), broadcast(256 * kFp8Factor));
 }
 
 #else
@@ -395,7 +402,8 @@ constexpr int64_t kLine = 64;      // bytes of a cache line
 constexpr int64_t kSegment = 1024; // blocks searched for FP8 blocks at a time
 
 // Writes the positions of the FP8 blocks among `count` scale bytes, at most kSegment, in ascending
-// order, and returns their number. It has no branch on a flag, which a processor could not predict.
+// order, and returns their number. It has no branch on a single flag, which a processor could not
+// predict.
 struct Positions {
   uint16_t at[kSegment + 64];
 };
@@ -421,6 +429,38 @@ inline int64_t flagged(const uint8_t *scale, int64_t count, Positions &positions
     widen_half(_mm512_castsi512_si256(packed), 0);
     widen_half(_mm512_extracti64x4_epi64(packed, 1), 32);
     found += __builtin_popcountll(flags);
+  }
+#elif defined(__AVX2__)
+  // The indices of the bits that are set in a byte, in order.
+  static constexpr auto kBits = [] {
+    std::array<std::array<uint8_t, 8>, 256> bits{};
+    for (int byte = 0; byte < 256; ++byte)
+      for (int i = 0, next = 0; i < 8; ++i)
+        if (byte >> i & 1)
+          bits[byte][next++] = static_cast<uint8_t>(i);
+    return bits;
+  }();
+  int64_t g = 0;
+  const __m128i eight = _mm_set1_epi16(8);
+  __m128i base = _mm_setzero_si128();
+  auto add = [&](uint32_t flags) { // of eight blocks
+    const __m128i set = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(kBits[flags].data()));
+    const __m128i numbers = _mm_add_epi16(_mm_cvtepu8_epi16(set), base);
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(positions.at + found), numbers);
+    found += __builtin_popcount(flags);
+    base = _mm_add_epi16(base, eight);
+  };
+  for (; g + 32 <= count; g += 32) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(scale + g));
+    const auto flags = static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
+    for (int i = 0; i < 32; i += 8)
+      add(flags >> i & 255);
+  }
+  for (; g < count; g += 8) {
+    uint32_t flags = 0;
+    for (int64_t i = 0; i < 8 && g + i < count; ++i)
+      flags |= static_cast<uint32_t>(scale[g + i] >> 7) << i;
+    add(flags);
   }
 #else
   for (int64_t g = 0; g < count; ++g) {

@@ -26,7 +26,7 @@ _FLAGS = (
     "-Wno-maybe-uninitialized",
 )
 
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt")
 _AVX512 = (
     *_AVX2,
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
@@ -36,8 +36,12 @@ _AVX512 = (
 
 def instruction_sets(machine: str) -> dict[str, tuple[str, ...]]:
     """Compiler flags by instruction set, for a machine as ``platform.machine()`` names it."""
-    x86 = {"avx2": _AVX2, "avx512": _AVX512}
-    return {"portable": ()} | (x86 if machine in ("x86_64", "AMD64") else {})
+    flags: dict[str, tuple[str, ...]] = {"portable": ()}
+    if machine in ("x86_64", "AMD64"):
+        flags |= {"avx2": _AVX2, "avx512": _AVX512}
+    if machine in ("aarch64", "arm64"):
+        flags |= {"dotprod": ("-march=armv8.2-a+dotprod",)}
+    return flags
 
 
 def compiler() -> str | None:

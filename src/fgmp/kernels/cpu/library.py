@@ -32,8 +32,9 @@ def implements(rule: str) -> bool:
     return rule in RULES and RULES[rule].cpu is not None
 
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
-"""Instruction sets, narrowest first."""
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "dotprod")
+"""Instruction sets: any processor's, x86's, and ARM's dot products of bytes. Of those that a
+processor supports, the last is the fastest."""
 
 
 class _Weight(Structure):
@@ -57,6 +58,13 @@ class _Site(Structure):
     )
 
 
+class _Columns(Structure):
+    _fields_ = (
+        *((field, c_void_p) for field in ("values", "spread", "scale", "is_fp8", "fp4", "fp8")),
+        *(("errors", c_void_p), ("rows", c_int64), ("count", c_int64)),
+    )
+
+
 class _Team(Structure):
     _fields_ = (
         *((function, c_void_p) for function in ("start", "member", "size")),
@@ -70,7 +78,10 @@ class Kernels:
     Args:
         path: the library that :func:`fgmp.kernels.cpu.build.build` compiled.
         instruction_set: one of :data:`INSTRUCTION_SETS` that this processor supports; default:
-            the widest.
+            the fastest.
+
+    Attributes:
+        supported: the instruction sets of the library that this processor supports.
 
     Raises:
         OSError: the library cannot be loaded.
@@ -79,9 +90,10 @@ class Kernels:
 
     def __init__(self, path: Path = LIBRARY, instruction_set: str | None = None) -> None:
         library = ctypes.CDLL(str(path))
-        widest = library.fgmp_instruction_set()
-        self.instruction_set = instruction_set or INSTRUCTION_SETS[widest]
-        if INSTRUCTION_SETS.index(self.instruction_set) > widest:
+        bits = library.fgmp_instruction_sets()
+        self.supported = [name for i, name in enumerate(INSTRUCTION_SETS) if bits >> i & 1]
+        self.instruction_set = instruction_set or self.supported[-1]
+        if self.instruction_set not in self.supported:
             raise ValueError(f"this processor has no {instruction_set}")
 
         def bind(name: str, *arguments: type) -> Callable[..., int]:
@@ -97,6 +109,11 @@ class Kernels:
         self._quantize = bind("quantize", *codes)
         self._fake_quantize = bind("fake_quantize", *codes)
         self._scores = bind("scores", *codes[:-1])
+        self._search_scales = bind("search_scales", POINTER(_Matrix), c_void_p, c_float, c_void_p)
+        self._weight_scores = bind(
+            *("weight_scores", POINTER(_Matrix), c_void_p, c_void_p, c_float, c_int64, c_void_p)
+        )
+        self._round_columns = bind("round_columns", POINTER(_Columns), c_float)
 
     def linear(
         self, units: Tensor, planes: Planes, t: float, bias: Tensor | None, dtype: torch.dtype
@@ -105,10 +122,10 @@ class Kernels:
 
         Args:
             units: activations in units of t_x, bf16 or fp32 (M, K).
-            planes: of the weight (N, K).
+            planes: planes of the weight (N, K).
             t: product of both tensor scales.
             bias: fp32 (N,) or None.
-            dtype: of the result, bf16 or fp32.
+            dtype: dtype of the result, bf16 or fp32.
 
         Returns:
             The output (M, N), and the first row whose planes contradict each other, or -1.
@@ -157,10 +174,67 @@ class Kernels:
         self._scores(_matrix(x), _site(site), result.data_ptr(), _team())
         return result
 
+    def search_scales(self, weight: Tensor, sensitivity: Tensor, t: float) -> Tensor:
+        """FP4 scale codes of least weighted error, uint8 (N, G).
+
+        Args:
+            weight: finite, contiguous fp32 (N, K).
+            sensitivity: not negative, contiguous fp32 (N, K).
+            t: tensor scale.
+        """
+        scale = torch.empty(weight.shape[0], _groups(weight), dtype=torch.uint8)
+        self._search_scales(_matrix(weight), sensitivity.data_ptr(), t, scale.data_ptr(), _team())
+        return scale
+
+    def weight_scores(
+        self, weight: Tensor, sensitivity: Tensor, scale: Tensor, t: float, score: str
+    ) -> Tensor:
+        """Scores of the blocks of a weight, float64 (N, G).
+
+        Args:
+            weight, sensitivity, t: as for :meth:`search_scales`.
+            scale: codes of FP4 scales, contiguous uint8 (N, G).
+            score: ``benefit`` or ``difference``.
+        """
+        scores = torch.empty(scale.shape, dtype=torch.float64)
+        self._weight_scores(
+            _matrix(weight),
+            sensitivity.data_ptr(),
+            scale.data_ptr(),
+            t,
+            score == "benefit",
+            scores.data_ptr(),
+            _team(),
+        )
+        return scores
+
+    def round_columns(
+        self, columns: Tensor, spread: Tensor, scale: Tensor, is_fp8: Tensor, t: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Round one block of columns with error compensation within it.
+
+        Args:
+            columns: finite, contiguous fp32 (N, B), B at most 16; overwritten.
+            spread: upper triangular, contiguous fp32 (B, B).
+            scale: codes of FP4 scales, contiguous uint8 (N,).
+            is_fp8: format of each row's block, contiguous bool (N,).
+            t: tensor scale.
+
+        Returns:
+            FP4 and FP8 codes, uint8 (N, 16), decoded values and errors, fp32 (N, B).
+        """
+        rows, count = columns.shape
+        fp4, fp8 = torch.zeros(2, rows, BLOCK, dtype=torch.uint8)
+        errors = torch.empty_like(columns)
+        tensors = (columns, spread, scale, is_fp8, fp4, fp8, errors)
+        block = _Columns(*(tensor.data_ptr() for tensor in tensors), rows, count)
+        self._round_columns(block, t, _team())
+        return fp4, fp8, columns, errors
+
 
 @cache
 def kernels() -> Kernels | None:
-    """Kernels of the widest instruction set of this processor; None if none are compiled."""
+    """Kernels of the fastest instruction set of this processor; None if none are compiled."""
     try:
         return Kernels()
     except OSError:

@@ -201,7 +201,7 @@ def multipliers(scale):
 
 @triton.jit
 def is_fp8_block(scale):
-    """Which scale bytes, int32, mark FP8 blocks."""
+    """Mask of the scale bytes, int32, that mark FP8 blocks."""
     return scale == _FP8_BLOCK
 
 
@@ -241,7 +241,7 @@ def mixed_patterns(low, overflow, place):
     Args:
         low: lanes of the low plane.
         overflow: lanes of the overflow plane, 0 in FP4 blocks.
-        place: of the block's format, from :func:`places`.
+        place: position of the block's format, from :func:`places`.
     """
     signs = (low & _NIBBLE_SIGNS) * _SIGN_OF_NIBBLE
     magnitudes = (low & _NIBBLE_MAGNITUDES) * place
