@@ -161,6 +161,7 @@ def measured(
         "own_work_but_passes_over_calibration": over_calibration(
             lambda turn: turn["own work"] - sum(turn[stage] for stage in PASSES_FORWARD)
         ),
+        "seconds_predicted": run["seconds_predicted"],
         "peak_bytes": run["peak_bytes"],
         "peak_bytes_predicted": run["peak_bytes_predicted"],
     }
@@ -202,6 +203,9 @@ def show(row: dict[str, Any]) -> None:
         f"  own work over calibration: {row['own_work_over_calibration']:.2f}, without passes "
         f"forward {row['own_work_but_passes_over_calibration']:.2f}"
     )
+    for name, predicted in (("calibrating", "calibration"), ("quantize", "total")):
+        seconds = row["seconds_predicted"][predicted]
+        print(f"  {name}: {row['seconds'][name]:.0f} s, predicted {seconds:.0f} s")
     print(
         f"  peak memory {row['peak_bytes'] / 1e6:.0f} MB, "
         f"predicted {row['peak_bytes_predicted'] / 1e6:.0f} MB"

@@ -218,7 +218,7 @@ def test_an_increase_is_bounded_on_held_out_text(run: Run, place: Place, tmp_pat
     done = run(*quantize, "-o", tmp_path / "few")
     assert done.code == 1 and "max_increase needs at least 2 held-out sequences" in done.err
     done = run(*quantize, "--samples", "16", "-o", tmp_path / "enough")
-    assert done.code == 0 and "all-FP8's perplexity on held-out text" in done.out
+    assert done.code == 0 and "perplexity on held-out text relative to all-FP8" in done.out
     config = json.loads((tmp_path / "enough" / "config.json").read_text())
     budget = config["quantization_config"]["result"]["budget"]
     assert budget["increase_low"] <= budget["increase_percent"] <= budget["increase_high"]
@@ -494,10 +494,10 @@ def test_an_interrupted_compensation_goes_on(
     assert parts == {"stage-00000": 1, "stage-00001": 1, "stage-00002": 1}
     stages = []
     moments = _Run.moments
-    monkeypatch.setattr(_Run, "moments", lambda *args: stages.append(1) or moments(*args))
+    monkeypatch.setattr(_Run, "moments", lambda *a, **k: stages.append(1) or moments(*a, **k))
     monkeypatch.setattr(_Recorder, "begin", None)  # nothing is calibrated anew
     assert run(*command).code == 0
-    assert len(stages) == 5  # of 8
+    assert len(stages) == 1  # of 4, each for both variants
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert same_tensors(out, Path(place.checkpoint))
 

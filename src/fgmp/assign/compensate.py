@@ -10,7 +10,7 @@ D = sum (x - q) q^T,
 
 W* is a Wiener filter: it reduces the weight of directions in which the noise of quantized
 activations exceeds their signal. V is W*, rounded by GPTQ (arXiv 2210.17323): columns are rounded
-one after the other, and those still to come make up for each error.
+one after the other, and the columns not yet rounded compensate each error.
 
 GPTQ spreads errors along the rows of U, the upper Cholesky factor of (H + m I)^-1. Its inverse R
 serves as well and takes no inverse of a matrix: R is upper triangular, and
@@ -39,8 +39,8 @@ Elsewhere it is about a half, in a few rows up to four.
 The damping m, a fraction of the mean of H's diagonal, keeps V close to W where the calibration set
 has little signal. The loss model here is the layer's output error, with equal weight per output.
 
-All is fp32, as the moments are. Panels of 128 are factored by LAPACK, whose results up to that size
-do not depend on the number of threads; all else are matrix products.
+Everything is fp32, as the moments are. LAPACK factors panels of 128 columns, because its results up
+to that size do not depend on the number of threads; everything else is matrix products.
 """
 
 from collections.abc import Callable
@@ -85,7 +85,7 @@ worth less than a change of m by a hundredth."""
 
 @dataclass(frozen=True)
 class Factors:
-    """What compensation of one weight (N, K) needs of its input's moments, fp32.
+    """Factors for compensating one weight (N, K), from its input's moments, fp32.
 
     Attributes:
         root: R (K, K), upper triangular with R R^T = H + m I.
@@ -233,7 +233,7 @@ diagonal block of U, fp32 (B, B)."""
 def column_by_column(
     weight: Tensor, factors: Factors, t: float, round_block: RoundBlock
 ) -> tuple[WeightCodes, Tensor]:
-    """Round the columns of a weight in turn; later ones make up for the errors of earlier ones.
+    """Round the columns of a weight in turn; later columns compensate the errors of earlier ones.
 
     Args:
         weight: fp32 (N, K).
@@ -297,7 +297,7 @@ def distances(v: Tensor, weight: Tensor, factors: Factors) -> Tensor:
 
 
 def _distances_in(batch: slice, errors: Tensor, factors: Factors) -> Tensor:
-    """The share of a batch of columns in each row's distance; ``errors`` is W - V."""
+    """Contribution of a batch of columns to each row's distance; ``errors`` is W - V."""
     columns = errors[:, : batch.stop] @ factors.root[: batch.stop, batch]
     return (columns + factors.shift[:, batch]).double().square().sum(1)
 
@@ -305,7 +305,7 @@ def _distances_in(batch: slice, errors: Tensor, factors: Factors) -> Tensor:
 def round_columns(
     columns: Tensor, spread: Tensor, scale: Tensor, is_fp8: Tensor, t: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Round one block of columns to its assigned formats; later ones make up for earlier ones.
+    """Round one block of columns to its assigned formats; later columns compensate earlier ones.
 
     Args:
         columns: fp32 (N, B), B at most 16; overwritten.

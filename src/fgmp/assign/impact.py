@@ -4,9 +4,9 @@
     benefit       sum F_i ((Q4(v_i) - v_i)^2 - (Q8(v_i) - v_i)^2)        at least 0
 
 Half of either estimates a loss increase in nats per token (arXiv 2504.14152, equation 3). That
-holds for weights and activations, so scores of different layers compare. The impact measures how
-far the two formats are apart. The benefit measures the error that FP8 avoids, which is zero where
-a block happens to fit its FP4 grid.
+holds for weights and activations, so scores are comparable across layers. The impact measures the
+difference between the two formats. The benefit measures the reduction in error from FP4 to FP8,
+which is zero if a block happens to lie on its FP4 grid.
 
 :func:`block_scores` computes either without the codes, in C++ where that is compiled.
 """

@@ -34,6 +34,8 @@ from fgmp.progress import Progress, silent
 from fgmp.quantization import memory
 from fgmp.quantization.budget import require_possible, solve
 from fgmp.quantization.candidates import choose, measure_fp8, pack_candidates
+from fgmp.quantization.duration import DurationEstimate
+from fgmp.quantization.duration import estimate as estimate_duration
 from fgmp.quantization.install import install
 from fgmp.quantization.memory import MemoryEstimate
 from fgmp.quantization.scoring import score
@@ -117,11 +119,13 @@ class Prepared:
         task: the run.
         matrices: number of elements of every matmul parameter, by name.
         memory: predicted peak memory.
+        duration: predicted seconds.
     """
 
     task: Task
     matrices: dict[str, int]
     memory: MemoryEstimate
+    duration: DurationEstimate
 
 
 def prepare(
@@ -155,7 +159,10 @@ def prepare(
     linears = _select(model, recipe)
     require_possible(recipe, model, linears)
     task = Task(model, linears, samples, held_out, loss, recipe, methods, progress, report, resume)
-    return Prepared(task, matrices(model), _require_memory(task))
+    needed = _require_memory(task)
+    duration = estimate_duration(task, _variants(recipe))
+    report(f"the run will take {duration}")
+    return Prepared(task, matrices(model), needed, duration)
 
 
 def run(
@@ -197,6 +204,10 @@ def run(
         seconds={
             "total": time.perf_counter() - started,
             "calibration": calibrated - started,
+        },
+        seconds_predicted={
+            "total": prepared.duration.total,
+            "calibration": prepared.duration.calibration,
         },
         peak_bytes=memory.peak_bytes(next(task.model.parameters()).device),
         peak_bytes_predicted=prepared.memory.peak,

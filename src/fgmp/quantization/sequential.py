@@ -2,9 +2,9 @@
 
 A layer is packed so that its output on quantized inputs q is close to the original's on x. In the
 final model, q carries the errors of all earlier layers. So q comes from a model in which those
-layers are packed already, and x from the original: the layer compensates for earlier errors, too.
+layers are packed already, and x from the original. The layer then also compensates earlier errors.
 Several *variants* of the quantized model are packed side by side. They share the original's runs
-and the moments H, which are those of the last one.
+and, before anything is packed, the moments H and their factor.
 
 A *stage* is a set of sites that are compensated together. Sites share a stage if they are in the
 same decoder layer (an entry of the model's outermost module list; ``block`` in this file) and have
@@ -64,7 +64,7 @@ _FACTOR_MATRICES = 1
 """fp32 matrices held beside H and D while a weight is packed: the root."""
 
 _KEPT_BYTES = 1 << 29
-"""Most bytes of outputs of packed linears that are kept per variant."""
+"""Most bytes of outputs of packed linears that are cached per variant."""
 
 _SAMPLED = 4096
 """Number of elements per tensor that the check of cached outputs compares."""
@@ -187,8 +187,7 @@ def stage_bytes(model: nn.Module, linears: dict[str, nn.Linear], variants: int =
         sum(widths[name] for name in stage.owners if name not in shared)
         for stage in stages(model, list(linears), together)
     )
-    factors = 4 * _FACTOR_MATRICES * max(widths.values())
-    return (1 + variants) * MOMENT_BYTES // 2 * moments + factors
+    return variants * MOMENT_BYTES * moments + 4 * _FACTOR_MATRICES * max(widths.values())
 
 
 @torch.no_grad()
@@ -288,7 +287,7 @@ def _part(number: int) -> str:
 
 
 class _Stream:
-    """What one model, the original or a variant, has done so far.
+    """State of one model, the original or a variant: packed linears and cached outputs.
 
     Attributes:
         linears: packed linears; none in the original.
@@ -361,22 +360,26 @@ class _Run:
         ``closes`` says that the stage is its block's last: the original then stores its outputs.
         """
         sources, modules = {}, {}
-        counting_h = next(reversed(self.variants))
+        # Before anything is packed, variants read the same inputs: one counts for all.
+        agree = not any(stream.linears for stream in self.variants.values())
+        first = next(iter(self.variants))
         moments: dict[str, dict[str, Moments]] = {variant: {} for variant in self.variants}
         linears_of = {owner: self.linears_of[owner] for owner in stage.owners}
         owners_of = readers(linears_of, self.shared)
         read_by: dict[str, list[str]] = {owner: [] for owner in stage.owners}
-        for first, *others in weights_by_readers(linears_of, self.shared):
-            linears = {name: self.model.get_submodule(name) for name in (first, *others)}
+        for holder, *others in weights_by_readers(linears_of, self.shared):
+            linears = {name: self.model.get_submodule(name) for name in (holder, *others)}
             weights = {n: m.weight for n, m in linears.items() if isinstance(m.weight, Tensor)}
-            k, device = weights[first].shape[1], weights[first].device
-            sources[first] = Source(weights)
-            sums = new_moments(k, device, sources[first])
-            for variant, by_group in moments.items():
-                by_group[first] = sums if variant == counting_h else sums.variant()
-            for owner in owners_of[first]:
+            k, device = weights[holder].shape[1], weights[holder].device
+            sources[holder] = Source(weights)
+            for variant, by_holder in moments.items():
+                if agree and variant != first:
+                    by_holder[holder] = moments[first][holder].variant()
+                else:
+                    by_holder[holder] = new_moments(k, device, sources[holder])
+            for owner in owners_of[holder]:
                 modules[owner] = ActivationSite(sites[owner]).to(device)
-                read_by[owner].append(first)
+                read_by[owner].append(holder)
         if closes and self.shortcuts:
             self.original.closing.append(stage.block)
         for index in range(len(self.samples)):
@@ -391,13 +394,13 @@ class _Run:
                             q = site(y).float() * site.record.t
                             # A router without a known name may have sent other tokens.
                             original_x = x if x.shape == y.shape else y
-                            for first in read_by[owner]:
+                            for holder in read_by[owner]:
                                 add_moments(
-                                    moments[variant][first],
+                                    moments[variant][holder],
                                     original_x,
                                     q,
-                                    sources[first],
-                                    to_h=variant == counting_h,
+                                    sources[holder],
+                                    to_h=variant == first or not agree,
                                 )
             advance()
         for stream in (self.original, *self.variants.values()):

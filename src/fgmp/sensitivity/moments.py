@@ -12,9 +12,8 @@ sum |W x - V q|^2 of any weight V, a quadratic form in V, without running the mo
 D occurs only in W D = sum W (x - q) q^T. Where the weights of a site have few rows for their width,
 as a Transformer's down projection, W D is summed instead: it is smaller, and so is its cost.
 
-Variants of a quantized model have moments D of their own, and share H. Their inputs differ by
-noise of rounding alone, which H counts as one more term of the same size; D is the difference that
-they make.
+Variants of a quantized model whose inputs q agree share H. Where inputs differ, each needs its own:
+on a small model in FP4, the H of another variant raised the KL divergence by a tenth.
 
 Both grow with the square of a layer's width. They are therefore collected after the Fisher
 information, for a few sites at a time (:mod:`fgmp.quantization.sequential`), and freed once the
@@ -40,7 +39,7 @@ class Moments:
     """Moments of one site's input, fp32.
 
     Attributes:
-        h: H (K, K), which variants share.
+        h: H (K, K), which variants may share.
         d: D (K, K), or W D for the rows of all weights of the site (N, K).
         rows: rows of ``d`` by linear, if it is W D.
         roots: Cholesky factors of H by damping, shared with H; see ``assign.compensate``.

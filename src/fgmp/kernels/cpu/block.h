@@ -209,6 +209,26 @@ inline uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// Rounds 16 numbers to bf16 numbers, as to_bf16 does; a NaN stays one.
+inline F16 round_bf16(F16 v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  auto half = [](__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
+    const __m256i cut = _mm256_and_si256(up, _mm256_set1_epi32(-0x10000));
+    return _mm256_blendv_ps(_mm256_castsi256_ps(cut), x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  };
+  return {half(v.low), half(v.high)};
+#else
+  float lanes[16];
+  store(lanes, v);
+  for (float &lane : lanes)
+    lane = from_bf16(to_bf16(lane));
+  return load(lanes);
+#endif
+}
+
 // Load 16 bf16 numbers as fp32, and store fp32 numbers of at most eight significant bits as bf16.
 inline F16 load_bf16(const uint16_t *p) {
 #if defined(__AVX2__)

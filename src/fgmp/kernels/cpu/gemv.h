@@ -57,12 +57,20 @@ struct Epilogue {
 // Converts tokens to fp32 (M, kp), zero beyond k.
 inline std::vector<float> widen(const Matrix &x, int64_t kp) {
   std::vector<float> wide(x.rows * kp);
-  for (int64_t m = 0; m < x.rows; ++m)
-    for (int64_t i = 0; i < x.columns; ++i) {
-      int64_t at = m * x.columns + i;
-      wide[m * kp + i] = x.is_bf16 ? from_bf16(static_cast<const uint16_t *>(x.data)[at])
-                                   : static_cast<const float *>(x.data)[at];
+  for (int64_t m = 0; m < x.rows; ++m) {
+    float *out = wide.data() + m * kp;
+    const int64_t first = m * x.columns;
+    if (!x.is_bf16) {
+      std::memcpy(out, static_cast<const float *>(x.data) + first, x.columns * sizeof *out);
+      continue;
     }
+    const uint16_t *row = static_cast<const uint16_t *>(x.data) + first;
+    int64_t i = 0;
+    for (; i + kBlock <= x.columns; i += kBlock)
+      store(out + i, load_bf16(row + i));
+    for (; i < x.columns; ++i)
+      out[i] = from_bf16(row[i]);
+  }
   return wide;
 }
 

@@ -50,6 +50,7 @@ struct Block {
   F16 target; // v: 6 u rounded to multiples of 1 / kUnit
   F16 fp8, fp4;
   float scale;
+  float fp4_error; // estimate of the weighted error from `target`; only where scales are searched
   bool finite;
 };
 
@@ -88,32 +89,58 @@ inline F16 choose(bool first, F16 a, F16 b) {
   return or_bits(and_bits(a, broadcast(float_of(mask))), and_bits(b, broadcast(float_of(~mask))));
 }
 
+// Sums of four vectors.
+inline void sum_each(const F16 (&v)[4], float (&sums)[4]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  auto pairs = [](F16 a, F16 b) {
+    return _mm256_hadd_ps(_mm256_add_ps(a.low, a.high), _mm256_add_ps(b.low, b.high));
+  };
+  const __m256 halves = _mm256_hadd_ps(pairs(v[0], v[1]), pairs(v[2], v[3]));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+#else
+  for (int i = 0; i < 4; ++i)
+    sums[i] = sum(v[i]);
+#endif
+}
+
 // Chooses the candidate scale of least weighted error; ties go to the larger scale.
 inline void search_scale(Block &block, int nearest, const Sensitivity &g) {
-  double least = INFINITY;
-  int chosen = nearest;
-  block.fp4 = zero();
-  for (int offset : kSearchOffsets) {
-    const int code = std::min(std::max(nearest + offset, kScaleMinCode), kScaleMaxCode);
-    const F16 tried = round_fp4(block.u, kE4M3[code]);
-    const double error = sum_of_squares(tried, block.target, g);
-    bool better = error < least;
-    if (__builtin_expect(std::fabs(error - least) < error * kEstimateBand, false))
-      better = exact_sum_of_squares(tried, block.target, g) <
-               exact_sum_of_squares(block.fp4, block.target, g);
-    block.fp4 = choose(better, tried, block.fp4);
-    chosen = better ? code : chosen;
-    least = better ? error : least;
+  int codes[4];
+  F16 tried[4], squares[4];
+  for (int i = 0; i < 4; ++i) {
+    codes[i] = std::min(std::max(nearest + kSearchOffsets[i], kScaleMinCode), kScaleMaxCode);
+    tried[i] = round_fp4(block.u, kE4M3[codes[i]]);
+    const F16 d = subtract(tried[i], block.target);
+    squares[i] = multiply(multiply(d, d), load(g.estimating));
   }
-  block.scale = kE4M3[chosen];
+  float errors[4];
+  sum_each(squares, errors);
+  // Estimates within twice the band of the least need integers; others are larger in integers, too.
+  const float least = std::min(std::min(errors[0], errors[1]), std::min(errors[2], errors[3]));
+  const float near = least * static_cast<float>(1 + 2 * kEstimateBand);
+  const int candidates = (errors[0] <= near) | (errors[1] <= near) << 1 | (errors[2] <= near) << 2 |
+                         (errors[3] <= near) << 3;
+  int chosen = __builtin_ctz(static_cast<unsigned>(candidates));
+  if (__builtin_expect((candidates & (candidates - 1)) != 0, false)) {
+    int64_t exact = INT64_MAX;
+    for (int i = 0; i < 4; ++i)
+      if (candidates >> i & 1) {
+        const int64_t error = exact_sum_of_squares(tried[i], block.target, g);
+        chosen = error < exact ? i : chosen;
+        exact = std::min(error, exact);
+      }
+  }
+  block.fp4 = tried[chosen];
+  block.fp4_error = errors[chosen];
+  block.scale = kE4M3[codes[chosen]];
 }
 
 // Whether the block is FP8: S > T. A processor could not predict a branch on that, so in the common
 // case the result of a comparison is used as a number.
 inline bool decide(const Block &block, const Site &site, const Sensitivity &g) {
-  const bool benefit = site.rule & kBenefit;
+  const bool benefit = site.rule & kBenefit, known = benefit && site.rule & kSearch;
   const F16 other = benefit ? block.target : block.fp8;
-  const double worse = sum_of_squares(block.fp4, other, g);
+  const double worse = known ? block.fp4_error : sum_of_squares(block.fp4, other, g);
   const double better = benefit ? sum_of_squares(block.fp8, other, g) : 0;
   const double above = worse - better - static_cast<double>(site.threshold);
   bool fp8 = above > 0;
@@ -175,6 +202,8 @@ inline F16 read_block(const Matrix &x, int64_t m, int64_t at) {
     std::memcpy(narrow, source, left * sizeof *source);
   } else {
     const float *source = static_cast<const float *>(x.data) + from;
+    if (left >= kBlock)
+      return round_bf16(load(source));
     for (int64_t i = 0; i < std::min(left, kBlock); ++i)
       narrow[i] = to_bf16(source[i]);
   }
