@@ -44,7 +44,7 @@ from fgmp.data import choose_windows, tokenize
 from fgmp.demo.text import docstrings, standard_library
 from fgmp.evaluation.perplexity import evaluate
 from fgmp.kernels.cpu.library import kernels
-from fgmp.model.linear import mixed_linears
+from fgmp.model.linear import weight_holders
 from fgmp.model.losses import causal_lm_loss
 from fgmp.model.source import context_length, load_model, load_tokenizer
 from fgmp.model.store import config_of
@@ -142,7 +142,7 @@ def measured(
     for _ in range(repeats):
         seconds, mixed = one_turn(create, samples, held_out)
         turns.append(seconds)
-    parameters = sum(m.packed.n * m.packed.k for m in mixed_linears(mixed).values())
+    parameters = sum(m.packed.n * m.packed.k for m in weight_holders(mixed).values())
     median = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
     run = config_of(mixed).run
 

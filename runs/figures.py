@@ -1,12 +1,12 @@
-"""Tables and plots of docs/results.md, from the JSON files in docs/results.
+"""Tables and plots of the documents, from the JSON files in docs/results.
 
     python runs/figures.py
 
-Fills the page between ``<!-- NAME -->`` and ``<!-- end -->`` with the table of that name. Tables
-come from ``accuracy-MODEL.json`` (written by ``runs/accuracy.py --json``) and from the files of
-``runs/encoder.py``, ``runs/kv_cache.py`` and ``runs/budgets.py``. Draws ``accuracy-MODEL.svg`` for
-each model: KL gap recovered over the mean of bits per weight and bits per activation value, with
-95% intervals. It computes no result.
+Fills docs/results.md and docs/families.md between ``<!-- NAME -->`` and ``<!-- end -->`` with the
+table of that name. Tables come from ``accuracy-MODEL.json`` (written by ``runs/accuracy.py
+--json``) and from the files of ``runs/encoder.py``, ``runs/kv_cache.py``, ``runs/budgets.py`` and
+``runs/families.py``. Draws ``accuracy-MODEL.svg`` for each model: KL gap recovered over the mean of
+bits per weight and bits per activation value, with 95% intervals. It computes no result.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import families
 import kv_cache
 from rows import ABLATIONS, ROWS, ablated
 
@@ -33,6 +34,7 @@ COLOURS = {
 """Colours of a plot, by a part of the row's name; ours where none matches."""
 
 DOCS = Path(__file__).parents[1] / "docs"
+PAGES = [DOCS / "results.md", DOCS / "families.md"]
 MODELS = {
     "wiki5m": "wiki5m",
     "babyllama105": "babyllama105",
@@ -76,7 +78,7 @@ def results() -> dict[str, Facts]:
 
 def other_results() -> dict[str, Facts]:
     """Results of the other scripts, by file."""
-    names = ("encoder", "budgets-babyllama105", "kv-wiki5m", "kv-babyllama105")
+    names = ("encoder", "budgets-babyllama105", "kv-wiki5m", "kv-babyllama105", "families")
     return {name: json.loads((DOCS / "results" / f"{name}.json").read_text()) for name in names}
 
 
@@ -238,7 +240,7 @@ def filled(page: str, models: dict[str, Facts], others: dict[str, Facts]) -> str
     """The page with every marked table written anew.
 
     Args:
-        page: content of docs/results.md.
+        page: content of a document.
         models: from :func:`results`.
         others: from :func:`other_results`.
 
@@ -253,6 +255,7 @@ def filled(page: str, models: dict[str, Facts], others: dict[str, Facts]) -> str
         "encoder": encoder(others["encoder"]),
         "budgets": budgets(others["budgets-babyllama105"]),
         **{name: kv_cache.table(others[name]) for name in ("kv-wiki5m", "kv-babyllama105")},
+        "families": families.table(others["families"]),
     }
 
     def fill(place: re.Match[str]) -> str:
@@ -312,8 +315,8 @@ def main() -> None:
     models = results()
     for model, facts in models.items():
         (DOCS / "results" / f"accuracy-{model}.svg").write_text(plot(model, facts))
-    page = DOCS / "results.md"
-    page.write_text(filled(page.read_text(), models, other_results()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text(), models, other_results()))
 
 
 if __name__ == "__main__":

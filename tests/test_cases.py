@@ -1,5 +1,6 @@
 """Modules and folders on which a quantizer can silently do the wrong thing, one test per kind."""
 
+import copy
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch
 from conftest import make_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import fgmp
 from fgmp import CheckpointError, FGMPError, InputError, Recipe
@@ -21,10 +23,13 @@ from fgmp.app.console import printable
 from fgmp.evaluation.compare import start_counting
 from fgmp.evaluation.inspect import inspect_checkpoint
 from fgmp.model.linear import mixed_linears, sites
+from fgmp.model.select import linearize
 from fgmp.model.source import Source
 from fgmp.model.store import config_of
 from fgmp.pack.checkpoint import _partial_prefix, require_free, write
 from fgmp.pack.reader import Reader
+from fgmp.quantization.sequential import stages
+from fgmp.sensitivity.fisher import calibrate
 from fgmp.storage.resume import forget, require_own
 
 WIDTH = 64
@@ -81,10 +86,148 @@ def test_a_module_under_two_names_is_packed_once(tmp_path: Path) -> None:
     assert torch.equal(loaded(samples()[0]), model(samples()[0]))
 
 
-def test_two_modules_with_one_weight_keep_their_precision(tmp_path: Path) -> None:
-    model, _ = quantized(Twice("weight"))
+@pytest.mark.parametrize("fields", [{}, {"compensate": False}, {"fisher": "factored"}])
+def test_two_modules_with_one_weight_are_packed_once(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    model, _ = quantized(Twice("weight"), **fields)
+    packed = mixed_linears(model)
+    assert sorted(packed) == ["a", "b", "c"] and sorted(sites(model)) == ["a", "b", "c"]
+    assert packed["b"].holder is packed["a"] and config_of(model).shared == {"b": "a"}
+    assert (
+        config_of(model).result["quantized_share"] == 1
+        and not config_of(model).result["unquantized"]
+    )
+    fgmp.save(model, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert not any(name.startswith("b.weight") for name in tensors) and "b.bias" in tensors
+    assert inspect_checkpoint(tmp_path / "out").quantized_weights == 2 * WIDTH**2
+    loaded = fgmp.load(tmp_path / "out", Twice("weight"))
+    assert mixed_linears(loaded)["b"].holder is mixed_linears(loaded)["a"]
+    assert torch.equal(loaded(samples()[0]), model(samples()[0]))
+    copied = copy.deepcopy(loaded)
+    assert mixed_linears(copied)["b"].holder is mixed_linears(copied)["a"]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = linear(96), nn.Linear(96, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+class Adapted(nn.Module):
+    """A block whose weights a later block shares, between blocks that share nothing."""
+
+    def __init__(self, *, called: bool = True, share: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Block() for _ in range(4))
+        for name in ("up", "down"):
+            if share:
+                getattr(self.layers[3], name).weight = getattr(self.layers[1], name).weight
+        self.called = called
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) if self.called else layer.forward(x)
+        return x
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_blocks_that_are_not_called_themselves_are_compensated_alike(share: bool) -> None:
+    """Where a block is only a container, hooks on it see nothing."""
+    one, other = (quantized(Adapted(called=called, share=share))[0] for called in (True, False))
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_shared_weights_are_compensated_for_all_their_uses() -> None:
+    """Sites that read one weight share a stage and a tensor scale; the others are as before."""
+    model, _ = quantized(Adapted())
+    packed = mixed_linears(model)
+    assert len(packed) == 8
+    for name in ("up", "down"):
+        assert packed[f"layers.3.{name}"].holder is packed[f"layers.1.{name}"]
+        assert packed[f"layers.3.{name}"].bias is not packed[f"layers.1.{name}"].bias
+    todo = stages(Adapted(), list(packed), [["layers.1.up", "layers.3.up"]])
+    assert [stage.owners for stage in todo if not stage.block] == [["layers.1.up", "layers.3.up"]]
+
+
+def test_a_shared_weight_keeps_its_precision_where_one_of_its_linears_does() -> None:
+    model, _ = quantized(Twice("weight"), exclude=("b",))
     assert sorted(mixed_linears(model)) == ["c"] and model.a.weight is model.b.weight
-    assert config_of(model).result["unquantized"] == ["a.weight", "b.weight"]
+    assert config_of(model).result["unquantized"] == ["a.weight"]
+
+
+class Borrowed(Twice):
+    """The weight of a linear under another name, read without a call."""
+
+    def __init__(self) -> None:
+        super().__init__("module")
+        self.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(nn.functional.linear(self.a(x), self.weight))
+
+
+def test_a_weight_that_is_also_a_parameter_of_another_module_keeps_its_precision() -> None:
+    model, _ = quantized(Borrowed())
+    assert sorted(mixed_linears(model)) == ["c"]
+
+
+def test_a_bias_of_two_linears_stays_one(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        model = nn.Sequential(linear(), linear())
+        model[1].bias = model[0].bias
+        return model
+
+    model, _ = quantized(make())
+    assert model[0].bias is model[1].bias
+    fgmp.save(model, tmp_path / "out")
+    loaded = fgmp.load(tmp_path / "out", make())
+    assert torch.equal(loaded(samples()[0]), model(samples()[0]))
+
+
+@pytest.mark.parametrize("share", ["module", "weight"])
+def test_a_transposed_linear_that_is_shared_stays_one(share: str) -> None:
+    model = nn.ModuleDict({"a": nn.ModuleDict(), "b": nn.ModuleDict()})
+    first = Conv1D(WIDTH, WIDTH)
+    second = first if share == "module" else Conv1D(WIDTH, WIDTH)
+    second.weight = first.weight
+    model["a"]["one"], model["b"]["one"] = first, second
+    linearize(model)
+    one, other = model["a"]["one"], model["b"]["one"]
+    assert one.weight is other.weight and (one is other) == (share == "module")
+
+
+@pytest.mark.parametrize(
+    "shared", [{"b": "c"}, {"b": "b"}, {"x": "a"}, {"b": 5}, ["b"], {"a": "b", "b": "a"}]
+)
+def test_an_edit_of_what_is_shared_is_refused(shared: object, tmp_path: Path) -> None:
+    model, _ = quantized(Twice("weight"))
+    fgmp.save(model, tmp_path / "out")
+    quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert quantization["shared"] == {"b": "a"}
+    edit_config(tmp_path / "out", quantization_config={**quantization, "shared": shared})
+    with pytest.raises(CheckpointError, match="shared"):
+        fgmp.load(tmp_path / "out", Twice("weight"))
+
+
+def test_gradients_of_all_uses_are_added_before_they_are_squared() -> None:
+    """Against autograd, sequence by sequence."""
+    model = Twice("weight")
+    linears = {"a": model.a, "b": model.b, "c": model.c}
+    calibration = calibrate(model, linears, samples(), loss)
+    expected, n = torch.zeros(WIDTH, WIDTH), 0
+    for x in samples():
+        total, count = loss(model, x)
+        (gradient,) = torch.autograd.grad(total, [model.a.weight])
+        expected, n = expected + gradient.square(), n + count
+    assert sorted(calibration.weights) == ["a", "c"]
+    torch.testing.assert_close(calibration.weights["a"], expected / n, rtol=1e-4, atol=0)
 
 
 # Routers.
@@ -188,6 +331,24 @@ class Alternating(nn.Module):
 def test_empty_tensors_identify_no_site(compensate: bool) -> None:
     model, _ = quantized(Alternating(), compensate=compensate)
     assert sorted(sites(model)) == ["experts.0", "experts.1"]
+
+
+class Cycles(nn.Module):
+    """A first cycle without gradients, as hierarchical reasoning models have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            first = self.b(self.a(x).relu())
+        return self.b(self.a(x + first).relu())
+
+
+def test_a_pass_without_gradients_adds_none() -> None:
+    model, _ = quantized(Cycles())
+    assert sorted(mixed_linears(model)) == ["a", "b"]
 
 
 # Subclasses of nn.Linear.
@@ -463,7 +624,7 @@ def test_what_a_running_process_writes_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x" * 240, "a\0b", "\udcff"])
 def test_a_name_that_no_folder_can_have_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the name of a folder must"):
+    with pytest.raises(InputError, match="the name of a file or folder must"):
         require_free(tmp_path / name)
 
 

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from fgmp.app import energy
 from fgmp.app.commands import SILENT, quantize_to
@@ -16,7 +17,7 @@ from fgmp.app.quickstart import MODEL
 from fgmp.errors import InputError
 from fgmp.hardware import inference, liberty, silicon, yosys
 from fgmp.hardware.cells import embedded
-from fgmp.model.source import load_model
+from fgmp.model.source import load_model, load_tokenizer
 from fgmp.recipe import PAPER, Recipe
 
 from .cases import Place, Run
@@ -199,6 +200,30 @@ def test_windows_that_drive_the_netlists(place: Place) -> None:
     for data in (None, place.text):
         tokens = energy.text_windows(place.model, model, data)
         assert tokens.shape == (4, 64) and tokens.dtype == torch.int64
+
+
+def test_windows_start_as_the_tokenizer_starts_a_text(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in ``eval``, with a text and without one."""
+    model, tokenizer = load_model(place.model), load_tokenizer(place.model)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.bos_token_id
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    model.resize_token_embeddings(bos + 1)
+    monkeypatch.setattr(energy, "load_tokenizer", lambda name: tokenizer)
+    for data in (None, place.text):
+        assert energy.text_windows(place.model, model, data)[:, 0].tolist() == [bos] * 4
+
+
+def test_a_token_without_an_embedding_is_refused(place: Place) -> None:
+    model = load_model(place.model)
+    model.resize_token_embeddings(5)
+    for data in (None, place.text):
+        with pytest.raises(InputError, match=r"embedding has 5 rows"):
+            energy.text_windows(place.model, model, data)
 
 
 def test_a_text_that_is_missing_is_refused(place: Place) -> None:

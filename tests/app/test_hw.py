@@ -48,6 +48,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("name", ["x" * 240, "\udcff"])
+def test_a_name_that_no_output_can_have_is_refused_before_any_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_work(*_: object, **__: object) -> None:
+        raise AssertionError("worked before the name was checked")
+
+    monkeypatch.setattr(yosys, "warm_up", no_work)
+    monkeypatch.setattr("fgmp.app.energy.energy", no_work)
+    for arguments in (("rtl", "-o", tmp_path / name), ("energy", "x", "--plot", tmp_path / name)):
+        done = invoke(*arguments)
+        assert done.exit_code == 1 and "name of a file or folder" in done.output, done.output
+
+
+def test_a_plot_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fgmp.app.energy.energy", None)
+    done = invoke("energy", "x", "--plot", tmp_path)
+    assert done.exit_code == 1 and "is a folder" in done.output
+
+
 def invoke(*arguments: object) -> Any:
     return CliRunner().invoke(app, ["hw", *map(str, arguments)])
 

@@ -29,6 +29,7 @@ from fgmp.model.store import config_of
 from fgmp.pack.planes import PackedWeight
 from fgmp.quantization import sequential
 from fgmp.quantization.sequential import Stage, block_of, bytes_needed, pack_in_turn, stages
+from fgmp.quantization.sharing import readers
 from fgmp.sensitivity.moments import Moments, add_moments, new_moments
 from fgmp.storage.resume import PartialResults
 
@@ -43,8 +44,12 @@ class Setting:
             copy.deepcopy(model), samples, Recipe(fp4=1.0, clip="off", compensate=False), loss=loss
         )
         self.records = {owner: site.record for owner, site in sites(quantized).items()}
-        self.linears_of = {o: s.linears for o, s in config_of(quantized).sites.items()}
-        self.weights = {n: m.weight.detach() for n, m in quantizable(model).items()}
+        config = config_of(quantized)
+        self.linears_of = {o: s.linears for o, s in config.sites.items()}
+        self.shared = config.shared
+        self.readers = readers(self.linears_of, self.shared)
+        linears = quantizable(model).items()
+        self.weights = {n: m.weight.detach() for n, m in linears if n not in self.shared}
 
     def pack(self, groups: Any, moments: dict[str, Moments]) -> dict[str, PackedWeight]:
         policy = POLICIES["error"]
@@ -67,13 +72,14 @@ class Setting:
             self.loss,
             {"only": pack or self.pack},
             results=results,
+            shared=self.shared,
         )["only"]
 
     def with_weights(self, packed: dict[str, PackedWeight]) -> nn.Module:
         """A copy with these weights and their sites."""
         model = copy.deepcopy(self.model)
-        done = {o: names for o, names in self.linears_of.items() if o in packed}
-        install(model, packed, self.records, done)
+        done = {o: n for o, n in self.linears_of.items() if self.shared.get(o, o) in packed}
+        install(model, packed, self.records, done, self.shared)
         return model
 
     @torch.no_grad()
@@ -118,19 +124,21 @@ def judged(setting: Setting) -> Callable[..., dict[str, PackedWeight]]:
 
     def pack(groups: Any, moments: dict[str, Moments]) -> dict[str, PackedWeight]:
         quantized = setting.with_weights(packed)
-        for owner, sums in moments.items():
-            x = setting.inputs(setting.model, owner, None)
-            y = setting.inputs(quantized, owner, iter(choices))
-            site = setting.records[owner]
-            q = (fake_quantize(y, site)[0] * site.t).double() if len(y) else y.double()
-            # Sums in fp32, of a few hundred tokens.
-            close = {"rtol": 1e-5, "atol": 1e-5 * float(q.square().sum() / q.shape[1])}
-            torch.testing.assert_close(sums.h.double(), q.T @ q, **close)
-            difference = x.double() - q
+        for first, sums in moments.items():
+            h, d = torch.zeros(2, *sums.h.shape, dtype=torch.float64)
+            for owner in setting.readers[first]:
+                x = setting.inputs(setting.model, owner, None)
+                y = setting.inputs(quantized, owner, iter(choices))
+                site = setting.records[owner]
+                q = (fake_quantize(y, site)[0] * site.t).double() if len(y) else y.double()
+                h += q.T @ q
+                d += (x.double() - q).T @ q
             if sums.rows:
-                stacked = torch.cat([setting.weights[name] for name in sums.rows])
-                difference = difference @ stacked.T.double()
-            torch.testing.assert_close(sums.d.double(), difference.T @ q, **close)
+                d = torch.cat([setting.weights[name] for name in sums.rows]).double() @ d
+            # Sums in fp32, of a few hundred tokens.
+            close = {"rtol": 1e-5, "atol": 1e-5 * float(h.trace() / len(h))}
+            torch.testing.assert_close(sums.h.double(), h, **close)
+            torch.testing.assert_close(sums.d.double(), d, **close)
         packed.update(setting.pack(groups, moments))
         return {name: packed[name] for names in groups for name in names}
 
@@ -164,6 +172,82 @@ class Chain(nn.Module):
             if self.skip:
                 x = x + 0.5 * first
         return self.head(x)
+
+
+class Gated(nn.Module):
+    """Blocks with one site of two linears and one of one, some of whose weights are shared."""
+
+    def __init__(self, *pairs: str, width: int = 48) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = {"up": (32, width), "side": (32, width), "down": (width, 32)}
+        self.blocks = nn.ModuleList(_Gate(shapes) for _ in range(4))
+        for pair in pairs:
+            one, other = (self.get_submodule(f"blocks.{name}") for name in pair.split())
+            other.weight = one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+class _Gate(nn.ModuleDict):
+    def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
+        super().__init__({name: nn.Linear(*shape) for name, shape in shapes.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self["down"](self["up"](x) * self["side"](x).tanh())
+
+
+SHARING = {
+    "one of a site": ["0.up 2.up"],
+    "few rows": ["0.down 2.down"],
+    "whole blocks": ["0.up 2.up", "0.side 2.side", "0.down 2.down"],
+    "the last stage of a block": ["1.down 3.down"],
+    "crossed": ["0.up 2.side", "0.side 3.up"],
+    "one site": ["1.up 1.side"],
+    "three": ["0.up 1.up", "0.up 3.side"],
+}
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_moments_of_a_shared_weight_are_sums_over_all_its_uses(kind: str) -> None:
+    model = Gated(*SHARING[kind], width=96 if kind == "few rows" else 48)
+    samples = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(1))
+    setting = Setting(model, samples, squares)
+    assert len(setting.shared) == len(SHARING[kind])
+    packed = setting.in_turn(judged(setting))
+    assert packed.keys() == setting.weights.keys()
+
+
+def test_variants_share_weights_and_their_h(tmp_path: Path) -> None:
+    """And a run that stopped goes on with the same bits."""
+    samples = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(1))
+    setting = Setting(Gated(*SHARING["whole blocks"]), samples, squares)
+    alone = setting.in_turn()
+    results, stop = PartialResults(tmp_path, "a" * 16), True
+    seen: list[dict[str, Moments]] = []
+
+    def pack(groups: Any, moments: dict[str, Moments]) -> dict[str, PackedWeight]:
+        if stop and len(seen) == 5:
+            raise KeyboardInterrupt
+        seen.append(moments)
+        return setting.pack(groups, moments)
+
+    def both() -> dict[str, dict[str, PackedWeight]]:
+        arguments = setting.linears_of, setting.records, samples, squares
+        packers = {"other": pack, "one": pack}
+        return pack_in_turn(
+            setting.model, *arguments, packers, results=results, shared=setting.shared
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        both()
+    stop = False
+    packed = both()
+    assert same(packed["one"], alone) and same(packed["other"], alone)
+    assert all(seen[0][name].h is sums.h for name, sums in seen[1].items())
 
 
 def squares(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:

@@ -117,11 +117,12 @@ def test_the_original_is_back_after_an_interruption(tokens: Tensor) -> None:
         assert torch.equal(parameter, state[name]) and parameter.grad is None
 
 
-@pytest.fixture
-def small_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Steps of two sequences, the state stored after each; the numbers of the steps that ran."""
+@pytest.fixture(params=[-1, 1e9], ids=["after each step", "on interruption"])
+def small_steps(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
+    """Steps of two sequences, the numbers of those that ran; the state is stored after each, or
+    on an interruption and at the end only."""
     monkeypatch.setattr("fgmp.quantization.tune.SEQUENCES_PER_STEP", 2)
-    monkeypatch.setattr("fgmp.quantization.tune.SAVE_EVERY_SECONDS", -1)
+    monkeypatch.setattr("fgmp.quantization.tune.SAVE_EVERY_SECONDS", request.param)
     steps: list[int] = []
     step = _Adam.step
 

@@ -1,4 +1,4 @@
-"""The tables and plots of docs/results.md are those of the results beside it."""
+"""The tables and plots of the documents are those of the results beside them."""
 
 import figures
 import pytest
@@ -8,8 +8,10 @@ def test_tables_and_plots_are_those_of_the_results() -> None:
     models = figures.results()
     page = (figures.DOCS / "results.md").read_text()
     assert page.count("<!-- end -->") == len(models) + 7
-    filled = figures.filled(page, models, figures.other_results())
-    assert filled == page, "run python runs/figures.py"
+    for path in figures.PAGES:
+        page = path.read_text()
+        filled = figures.filled(page, models, figures.other_results())
+        assert filled == page, "run python runs/figures.py"
     for model, facts in models.items():
         drawn = (figures.DOCS / "results" / f"accuracy-{model}.svg").read_text()
         assert drawn == figures.plot(model, facts), "run python runs/figures.py"

@@ -575,6 +575,20 @@ def test_ctrl_c_waits_for_the_sequence_to_end(tokens: Tensor, tmp_path: Path) ->
 # Calibration files.
 
 
+def test_a_loss_with_other_arguments_is_another(tokens: Tensor, tmp_path: Path) -> None:
+    model, linears = prepared("llama")
+    calibrated = partial(calibrate, model, linears, tokens[:1], file=tmp_path / "run.state")
+    calibrated(partial(weighted_loss, factor=1.0))
+    calibrated(partial(weighted_loss, factor=1.0))
+    with pytest.raises(InputError, match="of another loss"):
+        calibrated(partial(weighted_loss, factor=2.0))
+
+
+def weighted_loss(model: nn.Module, sample: Tensor, factor: float) -> tuple[Tensor, int]:
+    total, predictions = causal_lm_loss(model, sample)
+    return factor * total, predictions
+
+
 def test_a_calibration_file_is_used_again_or_refused(tokens: Tensor, tmp_path: Path) -> None:
     model, linears = prepared("llama")
     file = tmp_path / "run.state"
@@ -585,7 +599,8 @@ def test_a_calibration_file_is_used_again_or_refused(tokens: Tensor, tmp_path: P
     def unused(model: nn.Module, sample: Tensor) -> tuple[Tensor, int]:
         raise AssertionError
 
-    unused.__qualname__ = causal_lm_loss.__qualname__  # calibrations know a loss by its name
+    unused.__module__ = causal_lm_loss.__module__  # calibrations know a loss by its name
+    unused.__qualname__ = causal_lm_loss.__qualname__
     assert same(calibrated(linears, tokens[:3], unused), whole)
 
     def another(model: nn.Module, sample: Tensor) -> tuple[Tensor, int]:

@@ -26,6 +26,24 @@ class Setting:
     search: Any = search_scale_codes
 
 
+class Called:
+    """A callable object, as a loss may be; its representation holds an address."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self.itself = self
+
+    def __call__(self) -> float:
+        return self.rate
+
+    def method(self) -> float:
+        return self.rate
+
+
+class OtherCalled(Called):
+    pass
+
+
 def values() -> dict[str, Any]:
     """One value of every kind that a fingerprint is made of; equal at each call."""
     return {
@@ -33,6 +51,9 @@ def values() -> dict[str, Any]:
         "class": Setting,
         "method": Setting.__init__,
         "partial": partial(search_scale_codes, t=0.5),
+        "callable object": Called(0.5),
+        "bound method": Called(0.5).method,
+        "partial of an object": partial(Called(0.5), 1),
         "partial with a tensor": partial(sha256, torch.arange(3)),
         "dataclass": Setting(0.1, torch.arange(5), partial(nearest_scale_codes, t=1.0)),
         "methods": Methods(search_scales=partial(search_scale_codes, t=2.0), damping=0.5),
@@ -81,6 +102,17 @@ def test_values_of_every_kind_differ() -> None:
         (Methods(), replace(Methods(), relief=0.5)),
         ({"a": 1}, {"b": 1}),
         ([1, 2], [2, 1]),
+        ([[1], 2], [[1, 2]]),
+        ([[], [1]], [[1], []]),
+        (["a", "b"], ["a'", "'b"]),
+        (["ab"], ["a", "b"]),
+        ([1, 23], [12, 3]),
+        ({"a": {"b": 1}}, {"a": {}, "b": 1}),
+        ([{"a": 1}], {"a": 1}),
+        (Called(1), Called(2)),
+        (Called(1), OtherCalled(1)),
+        (Called(1).method, Called(2).method),
+        (partial(Called(1), t=1), partial(Called(2), t=1)),
         ("1", 1),
         (torch.zeros(2, 3), torch.zeros(3, 2)),
         (torch.zeros(2), torch.zeros(2, dtype=torch.int32)),

@@ -23,7 +23,7 @@ from fgmp.app.machines import (
     operands,
 )
 from fgmp.app.records import Lines
-from fgmp.data import evaluation_windows, tokenize, windows
+from fgmp.data import evaluation_windows
 from fgmp.demo.text import docstrings, standard_library
 from fgmp.hardware import inference, silicon
 from fgmp.hardware.cells import Library
@@ -31,6 +31,7 @@ from fgmp.hardware.inference import LANES, PREFILL, Work
 from fgmp.hardware.silicon import MIXED
 from fgmp.model.source import context_length, load_model, load_tokenizer
 from fgmp.model.store import config_of
+from fgmp.quantization.pipeline import require_valid_token_ids
 
 TOKENS = 256
 """Tokens whose activations drive the netlists."""
@@ -334,13 +335,22 @@ def assumptions(
 
 
 def text_windows(name: str, model: nn.Module, data: str | None) -> torch.Tensor:
-    """Windows that drive the netlists, int64 (B, L); of the Python library without ``data``."""
+    """Windows that drive the netlists, int64 (B, L), as ``eval`` cuts them.
+
+    Without ``data`` the text is the Python library's.
+
+    Raises:
+        InputError: the text cannot be read, or has a token without an embedding.
+    """
     length = min(TOKENS, context_length(model))
     tokenizer = load_tokenizer(name)
-    if data is not None:
-        return evaluation_windows(data, tokenizer, length)[: TOKENS // length]
-    documents = list(itertools.islice(docstrings(standard_library()), _DOCUMENTS))
-    return windows(tokenize(documents, tokenizer), length)[: TOKENS // length]
+    documents = None
+    if data is None:
+        documents = list(itertools.islice(docstrings(standard_library()), _DOCUMENTS))
+    text = data or "docstrings"
+    tokens = evaluation_windows(text, tokenizer, length, documents)[: TOKENS // length]
+    require_valid_token_ids(f"text {text}", tokens, model)
+    return tokens
 
 
 def _saving(ours: float, theirs: float) -> float:

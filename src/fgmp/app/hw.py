@@ -139,9 +139,13 @@ def energy(
     prefill and a decode take.
     """
     from fgmp.app.energy import energy as measure
+    from fgmp.pack.checkpoint import require_writable
 
-    if plot and not plot.parent.is_dir():
-        raise InputError(f"--plot {plot}: there is no folder {plot.parent}")
+    if plot:
+        require_writable(plot)
+        if plot.is_dir() or not plot.parent.is_dir():
+            kind = "is a folder" if plot.is_dir() else f"there is no folder {plot.parent}"
+            raise InputError(f"--plot {plot}: {kind}")
     result = measure(directory, liberty, data, terminal_reporter())
     show(result, as_json, _print_energy)
     if plot:

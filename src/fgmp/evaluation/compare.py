@@ -22,7 +22,7 @@ from fgmp.evaluation.perplexity import (
     next_token_log_probabilities,
 )
 from fgmp.formats.spec import BLOCK, FP4_BITS, FP8_BITS, stream_bits
-from fgmp.model.linear import mixed_linears, sites
+from fgmp.model.linear import sites, weight_holders
 from fgmp.model.precision import stored_dtype
 from fgmp.progress import Progress, silent
 
@@ -156,7 +156,7 @@ def drift(model: nn.Module, calibrated: dict[str, float]) -> dict[str, float]:
 
 def weight_bits(model: nn.Module) -> float:
     """Bits per quantized weight, counting every stored byte of the planes."""
-    packed = [m.packed for m in mixed_linears(model).values()]
+    packed = [m.packed for m in weight_holders(model).values()]
     return 8 * sum(p.nbytes for p in packed) / sum(p.n * p.k for p in packed)
 
 
@@ -166,7 +166,7 @@ def activation_bits(name: str, fp4_fraction: float) -> float:
 
 
 def _compression(model: nn.Module, bits: float, tokens: int) -> float:
-    weights = sum(m.packed.n * m.packed.k for m in mixed_linears(model).values())
+    weights = sum(m.packed.n * m.packed.k for m in weight_holders(model).values())
     values = sum(s.counts[1] * BLOCK for s in sites(model).values()) / tokens * CONTEXT
     return _REFERENCE_BITS * (weights + values) / (weight_bits(model) * weights + bits * values)
 

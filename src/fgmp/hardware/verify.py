@@ -78,7 +78,7 @@ def layers_of(directory: Path, outputs: int | None = None) -> Iterator[Layer]:
     config = CheckpointConfig.from_dict(read_config(directory)["quantization_config"], str(path))
     reader = Reader(weight_files(directory))
     for owner, listed in config.sites.items():
-        site, weights = reader.group(owner, listed)
+        site, weights = reader.group(owner, listed, config.shared)
         linears = {}
         for name, weight in weights.items():
             bias = reader.tensor(f"{name}.bias") if f"{name}.bias" in reader.names else None

@@ -22,6 +22,7 @@ def packed_linears(
     weights: Mapping[str, PackedWeight],
     records: Mapping[str, Site],
     linears_of: Mapping[str, list[str]],
+    shared: Mapping[str, str] | None = None,
 ) -> dict[str, MixedLinear]:
     """Build packed linears, by name, to replace those of a linearized model.
 
@@ -30,16 +31,23 @@ def packed_linears(
         weights: packed weights by linear.
         records: constants by site.
         linears_of: names of the linears that read each site; the first one owns the site.
+        shared: linears that have no weight of their own, and whose they use.
     """
-    linears = {}
-    for site_name, names in linears_of.items():
-        site = ActivationSite(records[site_name])
-        for position, name in enumerate(names):
-            old = model.get_submodule(name)
-            assert isinstance(old, nn.Linear | MixedLinear)
-            new = MixedLinear(weights[name], old.bias, site, owns_site=position == 0)
-            linears[name] = new.train(old.training)
-    return linears
+    shared = shared or {}
+    sites = {name: ActivationSite(records[name]) for name in linears_of}
+    owners = {name: owner for owner, names in linears_of.items() for name in names}
+    linears: dict[str, MixedLinear] = {}
+    biases: dict[int, nn.Parameter] = {}
+    for name in sorted(owners, key=lambda name: name in shared):  # holders first
+        old, owner = model.get_submodule(name), owners[name]
+        assert isinstance(old, nn.Linear | MixedLinear)
+        weight = linears[shared[name]] if name in shared else weights[name]
+        first = name == linears_of[owner][0]
+        new = MixedLinear(weight, old.bias, sites[owner], owns_site=first)
+        if old.bias is not None and new.bias is not None:
+            new.bias = biases.setdefault(id(old.bias), new.bias)
+        linears[name] = new.train(old.training)
+    return {name: linears[name] for name in owners}
 
 
 @dataclass(frozen=True)
@@ -82,9 +90,22 @@ def install(
     weights: Mapping[str, PackedWeight],
     records: Mapping[str, Site],
     linears_of: Mapping[str, list[str]],
+    shared: Mapping[str, str] | None = None,
 ) -> None:
     """Replace linears of a linearized model in place; arguments as :func:`packed_linears`."""
-    Replacement(packed_linears(model, weights, records, linears_of)).put(model)
+    Replacement(packed_linears(model, weights, records, linears_of, shared)).put(model)
+    untie_replaced(model)
+
+
+def untie_replaced(model: nn.Module) -> None:
+    """Forget which weights Transformers ties, where packed linears have replaced them.
+
+    They are no parameters any more; packed linears share them by themselves.
+    """
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in [name for name in tied if name not in parameters]:
+        del tied[name]
 
 
 def install_from(model: nn.Module, config: CheckpointConfig, reader: Reader) -> None:
@@ -100,16 +121,17 @@ def install_from(model: nn.Module, config: CheckpointConfig, reader: Reader) -> 
             holds a tensor that the model does not read, or breaks a rule of the format.
     """
     linearize(model)
-    reader.require_listed(config.linears)
+    reader.require_listed(config.holders)
     weights: dict[str, PackedWeight] = {}
     records = {}
     with torch.device("cpu"):
         for owner, site in config.sites.items():
-            records[owner], group = reader.group(owner, site)
+            records[owner], group = reader.group(owner, site, config.shared)
             for name, weight in group.items():
                 _check_shape(model, name, weight)
-            weights |= group
-        install(model, weights, records, {o: s.linears for o, s in config.sites.items()})
+            weights |= {n: weight for n, weight in group.items() if n not in config.shared}
+        linears_of = {owner: site.linears for owner, site in config.sites.items()}
+        install(model, weights, records, linears_of, config.shared)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     reader.require_only(name for name in model.state_dict() if name not in tied)
 

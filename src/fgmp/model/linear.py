@@ -132,19 +132,37 @@ class MixedLinear(nn.Module):
     """Linear layer with a packed weight and an input that is quantized online.
 
     Args:
-        packed: planes of the weight; they become the buffers ``weight_low``, ``weight_scale``, ...
+        weight: planes of the weight; they become the buffers ``weight_low``, ``weight_scale``, ...
+            Or another packed linear whose planes this one uses, and then has no such buffers.
         bias: (N,) or None.
         site: quantizes the input.
         owns_site: whether the site becomes a submodule, as in the first linear that reads it.
+
+    Attributes:
+        holder: the linear that has the planes, this one or the other.
     """
 
+    holder: "MixedLinear"
+    out_features: int
+    in_features: int
+
     def __init__(
-        self, packed: PackedWeight, bias: Tensor | None, site: ActivationSite, *, owns_site: bool
+        self,
+        weight: "PackedWeight | MixedLinear",
+        bias: Tensor | None,
+        site: ActivationSite,
+        *,
+        owns_site: bool,
     ) -> None:
         super().__init__()
-        self.out_features, self.in_features = packed.n, packed.k
-        for name in ("shape", "t", *PLANES):
-            self.register_buffer(f"weight_{name}", getattr(packed, name))
+        if isinstance(weight, MixedLinear):
+            self.out_features, self.in_features = weight.out_features, weight.in_features
+        else:
+            self.out_features, self.in_features = weight.n, weight.k
+            for name in ("shape", "t", *PLANES):
+                self.register_buffer(f"weight_{name}", getattr(weight, name))
+        # A reference and no submodule: names, devices and files are the holder's.
+        object.__setattr__(self, "holder", weight if isinstance(weight, MixedLinear) else self)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         if owns_site:
             self.input_site = site
@@ -155,7 +173,7 @@ class MixedLinear(nn.Module):
     def packed(self) -> PackedWeight:
         """Planes of the weight."""
         names = ("shape", "t", *PLANES)
-        return PackedWeight(**{name: getattr(self, f"weight_{name}") for name in names})
+        return PackedWeight(**{name: getattr(self.holder, f"weight_{name}") for name in names})
 
     @property
     def weight(self) -> Tensor:
@@ -174,9 +192,9 @@ class MixedLinear(nn.Module):
         """Quantize ``x`` (..., K) and multiply: (..., N) in the dtype of ``x``."""
         y: Tensor = ops.packed_linear(
             self.input_site(x),
-            *(getattr(self, f"weight_{plane}") for plane in PLANES),
+            *(getattr(self.holder, f"weight_{plane}") for plane in PLANES),
             self.input_site.r,
-            self.weight_t,
+            self.holder.weight_t,
             self.bias,
             x.dtype,
         )
@@ -214,3 +232,8 @@ def sites(model: nn.Module) -> dict[str, ActivationSite]:
 def mixed_linears(model: nn.Module) -> dict[str, MixedLinear]:
     """Packed linears of a quantized model, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, MixedLinear)}
+
+
+def weight_holders(model: nn.Module) -> dict[str, MixedLinear]:
+    """Packed linears by name, one for each packed weight."""
+    return {name: m for name, m in mixed_linears(model).items() if m.holder is m}

@@ -6,10 +6,10 @@ first, so that all other code deals with one kind of layer. Names are the same f
 weights and for one on the meta device that is about to be loaded.
 
 Output heads and routers stay in high precision unless an include pattern names them. Embeddings
-always do, and so do heads that share the embedding's weight.
+always do, and so do heads that share the embedding's weight. A weight that several linears share is
+quantized once, if all of them are chosen, else not at all.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeGuard
@@ -89,12 +89,22 @@ class Experts(nn.ModuleList):
 
 
 def linearize(model: nn.Module) -> None:
-    """Replace every ``Conv1D`` and every fused-experts module by ``nn.Linear``s, in place."""
+    """Replace every ``Conv1D`` and every fused-experts module by ``nn.Linear``s, in place.
+
+    A module or weight that the model uses in several places stays one.
+    """
+    new: dict[int, nn.Module] = {}
+    weights: dict[int, nn.Parameter] = {}
     for parent, name, child in list(_children(model)):
-        if isinstance(child, Conv1D):
-            setattr(parent, name, _linear_view(child.weight, True, child.bias))
-        elif _is_fused_experts(child):
-            setattr(parent, name, Experts(child))
+        if id(child) not in new:
+            if isinstance(child, Conv1D):
+                linear = new[id(child)] = _linear_view(child.weight, True, child.bias)
+                own = nn.Parameter(linear.weight.detach(), requires_grad=False)
+                linear.weight = weights.setdefault(id(child.weight), own)
+            elif _is_fused_experts(child):
+                new[id(child)] = Experts(child)
+        if id(child) in new:
+            setattr(parent, name, new[id(child)])
 
 
 def quantizable(
@@ -113,11 +123,10 @@ def quantizable(
     explicit = tuple(pattern for pattern in include if pattern != "*")
     head = output_head(model)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    shared = shared_weights(model)
     gates = set(routers(model))
     chosen = {}
     for name, module in model.named_modules():
-        if not is_linear(module) or id(module.weight) in shared:
+        if not is_linear(module):
             continue
         tied = id(module.weight) in embeddings
         special = tied or module is head or name in gates
@@ -129,7 +138,9 @@ def quantizable(
                     "stays in high precision; exclude it, or untie the two"
                 )
             chosen[name] = module
-    return chosen
+    users = _users(model)
+    complete = {id(m.weight) for m in chosen.values() if users[id(m.weight)] <= _ids(chosen)}
+    return {name: module for name, module in chosen.items() if id(module.weight) in complete}
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -161,29 +172,43 @@ def other_linears(model: nn.Module) -> dict[str, str]:
     }
 
 
-def shared_weights(model: nn.Module) -> set[int]:
-    """Identities (``id``) of weights that belong to more than one linear module.
+def shared_weights(linears: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Linears whose weight an earlier one has, too, and the name of that one, by name."""
+    holders: dict[int, str] = {}
+    for name, linear in linears.items():
+        holders.setdefault(id(linear.weight), name)
+    pairs = ((name, holders[id(linear.weight)]) for name, linear in linears.items())
+    return {name: holder for name, holder in pairs if name != holder}
 
-    Such weights are not quantized, since each module would pack its own, different copy. A single
-    module with several names is quantized.
-    """
-    counts = Counter(id(m.weight) for m in model.modules() if isinstance(m, nn.Linear))
-    return {weight for weight, count in counts.items() if count > 1}
+
+def _users(model: nn.Module) -> dict[int, set[int]]:
+    """Identities of the modules that have a parameter, under whatever name, by the parameter's."""
+    users: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), set()).add(id(module))
+    return users
+
+
+def _ids(modules: Mapping[str, nn.Module]) -> set[int]:
+    return {id(module) for module in modules.values()}
 
 
 def matrices(model: nn.Module) -> dict[str, int]:
     """Number of elements of every matrix that multiplies activations, by parameter name.
 
     These are all parameters with two or more dimensions except embeddings. An embedding that is
-    also the output head counts once, under the head's name.
+    also the output head counts once, under the head's name; so does a parameter of several
+    modules, under the first one's.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = output_head(model)
-    elements = {}
+    elements, seen = {}, set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             is_table = id(parameter) in tables and module is not head
-            if parameter.ndim >= 2 and not is_table:
+            if parameter.ndim >= 2 and not is_table and id(parameter) not in seen:
+                seen.add(id(parameter))
                 elements[f"{module_name}.{name}".lstrip(".")] = parameter.numel()
     return elements
 

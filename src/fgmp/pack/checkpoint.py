@@ -78,6 +78,7 @@ class CheckpointConfig:
 
     Attributes:
         sites: by *owner*, the linear that holds the site's tensors.
+        shared: linears that use the packed weight of another, and the name of that one, by name.
         recipe: ``Recipe.to_dict()``.
         calibration: the calibration text (fingerprint, sequences, tokens), and the dtype of the
             passes.
@@ -87,6 +88,7 @@ class CheckpointConfig:
     """
 
     sites: dict[str, SiteConfig]
+    shared: dict[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
@@ -100,10 +102,17 @@ class CheckpointConfig:
         """Names of all quantized linears."""
         return [name for site in self.sites.values() for name in site.linears]
 
+    @property
+    def holders(self) -> list[str]:
+        """Names of the quantized linears that have a packed weight of their own."""
+        return [name for name in self.linears if name not in self.shared]
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON types, with the fixed keys of the format."""
         values = asdict(self)
         del values["run"]
+        if not self.shared:
+            del values["shared"]
         return {**_FIXED, **values}
 
     @classmethod
@@ -123,6 +132,7 @@ class CheckpointConfig:
         try:
             sites = {name: _site_config(**site) for name, site in values["sites"].items()}
             rest = {k: dict(values[k]) for k in ("recipe", "calibration", "result", "producer")}
+            shared = _shared(values.get("shared", {}))
             if not sites:
                 raise ValueError("no sites")
             _require_names(rest["result"].get("unquantized", []))
@@ -138,11 +148,24 @@ class CheckpointConfig:
                 raise CheckpointError(
                     f"{where}.sites.{name}.linears must hold its owner, got {site.linears}"
                 )
-        config = cls(sites=sites, **rest)
+        config = cls(sites=sites, shared=shared, **rest)
         for name, times in Counter(config.linears).items():
             if times > 1:
                 raise CheckpointError(f"{where}.sites must list a linear once, got {name} twice")
+        linears, holders = set(config.linears), set(config.holders)
+        for name, holder in shared.items():
+            if name not in linears or holder not in holders:
+                raise CheckpointError(
+                    f"{where}.shared must map a linear of sites to one that has a weight of its "
+                    f"own, got {name!r}: {holder!r}"
+                )
         return config
+
+
+def _shared(values: object) -> dict[str, str]:
+    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+        raise TypeError(f"shared must map names to names, got {values!r:.80}")
+    return values
 
 
 def _require_names(names: object) -> None:
@@ -244,9 +267,8 @@ def require_free(directory: Path) -> None:
     Temporary folders of killed processes are deleted.
 
     Raises:
-        InputError: it is in use, not writable, or its name is too long or not UTF-8.
+        InputError: it is in use or not writable, or its name is too long or not UTF-8.
     """
-    _require_name(directory)
     require_writable(directory)
     _remove_stale(directory)
     taken = directory.exists() or directory.is_symlink()
@@ -259,14 +281,14 @@ _LONGEST_NAME = 180
 file systems."""
 
 
-def _require_name(directory: Path) -> None:
+def _require_name(path: Path) -> None:
     try:
-        length = len(directory.absolute().name.encode())
+        length = max(len(part.encode()) for part in path.absolute().parts)
     except UnicodeEncodeError as error:
-        raise InputError(f"{str(directory)!r}: the name of a folder must be UTF-8") from error
-    if length > _LONGEST_NAME or "\0" in str(directory):
+        raise InputError(f"{str(path)!r}: the name of a file or folder must be UTF-8") from error
+    if length > _LONGEST_NAME or "\0" in str(path):
         raise InputError(
-            f"{str(directory)[:80]!r}...: the name of a folder must have at most "
+            f"{str(path)[:80]!r}...: the name of a file or folder must have at most "
             f"{_LONGEST_NAME} bytes, and none of them 0, got {length}"
         )
 
@@ -275,8 +297,9 @@ def require_writable(path: Path) -> None:
     """Check that a file or folder can be created, with the folders above it.
 
     Raises:
-        InputError: it cannot.
+        InputError: it cannot, or its name is too long or not UTF-8.
     """
+    _require_name(path)
     target = path.absolute()
     parent = target if target.is_dir() else next(p for p in target.parents if p.exists())
     try:

@@ -19,7 +19,8 @@ from fgmp.pack.checkpoint import SITE_TENSORS, SiteConfig
 from fgmp.pack.folder import CONFIG, read_json, require_inside, require_part
 from fgmp.pack.planes import PackedWeight, validate
 
-_SITES = "quantization_config.sites"
+_ARITHMETIC = ("quantization_config.sites", "quantization_config.shared")
+"""Keys of ``config.json`` that decide what a checkpoint computes."""
 
 
 class Reader:
@@ -164,18 +165,20 @@ class Reader:
     def require_own_config(self, config: Mapping[str, Any], path: Path) -> None:
         """Compare ``config.json`` with the checksums of its keys.
 
-        Edits are allowed, since they may be on purpose, and logged. The sites are an exception:
-        another rule or other scales would give another model with the same codes.
+        Edits are allowed, since they may be on purpose, and logged. The sites and what linears
+        share are an exception: another rule, other scales or another's weight would give another
+        model with the same codes.
 
         Raises:
-            CheckpointError: the sites were edited.
+            CheckpointError: one of these was edited.
         """
         edited = self.edited_keys(config)
-        if _SITES in edited:
-            raise CheckpointError(
-                f"{path}: {_SITES} must be as written, since it decides the arithmetic: "
-                f"{checksums.CHANGED}"
-            )
+        for key in _ARITHMETIC:
+            if key in edited:
+                raise CheckpointError(
+                    f"{path}: {key} must be as written, since it decides the arithmetic: "
+                    f"{checksums.CHANGED}"
+                )
         if edited:
             logging.getLogger("fgmp").warning(
                 "%s: edited after the checkpoint was written: %s", path, ", ".join(edited)
@@ -215,21 +218,30 @@ class Reader:
             raise CheckpointError(f"{file}: {error}") from error
         return packed
 
-    def group(self, owner: str, config: SiteConfig) -> tuple[Site, dict[str, PackedWeight]]:
+    def group(
+        self, owner: str, config: SiteConfig, shared: Mapping[str, str] | None = None
+    ) -> tuple[Site, dict[str, PackedWeight]]:
         """Read and validate a site and the weights of the linears that read it, by name.
+
+        Args:
+            owner: the linear that holds the site's constants.
+            config: the site's entry in config.json.
+            shared: linears that use the weight of another, and the name of that one.
 
         Raises:
             CheckpointError: as :meth:`packed` and :meth:`site`, or the linears do not agree on K
                 and on their tensor scale.
         """
-        weights = {name: self.packed(name) for name in config.linears}
+        shared = shared or {}
+        weights = {name: self.packed(shared.get(name, name)) for name in config.linears}
         expected = weights[owner].k, weights[owner].t.item()
         for name, weight in weights.items():
             actual = weight.k, weight.t.item()
             if actual != expected:
+                file = self._files[f"{shared.get(name, name)}.weight_t"]
                 raise CheckpointError(
-                    f"{self._files[f'{name}.weight_t']}: {name}: K and weight_t must be those of "
-                    f"{owner}, which reads the same site, {expected}, got {actual}"
+                    f"{file}: {name}: K and weight_t must be those of {owner}, which reads the "
+                    f"same site, {expected}, got {actual}"
                 )
         return self.site(owner, config, weights[owner].k), weights
 

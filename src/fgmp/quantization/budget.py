@@ -24,6 +24,7 @@ from fgmp.formats.activation import Site
 from fgmp.formats.spec import FP4_BITS, FP8_BITS
 from fgmp.model.linear import ActivationSite
 from fgmp.model.observe import observed_inputs, run_all
+from fgmp.model.select import shared_weights
 from fgmp.model.store import bytes_to_save
 from fgmp.pack.planes import packed_bytes
 from fgmp.quantization.candidates import perplexity_increase
@@ -143,7 +144,10 @@ def tensor_bytes(
     replaced = {f"{name}.weight" for name in linears}
     total = sum(size for name, size in bytes_to_save(model).items() if name not in replaced)
     total += sum(_SITE_BYTES + len(site.sensitivity) for site in sites.values())
+    shared = shared_weights(linears)
     for name, linear in linears.items():
+        if name in shared:
+            continue
         n, k = linear.weight.shape
         total += packed_bytes(n, k, fp8_blocks[name])
     return total
@@ -218,9 +222,10 @@ def _energy_percent(task: Task, scores: Scores, fractions: Fractions) -> float:
     most = max(count.tokens for count in counts.values())
     work = []
     for owner, names in scores.linears_of.items():
-        activation = counts[owner].fp8_fraction(masks[owner].shape[1])
+        activation = counts[owner].fp8_fraction(masks[task.shared.get(owner, owner)].shape[1])
         for name in names:
-            mix = _pair_mix(activation, masks[name].double().mean(0).cpu())
+            mask = masks[task.shared.get(name, name)]
+            mix = _pair_mix(activation, mask.double().mean(0).cpu())
             n, k = task.linears[name].weight.shape
             work.append(Work(name, owner, n, k, mix, counts[owner].tokens / most))
     return percent_of_fp8(work, task.recipe.quantizer)

@@ -20,6 +20,7 @@ from fgmp.pack.planes import packed_bytes
 from fgmp.quantization.held_out import HeldOutMetrics, held_out_metrics
 from fgmp.quantization.install import Assignment
 from fgmp.quantization.sequential import pack_in_turn, stages
+from fgmp.quantization.sharing import readers, weights_by_readers
 from fgmp.quantization.task import BudgetResult, OperatingPoint, Scores, Task
 from fgmp.quantization.uniform import UNIFORM, uniform_assignment
 
@@ -113,7 +114,8 @@ def pack_candidates(
     if task.recipe.compensate:
         inputs += [scores.linears_of, activations.records]
         results = task.partial_results(*inputs) if resumable else None
-        steps = len(stages(task.model, list(scores.sites))) * len(task.samples)
+        together = readers(scores.linears_of, task.shared).values()
+        steps = len(stages(task.model, list(scores.sites), together)) * len(task.samples)
         with task.progress("compensating", steps) as advance:
             packed = pack_in_turn(
                 task.model,
@@ -124,15 +126,14 @@ def pack_candidates(
                 packers,
                 advance,
                 results,
+                shared=task.shared,
             )
     else:
-        with task.progress("packing", len(packers) * len(task.linears)) as advance:
-            packed = {
-                name: pack(scores.linears_of.values(), advance=advance)
-                for name, pack in packers.items()
-            }
+        groups = weights_by_readers(scores.linears_of, task.shared)
+        with task.progress("packing", len(packers) * len(task.weights)) as advance:
+            packed = {name: pack(groups, advance=advance) for name, pack in packers.items()}
     return {
-        name: Assignment(weights, activations, scores.linears_of)
+        name: Assignment(weights, activations, scores.linears_of, shared=task.shared)
         for name, weights in packed.items()
     }
 
@@ -146,7 +147,7 @@ def measure(task: Task, candidates: Mapping[str, Assignment]) -> dict[str, HeldO
 
 def measure_fp8(task: Task, scores: Scores) -> HeldOutMetrics:
     """Measure the all-FP8 model on the held-out sequences."""
-    fp8 = uniform_assignment(task.weights, scores.sites, scores.linears_of, UNIFORM["fp8"])
+    fp8 = _uniform(task, scores, "fp8")
     return measure(task, {"fp8": fp8})["fp8"]
 
 
@@ -256,10 +257,12 @@ def _uniform_baselines(
     names = ["nvfp4"]
     if point.fractions == (0, 0) or _fp8_takes_no_more(task, mixed):
         names.append("fp8")
-    return {
-        name: uniform_assignment(task.weights, scores.sites, scores.linears_of, UNIFORM[name])
-        for name in names
-    }
+    return {name: _uniform(task, scores, name) for name in names}
+
+
+def _uniform(task: Task, scores: Scores, name: str) -> Assignment:
+    weights, fp4 = task.weights, UNIFORM[name]
+    return uniform_assignment(weights, scores.sites, scores.linears_of, task.shared, fp4)
 
 
 def _fp8_takes_no_more(task: Task, mixed: Assignment) -> bool:

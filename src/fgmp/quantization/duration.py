@@ -75,7 +75,7 @@ def estimate(task: Task, variants: int) -> DurationEstimate:
     passes = _SCORING_PASSES + recipe.tune * _TUNING_PASSES
     if recipe.compensate:
         passes += _COMPENSATION_PASSES + variants * _VARIANT_PASSES
-    parameters = sum(linear.weight.numel() for linear in task.linears.values())
+    parameters = sum(weight.numel() for weight in task.weights.values())
     checks = 2 * (variants + 1) * len(task.held_out)
     return DurationEstimate(
         calibration=sequences * both,

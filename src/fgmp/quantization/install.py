@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from fgmp.assign.activations import ActivationAssignment
 from fgmp.formats.spec import stream_bits
-from fgmp.model.convert import Replacement, packed_linears
-from fgmp.model.linear import mixed_linears
+from fgmp.model.convert import Replacement, packed_linears, untie_replaced
+from fgmp.model.linear import weight_holders
 from fgmp.model.store import CONFIG_ATTRIBUTE, bytes_to_save
 from fgmp.model.transformers import mark_quantized
 from fgmp.pack.checkpoint import CheckpointConfig, SiteConfig
@@ -25,17 +25,19 @@ class Assignment:
         activations: site constants with thresholds.
         linears_of: names of the linears that read a site's tensor, by the site's owner.
         parameters: new values of parameters that are not quantized; see ``Replacement.values``.
+        shared: linears that use the weight of another, and the name of that one, by name.
     """
 
     weights: dict[str, PackedWeight]
     activations: ActivationAssignment
     linears_of: dict[str, list[str]]
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     def replacement(self, model: nn.Module) -> Replacement:
         """The packed linears and parameters that replace the model's; not yet put in place."""
         sites = self.activations.records
-        linears = packed_linears(model, self.weights, sites, self.linears_of)
+        linears = packed_linears(model, self.weights, sites, self.linears_of, self.shared)
         return Replacement(linears, self.parameters)
 
     @property
@@ -58,8 +60,9 @@ def install(
         matrices: elements of every matmul parameter of the unquantized model, by name.
     """
     assignment.replacement(model).put(model)
+    untie_replaced(model)
     activations = assignment.activations
-    packed = mixed_linears(model)
+    packed = weight_holders(model)
     elements = sum(m.packed.n * m.packed.k for m in packed.values())
     fp8 = sum(int(m.packed.is_fp8().sum()) for m in packed.values())
     blocks = sum(m.packed.is_fp8().numel() for m in packed.values())
@@ -73,6 +76,7 @@ def install(
             )
             for owner, names in assignment.linears_of.items()
         },
+        shared=dict(assignment.shared),
         recipe=recipe.to_dict(),
         result={
             "fp4_weights": 1 - fp8 / blocks,

@@ -28,6 +28,7 @@ from fgmp.errors import MemoryLimitError
 from fgmp.formats.spec import BLOCK
 from fgmp.model.losses import Loss
 from fgmp.model.observe import differentiable_inputs, frozen
+from fgmp.model.select import shared_weights
 from fgmp.sensitivity.histogram import HISTOGRAM_BYTES
 
 _PROBE_TOKENS = 64
@@ -140,7 +141,9 @@ def estimate(
         tuned: whether the rest of the model is tuned.
         vocabulary: size of the vocabulary of a causal language model, else 0.
     """
-    parameters = sum(linear.weight.numel() for linear in linears.values())
+    shared = shared_weights(linears)
+    holders = {name: linear for name, linear in linears.items() if name not in shared}
+    parameters = sum(linear.weight.numel() for linear in holders.values())
     device = next(model.parameters()).device
     largest = max(linear.weight.numel() for linear in linears.values())
     # Measure saved tensors first: its passes load libraries and fill caches, which stay allocated
@@ -156,7 +159,7 @@ def estimate(
         working += 2 * _FISHER_BYTES * largest
     return MemoryEstimate(
         held=held_bytes(device),
-        fisher=fisher_bytes(linears, fisher),
+        fisher=fisher_bytes(holders, fisher),
         packed=int((packed_bytes_per_parameter + scores) * parameters)
         + HISTOGRAM_BYTES * len(linears),
         working=working,

@@ -409,6 +409,8 @@ def _exclude_unreached(task: Task, calibration: Calibration) -> tuple[Task, Cali
         for name in site.linears
         if stage_kind(task.model, name) not in kinds and not matches(name, patterns)
     }
+    weights = {id(task.linears[name].weight) for name in excluded}
+    excluded |= {name for name, m in task.linears.items() if id(m.weight) in weights}
     if excluded:
         task.report(
             f"not quantizing linears that received no calibration tokens: "

@@ -18,6 +18,7 @@ from fgmp.formats.activation import Site
 from fgmp.model.linear import ActivationSite
 from fgmp.model.observe import ends_after, frozen, observed_inputs
 from fgmp.quantization.sequential import block_of
+from fgmp.quantization.sharing import weights_by_scale
 from fgmp.quantization.task import Scores, Task
 from fgmp.sensitivity.fisher import Calibration
 from fgmp.sensitivity.histogram import ScoreHistogram, new_histogram
@@ -145,11 +146,11 @@ def _score_weights(
     finished = scored, generator.get_state()
     periodic, resumed = Periodic(), len(scored.t)
     weights = task.weights
-    with task.progress("scoring weights", len(task.linears)) as advance:
+    with task.progress("scoring weights", len(weights)) as advance:
         for _ in scored.t:
             advance()
         try:
-            for names in linears_of.values():
+            for names in weights_by_scale(linears_of, task.shared):
                 if names[0] in finished[0].t:
                     continue
                 with uninterrupted():

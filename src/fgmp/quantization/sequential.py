@@ -9,7 +9,8 @@ and, before anything is packed, the moments H and their factor.
 A *stage* is a set of sites that are compensated together. Sites share a stage if they are in the
 same decoder layer (an entry of the model's outermost module list; ``block`` in this file) and have
 the same name within it, apart from indices of inner lists, such as those of experts. A site outside
-of all such lists is a stage of its own. Sites of a stage do not compensate each other's errors.
+of all such lists is a stage of its own. Sites that read one shared weight share a stage, too, in
+place of the first of them. Sites of a stage do not compensate each other's errors.
 
 Each stage runs the samples through all models, up to the stage's inputs. To keep the cost from
 growing with the square of the depth, outputs of finished blocks are stored, and from then on a
@@ -21,7 +22,8 @@ shortcuts are dropped and every pass runs whole models: slow, and correct. The s
 that runs the model twice.
 
 In a variant's block, linears of earlier stages read the same inputs in each pass. Their outputs are
-kept, up to half a gigabyte per variant, and not computed again.
+kept, up to half a gigabyte per variant, and not computed again. That does not hold for stages that
+a shared weight extends past sites still to be packed: outputs of their linears are not kept.
 
 Finished stages can be stored on disk. A resumed run installs their weights instead of accumulating
 moments; the pass of the first stage that is not stored runs all earlier layers once.
@@ -31,7 +33,7 @@ same tokens in all of them.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -45,8 +47,9 @@ from fgmp.model.convert import Replacement, packed_linears
 from fgmp.model.linear import ActivationSite
 from fgmp.model.losses import Loss
 from fgmp.model.observe import PassEnded, ends_after, frozen, observed_inputs
-from fgmp.model.select import routers
+from fgmp.model.select import routers, shared_weights
 from fgmp.pack.planes import PackedWeight
+from fgmp.quantization.sharing import joined, readers, weights_by_readers
 from fgmp.sensitivity.moments import MOMENT_BYTES, Moments, Source, add_moments, new_moments
 from fgmp.storage.resume import PartialResults
 
@@ -76,20 +79,36 @@ class Stage:
     Attributes:
         block: name of their module-list entry, such as ``model.layers.0``; empty if in none.
         owners: the sites, each named by its first linear.
+        in_order: whether all sites before each of these are in this stage or in earlier ones; no if
+            a shared weight brought sites of several kinds together.
     """
 
     block: str
     owners: list[str]
+    in_order: bool = True
 
 
-def stages(model: nn.Module, owners: Sequence[str]) -> list[Stage]:
-    """Group sites, given in order of execution, into stages."""
+def stages(
+    model: nn.Module, owners: Sequence[str], together: Iterable[Collection[str]] = ()
+) -> list[Stage]:
+    """Group sites, given in order of execution, into stages.
+
+    Args:
+        model: contains the sites.
+        owners: owners of all sites.
+        together: sets of owners that must share a stage.
+    """
     by_kind: dict[tuple[str, str], Stage] = {}
     for owner in owners:
         block = block_of(model, owner)
         kind = stage_kind(model, owner)
         by_kind.setdefault((block, kind), Stage(block, [])).owners.append(owner)
-    return list(by_kind.values())
+    merged = []
+    for group in joined([*(stage.owners for stage in by_kind.values()), *together]):
+        kinds = {(block_of(model, owner), stage_kind(model, owner)) for owner in group}
+        blocks = {block for block, _ in kinds}
+        merged.append(Stage(blocks.pop() if len(blocks) == 1 else "", group, len(kinds) == 1))
+    return merged
 
 
 def stage_kind(model: nn.Module, name: str) -> str:
@@ -162,7 +181,12 @@ def stage_bytes(model: nn.Module, linears: dict[str, nn.Linear], variants: int =
     An upper bound: which linears share an input is not known yet, so each counts its own moments.
     """
     widths = {name: linear.in_features**2 for name, linear in linears.items()}
-    moments = max(sum(widths[n] for n in stage.owners) for stage in stages(model, list(linears)))
+    shared = shared_weights(linears)
+    together = readers({name: [name] for name in linears}, shared).values()
+    moments = max(
+        sum(widths[name] for name in stage.owners if name not in shared)
+        for stage in stages(model, list(linears), together)
+    )
     return variants * MOMENT_BYTES * moments + 4 * _FACTOR_MATRICES * max(widths.values())
 
 
@@ -176,6 +200,8 @@ def pack_in_turn(
     packers: Mapping[str, PackStage],
     advance: Callable[[], None] = lambda: None,
     results: PartialResults | None = None,
+    *,
+    shared: Mapping[str, str] | None = None,
 ) -> Variants:
     """Pack all variants stage by stage; the model is left as it was, also after an error.
 
@@ -187,19 +213,23 @@ def pack_in_turn(
         packers: by variant, what packs the linears of a stage, given the moments of their inputs.
         advance: called after each sample of each stage.
         results: stages that this run packed before an interruption; later ones are added.
+        shared: linears that use the weight of another, and the name of that one, by name.
     """
+    shared = shared or {}
     packed: Variants = {variant: {} for variant in packers}
-    todo = stages(model, list(linears_of))
+    todo = stages(model, list(linears_of), readers(linears_of, shared).values())
+    last_of = {block_of(model, owner): stage for stage in todo for owner in stage.owners}
     with frozen(model):
-        run = _Run(model, samples, loss, linears_of, list(packers))
+        run = _Run(model, samples, loss, linears_of, list(packers), shared)
         for number, stage in enumerate(todo):
             groups = {owner: linears_of[owner] for owner in stage.owners}
-            is_last = stage.block not in {"", *(later.block for later in todo[number + 1 :])}
-            weights = _restored(results, number, groups, model, list(packers))
+            by_readers = weights_by_readers(groups, shared)
+            is_last = stage.block != "" and stage is last_of[stage.block]
+            weights = _restored(results, number, by_readers, model, list(packers))
             if weights is None:
                 moments = run.moments(stage, sites, advance, closes=is_last)
                 weights = {
-                    variant: pack_stage(groups.values(), moments=moments.pop(variant))
+                    variant: pack_stage(by_readers, moments=moments.pop(variant))
                     for variant, pack_stage in packers.items()
                 }
                 if results is not None:
@@ -207,7 +237,7 @@ def pack_in_turn(
             else:
                 for _ in samples:
                     advance()
-            run.finish(weights, sites, groups)
+            run.finish(stage, weights, sites)
             if is_last:
                 run.close(stage.block)
             for variant, more in weights.items():
@@ -218,7 +248,7 @@ def pack_in_turn(
 def _restored(
     results: PartialResults | None,
     number: int,
-    groups: Mapping[str, list[str]],
+    groups: Iterable[list[str]],
     model: nn.Module,
     variants: Sequence[str],
 ) -> Variants | None:
@@ -226,7 +256,7 @@ def _restored(
     state = results.load(_part(number)) if results else None
     if results is None or state is None:
         return None
-    names = [name for group in groups.values() for name in group]
+    names = [name for group in groups for name in group]
     planes: dict[str, dict[str, dict[str, Tensor]]] = {v: {n: {} for n in names} for v in variants}
     try:
         for key, tensor in state.tensors.items():
@@ -304,9 +334,11 @@ class _Run:
         loss: Loss,
         linears_of: Mapping[str, list[str]],
         variants: Sequence[str],
+        shared: Mapping[str, str],
     ) -> None:
         self.model, self.samples, self.loss = model, samples, loss
-        self.linears_of = linears_of
+        self.linears_of, self.shared = linears_of, shared
+        self.reusable: set[str] = set()  # packed linears whose inputs do not change any more
         self.routers = routers(model)
         self.original = _Stream()
         self.variants = {variant: _Stream() for variant in variants}
@@ -322,8 +354,9 @@ class _Run:
         *,
         closes: bool,
     ) -> dict[str, dict[str, Moments]]:
-        """Moments of a stage's inputs over all samples, by variant and site.
+        """Moments of a stage's inputs over all samples, by variant and first weight of a group.
 
+        A group has the weights that the same sites read; its moments are sums over these sites.
         ``closes`` says that the stage is its block's last: the original then stores its outputs.
         """
         sources, modules = {}, {}
@@ -331,17 +364,22 @@ class _Run:
         agree = not any(stream.linears for stream in self.variants.values())
         first = next(iter(self.variants))
         moments: dict[str, dict[str, Moments]] = {variant: {} for variant in self.variants}
-        for owner in stage.owners:
-            linears = {name: self.model.get_submodule(name) for name in self.linears_of[owner]}
+        linears_of = {owner: self.linears_of[owner] for owner in stage.owners}
+        owners_of = readers(linears_of, self.shared)
+        read_by: dict[str, list[str]] = {owner: [] for owner in stage.owners}
+        for holder, *others in weights_by_readers(linears_of, self.shared):
+            linears = {name: self.model.get_submodule(name) for name in (holder, *others)}
             weights = {n: m.weight for n, m in linears.items() if isinstance(m.weight, Tensor)}
-            k, device = weights[owner].shape[1], weights[owner].device
-            sources[owner] = Source(weights)
-            modules[owner] = ActivationSite(sites[owner]).to(device)
-            for variant, by_owner in moments.items():
+            k, device = weights[holder].shape[1], weights[holder].device
+            sources[holder] = Source(weights)
+            for variant, by_holder in moments.items():
                 if agree and variant != first:
-                    by_owner[owner] = moments[first][owner].variant()
+                    by_holder[holder] = moments[first][holder].variant()
                 else:
-                    by_owner[owner] = new_moments(k, device, sources[owner])
+                    by_holder[holder] = new_moments(k, device, sources[holder])
+            for owner in owners_of[holder]:
+                modules[owner] = ActivationSite(sites[owner]).to(device)
+                read_by[owner].append(holder)
         if closes and self.shortcuts:
             self.original.closing.append(stage.block)
         for index in range(len(self.samples)):
@@ -354,26 +392,29 @@ class _Run:
                     for x, y in zip(original[owner], quantized[owner], strict=False):
                         if y.numel():
                             q = site(y).float() * site.record.t
-                            add_moments(
-                                moments[variant][owner],
-                                # A router without a known name may have sent other tokens.
-                                x if x.shape == y.shape else y,
-                                q,
-                                sources[owner],
-                                to_h=variant == first or not agree,
-                            )
+                            # A router without a known name may have sent other tokens.
+                            original_x = x if x.shape == y.shape else y
+                            for holder in read_by[owner]:
+                                add_moments(
+                                    moments[variant][holder],
+                                    original_x,
+                                    q,
+                                    sources[holder],
+                                    to_h=variant == first or not agree,
+                                )
             advance()
         for stream in (self.original, *self.variants.values()):
             stream.close()
         return moments
 
-    def finish(
-        self, weights: Variants, sites: Mapping[str, Site], linears_of: Mapping[str, list[str]]
-    ) -> None:
-        """Run the variants with these packed weights from now on."""
+    def finish(self, stage: Stage, weights: Variants, sites: Mapping[str, Site]) -> None:
+        """Run the variants with these packed weights of a stage from now on."""
+        linears_of = {owner: self.linears_of[owner] for owner in stage.owners}
         for variant, packed in weights.items():
-            linears = packed_linears(self.model, packed, sites, linears_of)
+            linears = packed_linears(self.model, packed, sites, linears_of, self.shared)
             self.variants[variant].linears |= linears
+            if stage.in_order:
+                self.reusable |= linears.keys()
 
     def close(self, block: str) -> None:
         """Cache the outputs of this layer in the next pass; its last stage is packed."""
@@ -391,7 +432,11 @@ class _Run:
         if not self.full_inputs:
             everything = Stage("", list(self.linears_of))
             self.full_inputs = self._inputs(everything, 0, self.original, take=_sampled)
-        self.shortcuts = all(
+        # A layer that is only a container never runs, and stores nothing.
+        stored = all(
+            (_parent(block), 0) in self.original.outputs for block in self.original.closing
+        )
+        self.shortcuts = stored and all(
             len(inputs[owner]) == len(self.full_inputs[owner]) <= 1
             and all(map(_close, self.full_inputs[owner], map(_sampled, inputs[owner])))
             for owner in stage.owners
@@ -464,7 +509,7 @@ class _Run:
                 stack.enter_context(_returning(module, output))
                 if closes:
                     stream.kept_bytes -= stream.kept.pop((name, index)).nbytes
-            elif block_of(self.model, name) and not closes:
+            elif name in self.reusable and block_of(self.model, name) and not closes:
                 stack.callback(module.register_forward_hook(partial(keep, name)).remove)
 
     def _share_routing(self, stack: ExitStack, stream: _Stream, index: int) -> None:

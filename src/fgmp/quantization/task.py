@@ -19,6 +19,7 @@ from fgmp.assign.policy import Policy
 from fgmp.assign.weights import ScoredWeights
 from fgmp.formats.activation import Site
 from fgmp.model.losses import Loss, causal_lm_loss, sampled_label_loss
+from fgmp.model.select import shared_weights
 from fgmp.progress import Progress, silent
 from fgmp.recipe import Recipe
 from fgmp.sensitivity.histogram import ScoreHistogram
@@ -59,10 +60,16 @@ class Task:
         sampled = self.recipe.labels == "model" and self.loss is causal_lm_loss
         return sampled_label_loss if sampled else self.loss
 
+    @cached_property
+    def shared(self) -> dict[str, str]:
+        """Linears that use the weight of an earlier one, and the name of that one, by name."""
+        return shared_weights(self.linears)
+
     @property
     def weights(self) -> dict[str, Tensor]:
-        """Weights to quantize, (N, K) by linear."""
-        return {name: linear.weight.detach() for name, linear in self.linears.items()}
+        """Weights to quantize, (N, K) by linear; a shared one under its first linear."""
+        linears = self.linears.items()
+        return {name: m.weight.detach() for name, m in linears if name not in self.shared}
 
     def partial_results(self, *inputs: Any) -> PartialResults | None:
         """Resumable partial results of a stage; None where the run stores none.
@@ -79,7 +86,8 @@ class Task:
     def _digest(self) -> str:
         recipe = {**self.recipe.to_dict(), "tune": None}
         model, text = self.model.state_dict(), list(self.samples)
-        return sha256([version("fgmp"), recipe, self.methods, list(self.linears), model, text])
+        linears = [list(self.linears), self.shared]
+        return sha256([version("fgmp"), recipe, self.methods, linears, model, text])
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,7 @@ from fgmp.quantization.held_out import HeldOutMetrics
 from fgmp.quantization.install import Assignment
 from fgmp.quantization.task import Task
 from fgmp.recipe import Recipe
-from fgmp.storage.resume import SAVE_EVERY_SECONDS, PartialResults, Periodic
+from fgmp.storage.resume import SAVE_EVERY_SECONDS, PartialResults, Periodic, uninterrupted
 
 RATE = 0.002
 SEQUENCES_PER_STEP = 8
@@ -97,8 +97,10 @@ def tuned_parameters(task: Task, assignment: Assignment) -> dict[str, Tensor]:
     results = task.partial_results(assignment, task.recipe.tune)
     if results:
         adam.resume(results)
-    periodic = Periodic(SAVE_EVERY_SECONDS)
+    periodic, resumed = Periodic(SAVE_EVERY_SECONDS), adam.done
     with ExitStack() as stack:
+        if results:
+            stack.callback(_store_progress, adam, results, resumed)
         stack.enter_context(frozen(model))
         stack.enter_context(
             differentiable(m for m in linears.values() if isinstance(m, MixedLinear))
@@ -116,10 +118,17 @@ def tuned_parameters(task: Task, assignment: Assignment) -> dict[str, Tensor]:
                     loss = -torch.dot(target.flatten(), own.flatten())
                     (loss / (len(target) * len(chosen))).backward()
                 advance()
-            adam.step()
+            with uninterrupted():
+                adam.step()
             if results and periodic.due():
                 adam.store(results)
     return values
+
+
+def _store_progress(adam: "_Adam", results: PartialResults, resumed: int) -> None:
+    """Store the state at the end and on an interruption, unless it lies within a step."""
+    if adam.whole and adam.done > resumed:
+        adam.store(results)
 
 
 def _steps(sequences: int, recipe: Recipe) -> list[list[int]]:
@@ -152,6 +161,7 @@ class _Adam:
     Attributes:
         gradients: accumulated between steps, by name.
         done: steps so far.
+        whole: whether the last of them was completed; a second Ctrl-C can end it half-way.
     """
 
     def __init__(
@@ -163,11 +173,12 @@ class _Adam:
         self.rates = [RATE * copy.square().mean().sqrt().item() for copy in self.copies.values()]
         groups = [{"params": [copy]} for copy in self.copies.values()]
         self.optimizer = torch.optim.Adam(groups, betas=_BETAS)
-        self.steps, self.done = steps, 0
+        self.steps, self.done, self.whole = steps, 0, True
 
     @torch.no_grad()
     def step(self) -> None:
         """Apply the accumulated gradients and clear them."""
+        self.whole = False
         for name, copy in self.copies.items():
             gradient = self.gradients[name]
             copy.grad = None if gradient is None else gradient.float()
@@ -181,6 +192,7 @@ class _Adam:
         for name, copy in self.copies.items():
             copy.grad = None
             self.values[name].copy_(copy.to(self.stored[name]))
+        self.whole = True
 
     def store(self, results: PartialResults) -> None:
         """Store all that the next step depends on."""

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from fgmp.errors import InputError
 from fgmp.model.losses import Loss, causal_lm_loss
 from fgmp.model.observe import frozen
+from fgmp.model.select import shared_weights
 from fgmp.sensitivity.squares import SQUARES
 from fgmp.storage.fingerprint import sha256
 from fgmp.storage.resume import (
@@ -67,7 +68,8 @@ class Calibration:
     """Result of calibration.
 
     Attributes:
-        weights: F_w by linear, fp32 (N, K), in nats^2 per token.
+        weights: F_w by linear, fp32 (N, K), in nats^2 per token; a shared one's under its first
+            linear.
         sites: statistics by site.
         predictions: number n of predicted tokens.
     """
@@ -143,7 +145,9 @@ class _Recorder:
     ) -> None:
         self.linears = linears
         self.fisher = fisher
-        self.squares = SQUARES[fisher](linears)
+        self.shared = shared_weights(linears)
+        holders = {name: m for name, m in linears.items() if name not in self.shared}
+        self.squares = SQUARES[fisher](holders)
         self.forced: dict[str, str] = {}
         for group, members in groups.items():
             for name in members:
@@ -180,7 +184,8 @@ class _Recorder:
         if key not in self.aliases:
             site = self._site(name)
             alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-            alias.register_hook(partial(self._site_gradient, site))
+            if alias.requires_grad:  # else the model runs this part without gradients
+                alias.register_hook(partial(self._site_gradient, site))
             self._site_input(site, x)
             self.aliases[key] = (site, alias, x)  # holding x keeps its address from being reused
         site, alias, _x = self.aliases[key]
@@ -197,8 +202,10 @@ class _Recorder:
     def after(self, name: str, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         if not args[0].numel():
             return
-        self.calls[name] += 1
-        out.register_hook(partial(self._weight_gradient, name, args[0].detach()))
+        holder = self.shared.get(name, name)
+        self.calls[holder] += 1
+        if out.requires_grad:
+            out.register_hook(partial(self._weight_gradient, holder, args[0].detach()))
 
     def end(self, predictions: int) -> None:
         for name, uses in self.uses.items():
@@ -232,7 +239,7 @@ class _Recorder:
         use = x.flatten(0, -2).float(), gradient.flatten(0, -2).float()
         if self.calls[name] == 1:
             self.squares.add(name, *use)
-        else:  # a linear that runs more than once: its gradient is the sum over all runs
+        else:  # a weight that is used more than once: its gradient is the sum over all uses
             self.uses.setdefault(name, []).append(use)
 
     @contextlib.contextmanager
@@ -311,11 +318,11 @@ def _fingerprint(
     loss: Loss,
     fisher: str,
 ) -> dict[str, str]:
-    """Digests of the inputs of a calibration, by kind; a loss is identified by its name only."""
+    """Digests of the inputs of a calibration, by kind; a function is identified by its name."""
     return {
-        "linears": sha256(list(linears)),
+        "linears": sha256([list(linears), shared_weights(linears)]),
         "sites": sha256(groups),
-        "loss": sha256(getattr(loss, "__qualname__", type(loss).__qualname__)),
+        "loss": sha256(loss),
         "weights": sha256(model.state_dict()),
         "sequences": sha256(list(samples)),
         "fisher": fisher,
