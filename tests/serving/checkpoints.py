@@ -133,6 +133,6 @@ def write_trained(folder: Path, recipe: Recipe) -> Path:
     """Write a checkpoint of the demonstration model, whose predictions have clear margins."""
     model = AutoModelForCausalLM.from_pretrained(DEMO)
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    ids = tokenizer((DEMO / "MODEL_CARD.md").read_text() * 4).input_ids[: 8 * 64]
+    ids = tokenizer((DEMO / "MODEL_CARD.md").read_text()).input_ids[: 8 * 64]
     fgmp.save(fgmp.quantize(model, torch.tensor(ids).view(8, 64), recipe), folder, tokenizer)
     return folder

@@ -28,6 +28,7 @@ def test_a_joined_layer() -> None:
     parts = some.take("a.down_proj", JOINED)
     assert parts is not None and parts.linears == ("a.down_proj",)
     some.require_all_taken()
+    assert not some.mark_read(parts)
 
 
 def test_a_linear_that_is_stored_joined() -> None:

@@ -41,6 +41,7 @@ def test_weights_of_a_joined_layer(folder: Path) -> None:
     names = ["q_proj", "k_proj", "v_proj"]
     parts = linears.take("model.layers.0.self_attn.qkv", {"qkv": names})
     assert parts is not None
+    source.close()
     for reopened in (source, pickle.loads(pickle.dumps(source)), copy.deepcopy(source)):
         site, weights = reopened.weights(parts)
         assert [weight.n for weight in weights] == [128, 32, 32]

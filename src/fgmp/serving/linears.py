@@ -52,6 +52,7 @@ class Linears:
         self._linears = _renamed(names, rename)
         self._weights = _renamed({name: name for name in weights}, rename)
         self._taken: set[str] = set()
+        self._unread = set(self._owner_of)
 
     def rename(self, rename: Rename) -> None:
         """Apply the server's changes of names."""
@@ -90,10 +91,6 @@ class Linears:
         owner = owners.pop()
         return Parts(linears, owner, self._sites[owner])
 
-    def has_below(self, layer: str) -> bool:
-        """Whether any module below a layer is quantized."""
-        return any(name.startswith(f"{layer}.") for name in self._linears)
-
     def require_weight(self, layer: str, parts: Mapping[str, list[str]]) -> None:
         """Check that the files hold the weights of a layer that is not quantized.
 
@@ -118,6 +115,11 @@ class Linears:
                 f"{self._linears[others[0]]}: no layer of vLLM's model takes this quantized linear "
                 f"(nor {len(others) - 1} others): vLLM has another structure for this model"
             )
+
+    def mark_read(self, parts: Parts) -> bool:
+        """Note that the weights of a layer were read; whether those of all layers were, now."""
+        self._unread.difference_update(parts.linears)
+        return not self._unread
 
     def _parts(self, layer: str, parts: Mapping[str, list[str]]) -> list[str]:
         if layer in self._linears:

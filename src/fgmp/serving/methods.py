@@ -110,6 +110,7 @@ class FgmpConfig(QuantizationConfig):
         self.source = Source(folder)
         self.source.verify(planes=False)
         self.linears = Linears(self.checkpoint, self.source.reader.names, self._rename)
+        self.source.close()
 
     def _rename(self, name: str) -> str:
         if self.model_type in _RENAMED:
@@ -165,7 +166,10 @@ class FgmpConfig(QuantizationConfig):
         """
         source, linears = self._open()
         linears.require_all_taken()
-        return source.weights(parts)
+        weights = source.weights(parts)
+        if linears.mark_read(parts):
+            source.close()
+        return weights
 
     def _open(self) -> tuple[Source, Linears]:
         if self.source is None or self.linears is None:
@@ -449,9 +453,13 @@ def _with_channels(site: Site, start: int, stop: int) -> Site:
 def _keep(
     layer: nn.Module, prefix: str, tensors: Mapping[str, Tensor | None], device: torch.device
 ) -> None:
-    """Put tensors into a layer, as parameters of their own dtypes without gradients."""
+    """Put tensors into a layer, as parameters of their own dtypes without gradients.
+
+    They are copied: what the reader returns is a view of its file, which stays mapped and resident
+    as long as any view does.
+    """
     for name, tensor in tensors.items():
         parameter = None
         if tensor is not None:
-            parameter = nn.Parameter(tensor.to(device), requires_grad=False)
+            parameter = nn.Parameter(tensor.to(device, copy=True), requires_grad=False)
         layer.register_parameter(f"{prefix}_{name}", parameter)

@@ -57,6 +57,10 @@ class Source:
         values = read_config(self.folder)["quantization_config"]
         return CheckpointConfig.from_dict(values, str(self.folder / CONFIG))
 
+    def close(self) -> None:
+        """Close the files; they are opened again when something is read."""
+        self.__dict__.pop("reader", None)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
 
