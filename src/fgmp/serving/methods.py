@@ -66,7 +66,7 @@ class FgmpConfig(QuantizationConfig):
 
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__()
-        self.checkpoint = CheckpointConfig.from_dict(values)
+        CheckpointConfig.from_dict(values)  # an unknown version ends here
         self.source: Source | None = None
         self.linears: Linears | None = None
         self.model_type = ""
@@ -109,7 +109,7 @@ class FgmpConfig(QuantizationConfig):
         self.model_type = getattr(hf_config, "model_type", "")
         self.source = Source(folder)
         self.source.verify(planes=False)
-        self.linears = Linears(self.checkpoint, self.source.reader.names, self._rename)
+        self.linears = Linears(self.source.config, self.source.reader.names, self._rename)
         self.source.close()
 
     def _rename(self, name: str) -> str:
