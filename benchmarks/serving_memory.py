@@ -2,8 +2,8 @@
 
     python benchmarks/serving_memory.py CHECKPOINT TINY [--json]
 
-TINY is a checkpoint of a few megabytes: its worker's memory is what libraries and the KV cache take,
-and is subtracted. Both run in bf16 on one rank, as the files store what is not quantized.
+TINY is a checkpoint of a few megabytes: its worker's memory is what libraries and the KV cache
+take, and is subtracted. Both run in bf16 on one rank, as the files store what is not quantized.
 ``file_bytes`` is the size of the checkpoint's tensors. Needs vLLM's environment (docs/serving.md).
 """
 
