@@ -34,9 +34,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "progress", "storage", "formats", "pack", "model", "sensitivity", "assign"),
         *("recipe", "hardware"),
     },
+    "serving": {"errors", "formats", "pack", "kernels", "model"},
     "app": {
         *("errors", "progress", "storage", "demo", "documents", "data", "formats", "pack"),
         *("kernels", "model", "assign", "recipe", "hardware", "evaluation", "quantization"),
+        "serving",
     },
 }
 """A part is a package or a module below ``fgmp``. Each may import those named, which all stand
@@ -51,9 +53,10 @@ ONLY_IN = {
     "yaml": {"recipe"},
     "datasets": {"documents"},
     "safetensors": {"storage", "pack", "model"},
-    "huggingface_hub": {"pack"},
-    "psutil": {"pack", "model", "quantization", "app"},
+    "huggingface_hub": {"pack", "serving"},
+    "psutil": {"pack", "model", "quantization", "serving", "app"},
     "triton": {"kernels"},
+    "vllm": {"serving"},
     "numpy": {"storage", "hardware", "pack"},
 }
 """Where third-party packages may show up; ``torch`` may everywhere but in ``formats.spec``."""
@@ -77,6 +80,7 @@ TESTED_AS: dict[str, str] = {
     "fgmp.pack.checksums": "pack/test_checkpoint.py: seen through the files that it protects",
     "fgmp.pack.folder": "test_cases.py: through every reader of a folder",
     "fgmp.pack.reader": "pack/test_checkpoint.py: reads what the writer wrote",
+    "fgmp.serving.methods": "serving/test_vllm.py: what vLLM calls, in vLLM",
     "fgmp.progress": "app/test_cli.py: bars are seen on a terminal",
     **dict.fromkeys(
         (f"fgmp.hardware.{name}" for name in ("array", "image", "run", "simulate")),

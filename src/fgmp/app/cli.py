@@ -344,6 +344,23 @@ def generate(
     show(text, as_json, lambda _: _write("\n"))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An fgmp checkpoint.")],
+) -> None:
+    """Serve a checkpoint by vLLM's OpenAI-compatible server.
+
+    Needs vLLM (docs/serving.md). Every other option is vLLM's: --port 8000, --host,
+    --tensor-parallel-size, --max-model-len and so on. The checkpoint is checked first, and on a
+    machine without a GPU, dtype, cache size and threads get defaults that suit it.
+    """
+    from fgmp.serving.command import server
+
+    ready = server(directory, context.args)
+    os.execve(sys.executable, ready.arguments, {**os.environ, **ready.environment})
+
+
 @app.command()
 def quickstart(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path(
