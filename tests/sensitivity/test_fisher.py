@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from fgmp.errors import InputError
 from fgmp.model.losses import causal_lm_loss, sampled_label_loss
+from fgmp.model.precision import run_in
 from fgmp.model.select import linearize, quantizable
 from fgmp.sensitivity import fisher as fisher_module
 from fgmp.sensitivity.fisher import Calibration, calibrate
@@ -625,6 +626,15 @@ def test_a_calibration_file_is_used_again_or_refused(tokens: Tensor, tmp_path: P
             calibrated(linears, tokens[:3])
         weight[0, 0] -= 1
     assert file.read_bytes() == before
+
+
+def test_a_calibration_in_another_dtype_is_used_again(tokens: Tensor, tmp_path: Path) -> None:
+    """The dtype of passes depends on the machine; the model is the same."""
+    model = make_model("llama").bfloat16()
+    file, linears = tmp_path / "run.state", quantizable(model)
+    in_bf16 = calibrate(model, linears, tokens[:2], file=file)
+    run_in(model, "float32")
+    assert same(calibrate(model, linears, tokens[:2], file=file), in_bf16)
 
 
 @pytest.mark.parametrize(("stored", "asked"), [("exact", "factored"), ("factored", "exact")])

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from fgmp.errors import InputError
 from fgmp.model.losses import Loss, causal_lm_loss
 from fgmp.model.observe import frozen
+from fgmp.model.precision import stored_dtypes
 from fgmp.model.select import shared_weights
 from fgmp.sensitivity.squares import SQUARES
 from fgmp.storage.fingerprint import sha256
@@ -323,10 +324,19 @@ def _fingerprint(
         "linears": sha256([list(linears), shared_weights(linears)]),
         "sites": sha256(groups),
         "loss": sha256(loss),
-        "weights": sha256(model.state_dict()),
+        "weights": sha256(_stored_tensors(model)),
         "sequences": sha256(list(samples)),
         "fisher": fisher,
     }
+
+
+def _stored_tensors(model: nn.Module) -> dict[str, str]:
+    """Digests of a model's tensors in their stored dtypes, by name.
+
+    The dtype in which passes run does not count: calibration in another differs in last digits.
+    """
+    dtypes = stored_dtypes(model)
+    return {name: sha256(t.to(dtypes[name])) for name, t in model.state_dict().items()}
 
 
 _MEANING = {
