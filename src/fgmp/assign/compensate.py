@@ -12,8 +12,8 @@ W* is a Wiener filter: it reduces the weight of directions in which the noise of
 activations exceeds their signal. V is W*, rounded by GPTQ (arXiv 2210.17323): columns are rounded
 one after the other, and the columns not yet rounded compensate each error.
 
-GPTQ spreads errors along the rows of U, the upper Cholesky factor of (H + m I)^-1. Its inverse R
-serves as well and takes no inverse of a matrix: R is upper triangular, and
+GPTQ spreads errors along the rows of U, the upper Cholesky factor of (H + m I)^-1. Its inverse
+R = U^-1 serves as well and is computed without inverting H + m I: R is upper triangular, and
 
     H + m I = R R^T        (V - W*) (H + m I) (V - W*)^T = |(W* - V) R|^2
 
@@ -23,14 +23,15 @@ before rounding is
 
     w_j + (S_j + sum over i < j of (w_i - v_i) R_ij) / R_jj
 
-This is GPTQ with its updates postponed: one matrix product brings the errors of all earlier columns
+This is GPTQ with lazy batch updates: one matrix product applies the errors of all earlier columns
 to the next 128 (``BATCH``). Within a block of 16, errors spread along rows of U, whose diagonal
 blocks are inverses of R's. The scale of an FP4 block is chosen when its first column is reached,
 for the best values of the block at that point.
 
 Some rows are exempt. If a row's squared distance from W*, the quadratic form above, exceeds 8
 (``LIMIT``) times that of round to nearest, it gets the codes of round to nearest. This happens if
-the two models of the loss disagree. F may see no sensitivity of the loss to a large weight; the
+F and H, two approximations of the loss, disagree.
+F may see no sensitivity of the loss to a large weight; the
 scale search then fits the other weights of its block and clips it. H counts all outputs alike, so
 the rest of the row moves far to compensate. In one such row of an encoder of 22.7M parameters,
 whose normalization cancels an outlier channel, the ratio was two thousand, which ruined the model.
@@ -79,8 +80,8 @@ BATCH = 128
 """Columns that a matrix product or a small factorization treats at once."""
 
 ACCURACY = 2.0**-7
-"""Largest error of R R^T over the damping m before R is computed again in float64. Rounding is then
-worth less than a change of m by a hundredth."""
+"""Largest error of R R^T, relative to the damping m, with which an fp32 R is used. Above it, R is
+computed again in float64. An error below it matters less than a change of m by a hundredth."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Factors:
 
 
 def factorize(h: Tensor, damping: float = DAMPING) -> Tensor | None:
-    """The root R of the second moments H, fp32 (K, K).
+    """The upper Cholesky factor ("root") R of H + m I, fp32 (K, K).
 
     It is computed in fp32, and in float64 where that fails or is too inaccurate: where R R^T, on a
     vector of random signs, is further from H + m I than :data:`ACCURACY`.
@@ -274,7 +275,8 @@ def _further_than_nearest(
 ) -> Tensor:
     """Rows, bool (N,), whose ``distance`` exceeds that of round to nearest.
 
-    The latter grows column by column. Most rows are decided by a few columns.
+    The latter is a sum of squares over columns. It is computed batch by batch until it has reached
+    ``distance`` in every row, which usually takes few columns.
     """
     errors, total = torch.zeros_like(weight), torch.zeros_like(distance)
     for batch in _slices(0, weight.shape[1], BATCH):
@@ -316,7 +318,7 @@ def round_columns(
 
     Returns:
         FP4 and FP8 codes, uint8 (N, 16), decoded values in the assigned format, fp32 (N, B), and
-        errors over the diagonal of U, fp32 (N, B).
+        errors divided by the diagonal of U, fp32 (N, B).
     """
     compiled = kernels()
     if compiled and columns.device.type == "cpu":

@@ -3,7 +3,8 @@
 Most CPUs multiply no bf16 numbers: PyTorch then emulates them, about 14 times as slowly as fp32
 (AVX2, `benchmarks/quantize.py`). On such a CPU a model of bf16 parameters runs in fp32, which
 represents each of them exactly. Gradients of a summed loss overflow fp16, so a model stored in fp16
-runs in fp32 everywhere. What is stored and counted keeps the stored dtype.
+runs in fp32 everywhere. Saved files and reported
+sizes keep the stored dtype.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from fgmp.errors import InputError
 CHOICES = ("auto", "float32", "stored")
 """Ways to choose the dtype of passes: fast on the device, fp32, or as the files store it."""
 
-_SPARED = 0.7
+_USABLE = 0.7
 """Fraction of the free memory that the wider parameters may take."""
 
 _ATTRIBUTE = "fgmp_stored_dtypes"
@@ -72,9 +73,9 @@ def compute_dtype(stored: torch.dtype, device: torch.device, choice: str = "auto
 def run_in(model: nn.Module, choice: str = "auto") -> nn.Module:
     """Convert a model to the dtype of its passes, in place, and return it.
 
-    It is saved in its stored dtypes again. A model that was converted stays as it is, and so does a
-    bf16 model whose fp32 copy would not fit in memory, unless ``choice`` asks for it: bf16 is slow
-    then, but works.
+    Saving converts it back to its stored dtypes. A model that was converted before is not changed.
+    With ``auto``, a bf16 model whose fp32 copy would not fit in memory stays in bf16, which is slow
+    but works.
 
     Args:
         model: quantized or not; planes and constants of packed layers keep their dtypes.
@@ -94,7 +95,7 @@ def run_in(model: nn.Module, choice: str = "auto") -> nn.Module:
 def _fits(model: nn.Module) -> bool:
     """Whether an fp32 copy of a model's parameters fits in free memory, with some to spare."""
     more = sum(p.numel() * (4 - p.element_size()) for p in model.parameters())
-    return more < _SPARED * psutil.virtual_memory().available
+    return more < _USABLE * psutil.virtual_memory().available
 
 
 def stored_dtype(model: nn.Module) -> torch.dtype:

@@ -20,12 +20,12 @@ from fgmp.quantization.task import Task
 _PROBE_TOKENS = 128
 """Tokens of the prefix that is timed."""
 _SCORING_PASSES = 1.1
-"""Passes forward per sequence to score activations."""
+"""Cost per sequence of scoring activations, in forward passes."""
 _COMPENSATION_PASSES, _VARIANT_PASSES = 3.5, 5.5
-"""Passes forward per sequence of compensation: of the original, and of each variant, whose moments
-are included."""
+"""Cost per sequence of compensation, in forward passes: for the original, and for each variant,
+including the accumulation of its moments."""
 _TUNING_PASSES = 5
-"""Passes forward per sequence and epoch of tuning."""
+"""Cost per sequence and epoch of tuning, in forward passes."""
 _SECONDS_PER_PARAMETER = 1e-6
 """Seconds to score, round and pack a parameter, per variant."""
 
@@ -52,7 +52,7 @@ def estimate(task: Task, variants: int) -> DurationEstimate:
 
     Args:
         task: what will run.
-        variants: number of ways of choosing FP4 scales that are packed.
+        variants: number of variants (with and without scale search) that are packed.
     """
     sample, scale = task.samples[0], 1.0
     if isinstance(sample, Tensor) and sample.ndim == 1 and len(sample) > _PROBE_TOKENS:

@@ -5,7 +5,8 @@ The peak is the memory that the process already holds (the model) plus the large
     calibration   accumulators of F_w, saved tensors, and logits
     packing       accumulators of F_w, moments and factors of compensation, block scores, packed
                   tensors, and the temporaries of scoring the largest weight
-    tuning        packed tensors, tuning state, saved tensors, and logits
+    checking      (on held-out text) packed tensors and logits; with tuning also its state and saved
+                  tensors
 
 *Saved tensors* are those that autograd saves for the backward pass of one sequence, measured on a
 short prefix and scaled up, plus a weight gradient if one is computed. F_w takes four bytes per

@@ -216,7 +216,7 @@ def run(
 
 
 def _passes(model: nn.Module) -> str:
-    """In which dtype and on what the passes of a model run."""
+    """A message: dtype and device of the model's passes and, on a CPU, threads and capability."""
     parameter = next(model.parameters())
     ran, stored = (str(d).removeprefix("torch.") for d in (parameter.dtype, stored_dtype(model)))
     line = f"passes run in {ran}" + (f" (stored: {stored})" if ran != stored else "")

@@ -1,16 +1,16 @@
 """Sequential error compensation (GPTQ), in order of execution.
 
-A layer is packed so that its output on quantized inputs q is close to the original's on x. In the
-final model, q carries the errors of all earlier layers. So q comes from a model in which those
-layers are packed already, and x from the original. The layer then also compensates earlier errors.
+A linear is packed so that its output on quantized inputs q is close to the original's on x. In the
+final model, q carries the errors of all earlier linears. So q comes from a model in which those are
+packed already, and x from the original. The linear then also compensates earlier errors.
 Several *variants* of the quantized model are packed side by side. They share the original's runs
 and, before anything is packed, the moments H and their factor.
 
 A *stage* is a set of sites that are compensated together. Sites share a stage if they are in the
 same decoder layer (an entry of the model's outermost module list; ``block`` in this file) and have
 the same name within it, apart from indices of inner lists, such as those of experts. A site outside
-of all such lists is a stage of its own. Sites that read one shared weight share a stage, too, in
-place of the first of them. Sites of a stage do not compensate each other's errors.
+of all such lists is a stage of its own. Sites whose linears share a weight share a stage, too,
+which comes where the first of them would. Sites of a stage do not compensate each other's errors.
 
 Each stage runs the samples through all models, up to the stage's inputs. To keep the cost from
 growing with the square of the depth, outputs of finished blocks are stored, and from then on a
@@ -22,8 +22,9 @@ shortcuts are dropped and every pass runs whole models: slow, and correct. The s
 that runs the model twice.
 
 In a variant's block, linears of earlier stages read the same inputs in each pass. Their outputs are
-kept, up to half a gigabyte per variant, and not computed again. That does not hold for stages that
-a shared weight extends past sites still to be packed: outputs of their linears are not kept.
+kept, up to half a gigabyte per variant, and not computed again. It does not hold if a shared
+weight brings a site into a stage before sites that precede it in the model are packed: its inputs
+still change. So no outputs of linears of such a stage are kept.
 
 Finished stages can be stored on disk. A resumed run installs their weights instead of accumulating
 moments; the pass of the first stage that is not stored runs all earlier layers once.
@@ -54,8 +55,8 @@ from fgmp.sensitivity.moments import MOMENT_BYTES, Moments, Source, add_moments,
 from fgmp.storage.resume import PartialResults
 
 PackStage = Callable[..., dict[str, PackedWeight]]
-"""Packs a stage: maps (lists of linear names, one per site; ``moments`` by site owner) to packed
-weights by linear."""
+"""Packs a stage: maps (lists of linear names, one per group of weights with the same inputs;
+``moments`` by the first name of each list) to packed weights by linear."""
 
 Variants = dict[str, dict[str, PackedWeight]]
 """Packed weights by variant and linear."""
@@ -64,7 +65,7 @@ _FACTOR_MATRICES = 1
 """fp32 matrices held beside H and D while a weight is packed: the root."""
 
 _KEPT_BYTES = 1 << 29
-"""Most bytes of outputs of packed linears that are cached per variant."""
+"""Limit on the bytes of cached outputs of packed linears, per variant."""
 
 _SAMPLED = 4096
 """Number of elements per tensor that the check of cached outputs compares."""
@@ -79,8 +80,8 @@ class Stage:
     Attributes:
         block: name of their module-list entry, such as ``model.layers.0``; empty if in none.
         owners: the sites, each named by its first linear.
-        in_order: whether all sites before each of these are in this stage or in earlier ones; no if
-            a shared weight brought sites of several kinds together.
+        in_order: whether every site that runs before one of these is in this stage or an earlier
+            one. False if a shared weight merged sites of several kinds.
     """
 
     block: str
@@ -144,8 +145,8 @@ def bytes_needed(
 
     Assumes that all samples are as large as the first.
     """
-    outputs: dict[str, int] = {}  # of one block, by list of blocks
-    of_linears: dict[str, int] = {}  # of one block
+    outputs: dict[str, int] = {}  # bytes of a block's output on one sample, by block
+    of_linears: dict[str, int] = {}  # bytes of its linears' outputs on one sample, by block
 
     def measure(sizes: dict[str, int], name: str, _: nn.Module, __: Any, out: Any) -> None:
         sizes[name] = sizes.get(name, 0) + sum(t.nbytes for t in _tensors(out))
@@ -213,7 +214,7 @@ def pack_in_turn(
         packers: by variant, what packs the linears of a stage, given the moments of their inputs.
         advance: called after each sample of each stage.
         results: stages that this run packed before an interruption; later ones are added.
-        shared: linears that use the weight of another, and the name of that one, by name.
+        shared: maps each linear that uses an earlier linear's weight to that earlier linear.
     """
     shared = shared or {}
     packed: Variants = {variant: {} for variant in packers}
@@ -360,7 +361,7 @@ class _Run:
         ``closes`` says that the stage is its block's last: the original then stores its outputs.
         """
         sources, modules = {}, {}
-        # Before anything is packed, variants read the same inputs: one counts for all.
+        # Before anything is packed, variants read the same inputs: H is summed once, and shared.
         agree = not any(stream.linears for stream in self.variants.values())
         first = next(iter(self.variants))
         moments: dict[str, dict[str, Moments]] = {variant: {} for variant in self.variants}
@@ -392,7 +393,8 @@ class _Run:
                     for x, y in zip(original[owner], quantized[owner], strict=False):
                         if y.numel():
                             q = site(y).float() * site.record.t
-                            # A router without a known name may have sent other tokens.
+                            # A router that was not recognized may have chosen other tokens here.
+                            # Then x and q cannot be paired, and q's unquantized value stands for x.
                             original_x = x if x.shape == y.shape else y
                             for holder in read_by[owner]:
                                 add_moments(
@@ -417,7 +419,10 @@ class _Run:
                 self.reusable |= linears.keys()
 
     def close(self, block: str) -> None:
-        """Cache the outputs of this layer in the next pass; its last stage is packed."""
+        """Let the models store this block's outputs in the next pass, if they have not yet.
+
+        To be called when the block's last stage is packed.
+        """
         if self.shortcuts:
             for stream in (self.original, *self.variants.values()):
                 if block not in stream.closed:
@@ -497,7 +502,7 @@ class _Run:
     def _reuse_linears(
         self, stack: ExitStack, stream: _Stream, linears: Mapping[str, nn.Module], index: int
     ) -> None:
-        """Linears return the outputs that were kept, and others' are kept for later passes."""
+        """Linears whose outputs were kept return these; others' are kept for later passes."""
 
         def keep(name: str, _: nn.Module, __: Any, out: Tensor) -> None:
             stream.keep(name, index, out)

@@ -6,7 +6,8 @@ under the holder's name alone; ``shared`` maps the names of the other linears to
 
 All linears of a site have one tensor scale, so sites that a shared weight connects have one, too.
 Compensation minimizes the sum of the errors of all uses: the moments of a shared weight are the
-sums of the moments of the sites that read it. A model that shares nothing has one group per site.
+sums of the moments of the sites whose linears use it. If no weight is shared, the groups that the
+functions below return correspond to the sites.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -34,7 +35,7 @@ def weights_by_scale(
 
 
 def readers(linears_of: Mapping[str, list[str]], shared: Mapping[str, str]) -> dict[str, list[str]]:
-    """Owners of the sites that read a weight, by its holder."""
+    """Owners of the sites whose linears use a weight, by the weight's holder."""
     owners: dict[str, dict[str, None]] = {}
     for owner, names in linears_of.items():
         for name in names:
@@ -45,7 +46,7 @@ def readers(linears_of: Mapping[str, list[str]], shared: Mapping[str, str]) -> d
 def weights_by_readers(
     linears_of: Mapping[str, list[str]], shared: Mapping[str, str]
 ) -> list[list[str]]:
-    """Holders of weights that the same sites read, grouped."""
+    """Holders of weights, grouped: a group's weights are used by linears of the same sites."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for holder, owners in readers(linears_of, shared).items():
         groups.setdefault(tuple(owners), []).append(holder)
