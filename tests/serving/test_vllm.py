@@ -3,9 +3,10 @@
 Run in vLLM's own environment (docs/serving.md): ``pytest -m vllm tests/serving``. Every case starts
 vLLM, which takes about half a minute on idle cores.
 
-The demonstration model is trained, and its tokens must be equal. A model of random weights has
-near-ties now and then, and there the order of summation decides, in which vLLM's attention differs
-from Transformers'. So its tokens must be equal up to the first near-tie.
+Prompts' log-probabilities agree within fp32 rounding; vLLM and Transformers differ by 5e-6 on the
+original model. Tokens that follow must be equal for the demonstration model on text. A model of
+random weights is less certain of its next token, and rounding now and then moves an activation to
+another code, or a token to another expert. So one prompt of five may go another way.
 """
 
 import json
@@ -25,6 +26,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import fgmp
 from fgmp.model.precision import run_in
@@ -35,8 +37,8 @@ from .checkpoints import CONTEXT, FAMILIES, RECIPES, write_random, write_trained
 pytestmark = pytest.mark.vllm
 
 TOKENS = 32
-NEAR_TIE = 0.02
-"""Distance of two logits that counts as a near-tie; the logits have a spread of about 1."""
+ROUNDING = 1e-4
+"""Median difference of log-probabilities: 20 times what was measured; a wrong code makes 1e-2."""
 
 START_SECONDS = 600
 EAGER = {"enforce_eager": True, "dtype": "float32", "max_model_len": CONTEXT}
@@ -50,13 +52,27 @@ def environment(**settings: str) -> dict[str, str]:
     return {**mine, **base, "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1", **settings}
 
 
-PROMPTS = [[5], [40, 41, 42, 43], list(range(60, 100)), [7] * 17, [200, 3, 90, 14, 15, 92, 65]]
+RANDOM = [[5], [40, 41, 42, 43], list(range(60, 100)), [7] * 17, [200, 3, 90, 14, 15, 92, 65]]
+TEXT = (
+    "Return a new list",
+    "The method",
+    "If the file does not exist, it is created, or else it is opened for reading. The",
+    "Raised when an operation",
+    "This function takes a string and",
+)
 
 
-def expected_tokens(folder: Path, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
+def prompts_of(folder: Path) -> list[list[int]]:
+    """Text for the demonstration model, any tokens for random models."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    trained = len(tokenizer) > 300
+    return [tokenizer(text).input_ids for text in TEXT] if trained else RANDOM
+
+
+def expected_tokens(folder: Path) -> list[list[int]]:
     model: Any = run_in(fgmp.load(folder), "float32")
     outputs = []
-    for prompt in prompts:
+    for prompt in prompts_of(folder):
         ids = torch.tensor([prompt])
         options = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
         with torch.no_grad():
@@ -65,26 +81,29 @@ def expected_tokens(folder: Path, prompts: list[list[int]] = PROMPTS) -> list[li
     return outputs
 
 
-def require_equal(folder: Path, tokens: list[list[int]], *, near_ties: bool) -> None:
+def require_equal(folder: Path, tokens: list[list[int]], *, different: int = 0) -> None:
+    """Check greedy tokens; those of at most ``different`` prompts may go another way."""
+    pairs = list(zip(tokens, expected_tokens(folder), strict=True))
+    others = [pair for pair in pairs if pair[0] != pair[1]]
+    assert len(others) <= different, others
+
+
+def require_close(folder: Path, log_probabilities: list[list[float]]) -> None:
+    """Check the log-probabilities of the prompts' own tokens."""
     model: Any = run_in(fgmp.load(folder), "float32")
-    compared = 0
-    for prompt, got, expected in zip(PROMPTS, tokens, expected_tokens(folder), strict=True):
-        pairs = zip(got, expected, strict=False)
-        first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(got), len(expected)))
-        compared += first
-        if got == expected:
-            continue
-        assert near_ties, (prompt, got, expected)
+    differences = []
+    for prompt, values in zip(prompts_of(folder), log_probabilities, strict=True):
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + expected[:first]])).logits[0, -1]
-        assert logits.max() - logits[got[first]] < NEAR_TIE, (prompt, got, expected)
-    assert compared > 0.6 * TOKENS * len(PROMPTS), "near-ties are rare"
+            logits = model(torch.tensor([prompt])).logits[0, :-1]
+        expected = logits.log_softmax(-1)[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
+        differences.append((expected - torch.tensor(values)).abs())
+    assert torch.cat(differences).median() < ROUNDING
 
 
 def offline(folder: Path, options: dict[str, Any], **settings: str) -> list[list[int]]:
-    """Tokens by ``LLM(folder)``, one line of its output."""
+    """Tokens by ``LLM(folder)``, whose log-probabilities are checked."""
     script = [sys.executable, str(Path(__file__).with_name("offline.py")), str(folder)]
-    arguments = [json.dumps(options), json.dumps(PROMPTS), str(TOKENS)]
+    arguments = [json.dumps(options), json.dumps(prompts_of(folder)), str(TOKENS)]
     done = subprocess.run(
         [*script, *arguments],
         env=environment(**settings),
@@ -92,16 +111,18 @@ def offline(folder: Path, options: dict[str, Any], **settings: str) -> list[list
         text=True,
         timeout=START_SECONDS,
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout + done.stderr
-    tokens: list[list[int]] = json.loads(lines[0].removeprefix("TOKENS "))
+    result = json.loads(lines[0].removeprefix("RESULT "))
+    require_close(folder, result["log_probabilities"])
+    tokens: list[list[int]] = result["tokens"]
     return tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(tmp_path: Path, family: str) -> None:
     folder = write_random(tmp_path / "out", family)
-    require_equal(folder, offline(folder, EAGER), near_ties=True)
+    require_equal(folder, offline(folder, EAGER), different=1)
 
 
 def test_joined_layers_of_several_modes(tmp_path: Path) -> None:
@@ -110,12 +131,12 @@ def test_joined_layers_of_several_modes(tmp_path: Path) -> None:
     attention = (f"model.layers.{layer}.self_attn" for layer in range(4))
     modes = [{reader.packed(f"{name}.{part}_proj").mode for part in "qkv"} for name in attention]
     assert {"fp4", "mixed"} in modes
-    require_equal(folder, offline(folder, EAGER), near_ties=False)
+    require_equal(folder, offline(folder, EAGER))
 
 
 def test_a_quantized_output_head(tmp_path: Path) -> None:
     folder = write_random(tmp_path / "out", "llama", RECIPES["head"])
-    require_equal(folder, offline(folder, EAGER), near_ties=True)
+    require_equal(folder, offline(folder, EAGER), different=1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
@@ -124,7 +145,7 @@ def test_two_ranks(tmp_path: Path, family: str) -> None:
     folder = write_random(tmp_path / "out", family)
     options = {**EAGER, "tensor_parallel_size": 2}
     tokens = offline(folder, options, VLLM_CPU_OMP_THREADS_BIND="0|1")
-    require_equal(folder, tokens, near_ties=True)
+    require_equal(folder, tokens, different=1)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
@@ -132,14 +153,14 @@ def test_compiled(tmp_path: Path, family: str) -> None:
     folder = write_random(tmp_path / "out", family)
     cache = str(tmp_path / "cache")
     tokens = offline(folder, {**EAGER, "enforce_eager": False}, VLLM_CACHE_ROOT=cache)
-    require_equal(folder, tokens, near_ties=True)
+    require_equal(folder, tokens, different=1)
 
 
 def test_chunked_prefill_and_prefix_caching(tmp_path: Path) -> None:
     folder = write_trained(tmp_path / "out", RECIPES["mixed"])
     chunks = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "enable_chunked_prefill": True}
     tokens = offline(folder, {**EAGER, **chunks, "enable_prefix_caching": True})
-    require_equal(folder, tokens, near_ties=False)
+    require_equal(folder, tokens)
 
 
 # --- over HTTP -----------------------------------------------------------------------------------
@@ -194,7 +215,7 @@ def completion(address: str, folder: Path, prompt: list[int]) -> list[int]:
 def test_over_http(tmp_path: Path, recipe: str) -> None:
     folder = write_trained(tmp_path / "out", RECIPES[recipe])
     with served(folder, *SERVE) as address:
-        require_equal(folder, [completion(address, folder, p) for p in PROMPTS], near_ties=False)
+        require_equal(folder, [completion(address, folder, p) for p in prompts_of(folder)])
         if recipe == "mixed":
             check_concurrency_and_stream(address, folder)
 
@@ -202,11 +223,11 @@ def test_over_http(tmp_path: Path, recipe: str) -> None:
 def check_concurrency_and_stream(address: str, folder: Path) -> None:
     """Sixteen requests at once, and one answer token by token, are the same."""
     expected = expected_tokens(folder)
-    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(16)]
+    prompts = (prompts_of(folder) * 4)[:16]
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda prompt: completion(address, folder, prompt), prompts))
-    assert answers == [expected[i % len(PROMPTS)] for i in range(16)]
-    lines = post(address, folder, PROMPTS[1], stream=True).decode().split("\n\n")
+    assert answers == (expected * 4)[:16]
+    lines = post(address, folder, prompts[1], stream=True).decode().split("\n\n")
     events = [
         json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")
     ]
@@ -217,7 +238,9 @@ def check_concurrency_and_stream(address: str, folder: Path) -> None:
 def test_a_mixture_over_http(tmp_path: Path) -> None:
     folder = write_random(tmp_path / "out", "qwen3_moe")
     with served(folder, *SERVE) as address:
-        require_equal(folder, [completion(address, folder, p) for p in PROMPTS], near_ties=True)
+        require_equal(
+            folder, [completion(address, folder, p) for p in prompts_of(folder)], different=1
+        )
 
 
 # --- refusals ------------------------------------------------------------------------------------

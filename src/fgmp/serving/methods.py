@@ -263,14 +263,13 @@ class FgmpLinearMethod(LinearMethodBase):
         numbers.output_dim = 0  # type: ignore[attr-defined]
         # Counted from 1, since vLLM fills the padding of a vocabulary with 0.
         rows = torch.arange(1, sum(sizes) + 1).unsqueeze(1).split(sizes)
-        try:
-            for shard, part in zip(_shards(layer, len(sizes)), rows, strict=True):
-                layer.weight_loader(numbers, part, *shard)
-        except (AssertionError, RuntimeError) as error:
+        if sum(sizes) != (total := _total_rows(layer)):
             raise CheckpointError(
-                f"{', '.join(self.parts.linears)}: {sizes} rows do not fit vLLM's layer of "
-                f"{self.size} rows on this rank: {error}"
-            ) from error
+                f"{', '.join(self.parts.linears)}: must have {total} rows in vLLM's layer, got "
+                f"{sum(sizes)}"
+            )
+        for shard, part in zip(_shards(layer, len(sizes)), rows, strict=True):
+            layer.weight_loader(numbers, part, *shard)
         return numbers.data.flatten() - 1
 
     def _columns(self, layer: Any) -> tuple[int, int]:
@@ -290,6 +289,16 @@ class FgmpLinearMethod(LinearMethodBase):
         planes = (getattr(layer, f"weight_{name}") for name in PLANES)
         y: Tensor = ops.packed_linear(units, *planes, layer.input_r, layer.weight_t, bias, x.dtype)
         return y
+
+
+def _total_rows(layer: Any) -> int:
+    """Rows of a layer's weight on all ranks, replicas of KV heads counted once."""
+    if isinstance(layer, ParallelLMHead):
+        return int(layer.org_vocab_size)
+    if isinstance(layer, QKVParallelLinear):
+        of_one = layer.head_size + layer.v_head_size
+        return int(layer.total_num_heads * layer.head_size + layer.total_num_kv_heads * of_one)
+    return int(layer.output_size)
 
 
 def _shards(layer: nn.Module, count: int) -> list[tuple[Any, ...]]:
