@@ -93,7 +93,7 @@ def linearize(model: nn.Module) -> None:
     for parent, name, child in list(_children(model)):
         if isinstance(child, Conv1D):
             setattr(parent, name, _linear_view(child.weight, True, child.bias))
-        elif _is_fused_experts(child):
+        elif is_fused_experts(child):
             setattr(parent, name, Experts(child))
 
 
@@ -253,7 +253,7 @@ def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
             yield parent, name, child
 
 
-def _is_fused_experts(module: nn.Module) -> bool:
+def is_fused_experts(module: nn.Module) -> bool:
     """Whether a module follows the fused-experts interface of Transformers."""
     first = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
     down = getattr(module, "down_proj", None)
