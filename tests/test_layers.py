@@ -30,13 +30,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"errors", "formats", "assign"},
     "hardware": {"errors", "progress", "storage", "formats", "pack"},
     "evaluation": {"progress", "formats", "pack", "model"},
+    "export": {"errors", "formats", "pack", "model", "evaluation"},
     "quantization": {
         *("errors", "progress", "storage", "formats", "pack", "model", "sensitivity", "assign"),
         *("recipe", "hardware"),
     },
     "app": {
         *("errors", "progress", "storage", "demo", "documents", "data", "formats", "pack"),
-        *("kernels", "model", "assign", "recipe", "hardware", "evaluation", "quantization"),
+        *("kernels", "model", "assign", "recipe", "hardware", "evaluation", "export"),
+        "quantization",
     },
 }
 """A part is a package or a module below ``fgmp``. Each may import those named, which all stand
