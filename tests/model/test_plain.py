@@ -62,6 +62,22 @@ def test_a_module_with_two_names_cannot() -> None:
     }
 
 
+def test_a_module_with_two_names_is_stored_under_both() -> None:
+    """Transformers would initialize the other name randomly; embeddings it ties by itself."""
+    model = make_model("llama")
+    structure = skeleton(model)
+    expected = plain_tensors(structure, tensors_to_save(model))
+    assert "lm_head.weight" not in expected
+    structure.model.layers[1].mlp = structure.model.layers[0].mlp
+    tensors = {
+        n: t for n, t in tensors_to_save(model).items() if not n.startswith("model.layers.1.mlp")
+    }
+    plain = plain_tensors(structure, tensors)
+    assert plain.keys() == expected.keys()
+    name = "mlp.up_proj.weight"
+    assert torch.equal(plain[f"model.layers.1.{name}"], expected[f"model.layers.0.{name}"])
+
+
 def test_other_linear_layers() -> None:
     structure = skeleton(make_model("llama"))
     names = [n for n, m in structure.named_modules() if isinstance(m, nn.Linear)]

@@ -42,6 +42,7 @@ def plain_tensors(structure: nn.Module, tensors: dict[str, Tensor]) -> dict[str,
             plain[f"{name}.weight"] = plain[f"{name}.weight"].T.contiguous()
         elif is_fused_experts(module):
             _fuse(name, module, plain)
+    _add_other_names(structure, plain)
     reverted: dict[str, Tensor] = revert_weight_conversion(structure, plain)
     return {name: _unshared(tensor) for name, tensor in reverted.items()}
 
@@ -57,6 +58,19 @@ def _fuse(name: str, module: Any, tensors: dict[str, Tensor]) -> None:
         if kind == "weight" and module.is_transposed:
             fused = fused.transpose(1, 2).contiguous()
         tensors[f"{name}.{parameter}"] = fused
+
+
+def _add_other_names(structure: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Store the tensors of a module under each of its names, in place, unless Transformers ties."""
+    tied = getattr(structure, "all_tied_weights_keys", None) or {}
+    names: dict[int, list[str]] = {}
+    for name, tensor in structure.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    for group in names.values():
+        stored = next((name for name in group if name in tensors), None)
+        for name in group:
+            if stored is not None and name not in tensors and name not in tied:
+                tensors[name] = tensors[stored].clone()
 
 
 def _unshared(tensor: Tensor) -> Tensor:
