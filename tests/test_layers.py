@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"errors", "formats", "assign"},
     "hardware": {"errors", "progress", "storage", "formats", "pack"},
     "evaluation": {"progress", "formats", "pack", "model"},
+    "export": {"errors", "formats", "pack", "model", "evaluation"},
     "quantization": {
         *("errors", "progress", "storage", "formats", "pack", "model", "sensitivity", "assign"),
         *("recipe", "hardware"),
@@ -37,8 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving": {"errors", "formats", "pack", "kernels", "model"},
     "app": {
         *("errors", "progress", "storage", "demo", "documents", "data", "formats", "pack"),
-        *("kernels", "model", "assign", "recipe", "hardware", "evaluation", "quantization"),
-        "serving",
+        *("kernels", "model", "assign", "recipe", "hardware", "evaluation", "export"),
+        *("quantization", "serving"),
     },
 }
 """A part is a package or a module below ``fgmp``. Each may import those named, which all stand

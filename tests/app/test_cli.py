@@ -153,7 +153,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str], run: Run) -> None:
 def test_help(run: Run) -> None:
     done = run("--help")
     assert done.code == 0
-    for command in ("quantize", "eval", "compare", "inspect", "generate", "quickstart"):
+    for command in ("quantize", "eval", "compare", "inspect", "export", "generate", "quickstart"):
         assert command in done.out
         assert run(command, "--help").code == 0
 

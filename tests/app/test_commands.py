@@ -111,6 +111,39 @@ def test_eval(run: Run, place: Place) -> None:
     assert packed["fp4_activations"] == pytest.approx(0.7, abs=0.05)
 
 
+def test_export(run: Run, place: Place, tmp_path: Path) -> None:
+    out, data = tmp_path / "out", ("--data", place.text, "--seq-len", "32")
+    command = ("export", place.checkpoint, "-o", out, "--to")
+    done = run(*command, "modelopt", *data)
+    assert done.code == 1 and "needs one format for all tensors; choose --to dense" in done.words
+    assert not out.exists()
+    facts = run(*command, "compressed-tensors", "--mixed", "per-layer", *data, "--json").json
+    assert facts["output"] == str(out) and facts["kl"] > 0
+    assert facts["bytes"] == (out / "model.safetensors").stat().st_size
+    del facts["output"], facts["bytes"]
+    assert json.loads((out / "fgmp_export.json").read_text()) == facts
+    assert (out / "tokenizer.json").exists()
+    shown = run("export", place.checkpoint, "-o", tmp_path / "dense", "--to", "dense").words
+    assert "weight error none" in shown and "no longer quantized" in shown
+    assert "not measured; --data TEXT measures it" in shown
+    dense = run("eval", tmp_path / "dense", "--data", place.text, "--json").json
+    assert dense["fp4_activations"] is None
+    again = run(*command, "dense")
+    assert again.code == 1 and "already exists" in again.words
+
+
+def test_export_refuses_before_it_reads(run: Run, place: Place, tmp_path: Path) -> None:
+    for arguments, message in (
+        ((place.model, "--to", "dense"), "not an fgmp checkpoint"),
+        ((place.checkpoint, "--to", "gguf"), "to must be one of"),
+        ((place.checkpoint, "--to", "dense", "--data", tmp_path / "none"), "none"),
+        ((place.checkpoint, "--to", "dense", "--data", place.text, "--seq-len", "1"), "at least 2"),
+    ):
+        done = run("export", *arguments, "-o", tmp_path / "out")
+        assert done.code == 1 and message in done.words
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_packed_kv_cache(run: Run, place: Place) -> None:
     plain = run("eval", place.model, "--data", place.text, "--json").json
     facts = {}

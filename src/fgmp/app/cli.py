@@ -313,6 +313,41 @@ def inspect(
 
 
 @app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An fgmp checkpoint.")],
+    output: Output,
+    to: Annotated[str, typer.Option(help="compressed-tensors, modelopt or dense.")],
+    mixed: Annotated[
+        str | None,
+        typer.Option(
+            help="per-layer: round every layer of a mixed checkpoint to its better format. "
+            "[default: refuse it]"
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="TEXT on which the loss is measured. [default: not measured]"),
+    ] = None,
+    seq_len: SeqLen = None,
+    bos: CompareBos = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint in a format that other programs read.
+
+    An all-FP4 or all-FP8 checkpoint keeps its weights bit for bit in compressed-tensors and
+    modelopt. `dense` holds dequantized weights in the model's dtype and quantizes no activations.
+    """
+    from fgmp.app.commands import export_to
+
+    summary = export_to(
+        directory, output, to, mixed, data, seq_len, terminal_reporter(), bos, dtype=dtype
+    )
+    show(summary, as_json, lambda result: print_lines(result.lines()))
+
+
+@app.command()
 def generate(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="An fgmp checkpoint or a model.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],

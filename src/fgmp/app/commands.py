@@ -20,6 +20,7 @@ from fgmp.app.records import (
     Comparison,
     Coverage,
     Evaluation,
+    ExportSummary,
     Generation,
     Online,
     QuantizeSummary,
@@ -41,6 +42,8 @@ from fgmp.errors import CheckpointError, FGMPError, InputError
 from fgmp.evaluation import compare as comparison
 from fgmp.evaluation.perplexity import batches, next_token_log_probabilities
 from fgmp.evaluation.perplexity import evaluate as evaluate_windows
+from fgmp.export.export import export
+from fgmp.export.plan import require_options
 from fgmp.model.cache import PackedCache, packed_cache, require_kind
 from fgmp.model.convert import sharing_copy
 from fgmp.model.linear import sites
@@ -373,6 +376,57 @@ def _calibrated_bos(model: nn.Module) -> bool | None:
     """Whether calibration windows started with a beginning-of-sequence token; None if unknown."""
     bos = config_of(model).calibration.get("bos")
     return bos if isinstance(bos, bool) else None
+
+
+def export_to(
+    directory: Path,
+    output: Path,
+    to: str,
+    mixed: str | None = None,
+    data: str | None = None,
+    seq_len: int | None = None,
+    reporter: Reporter = SILENT,
+    bos: bool | None = None,
+    *,
+    dtype: str = "auto",
+) -> ExportSummary:
+    """Write a checkpoint in the format of another program.
+
+    Args:
+        directory: the checkpoint.
+        output: folder to write.
+        to, mixed: as for :func:`fgmp.export.export.export`.
+        data: text on which the loss is measured; None: only the error of weights is.
+        seq_len: tokens per window of the text.
+        reporter: receives progress and messages.
+        bos: as for :func:`fgmp.evaluation_windows`; None: as in the checkpoint's calibration.
+        dtype: as for :class:`fgmp.model.source.Source`.
+    """
+    require_options(to, mixed)
+    _require_targets(output, None)
+    checkpoint.read_config(directory)
+    source = Source(str(directory), dtype=dtype)
+    if not source.is_packed:
+        raise InputError(f"{directory}: not an fgmp checkpoint")
+    documents = None if data is None else read_documents(data)
+    model, windows = source.load(), None
+    if data is not None:
+        tokenizer = source.tokenizer()
+        bos_id = beginning(tokenizer, _calibrated_bos(model) if bos is None else bos)
+        length = _window_length(model, seq_len)
+        windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
+        require_valid_token_ids(f"text {data}", windows, model)
+    with reporter.progress("measuring", 0 if windows is None else len(batches(windows))) as advance:
+        result = export(
+            directory,
+            output,
+            to,
+            mixed=mixed,
+            model=model,
+            windows=windows,
+            advance=advance,
+        )
+    return ExportSummary(str(output), sum(f.stat().st_size for f in weight_files(output)), result)
 
 
 def generate_text(

@@ -12,6 +12,7 @@ from typing import Any
 from fgmp.assign.frontier import Fractions
 from fgmp.evaluation.compare import Row
 from fgmp.evaluation.inspect import Inspection
+from fgmp.export.export import Export
 
 Lines = dict[str, str]
 """Label to text, in order."""
@@ -248,6 +249,54 @@ class Generation:
         values = dict(vars(self))
         del values["cache"]
         return {**values, **(asdict(self.cache) if self.cache else {})}
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """Result of ``fgmp export``.
+
+    Attributes:
+        output: the folder that was written.
+        bytes: size of its safetensors files.
+        export: what it contains and what it loses.
+    """
+
+    output: str
+    bytes: int
+    export: Export
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"output": self.output, "bytes": self.bytes, **self.export.to_dict()}
+
+    def lines(self) -> Lines:
+        """Labelled lines."""
+        export = self.export
+        counts = [f"{count} {name}" for name, count in export.linears.items() if count]
+        worst = max(export.weight_error, key=lambda name: export.weight_error[name])
+        lines = {
+            "export": f"{self.output}, {export.to}",
+            "size": f"{self.bytes:,} bytes",
+            "linears": ", ".join(counts),
+            "weight error": f"at most {export.weight_error[worst]:.3%} of the norm, in {worst}"
+            if export.weight_error[worst]
+            else "none",
+        }
+        if export.max_relative_error is not None:
+            lines["largest error"] = f"{export.max_relative_error:.3%} of a weight"
+        lines["activations"] = _activation_losses(export)
+        kl = "not measured; --data TEXT measures it" if export.kl is None else f"{export.kl:.5f}"
+        return {**lines, "KL from checkpoint": kl}
+
+
+def _activation_losses(export: Export) -> str:
+    """What activations lose, in words."""
+    losses = {
+        "no longer quantized": export.unquantized_sites,
+        "lose their searched scales": export.searched_sites,
+        "lose their mix of formats": export.mixed_sites,
+    }
+    return ", ".join(f"{n} sites {what}" for what, n in losses.items() if n) or "as before"
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def linearize(model: nn.Module) -> None:
                 linear = new[id(child)] = _linear_view(child.weight, True, child.bias)
                 own = nn.Parameter(linear.weight.detach(), requires_grad=False)
                 linear.weight = weights.setdefault(id(child.weight), own)
-            elif _is_fused_experts(child):
+            elif is_fused_experts(child):
                 new[id(child)] = Experts(child)
         if id(child) in new:
             setattr(parent, name, new[id(child)])
@@ -278,7 +278,7 @@ def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
             yield parent, name, child
 
 
-def _is_fused_experts(module: nn.Module) -> bool:
+def is_fused_experts(module: nn.Module) -> bool:
     """Whether a module follows the fused-experts interface of Transformers."""
     first = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
     down = getattr(module, "down_proj", None)
