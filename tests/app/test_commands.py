@@ -561,11 +561,11 @@ def test_a_bound_of_perplexity_goes_on_from_what_was_measured(
     packed: list[int] = []
     whole = candidates.pack_in_turn
 
-    def stopped(*args: Any) -> dict[str, PackedWeight]:
+    def stopped(*args: Any, **options: Any) -> dict[str, dict[str, PackedWeight]]:
         packed.append(1)
         if len(packed) == 4:
             raise KeyboardInterrupt
-        return whole(*args)
+        return whole(*args, **options)
 
     monkeypatch.setattr(candidates, "pack_in_turn", stopped)
     command = ("quantize", place.model, "-o", tmp_path / "out", *small)
@@ -578,7 +578,9 @@ def test_a_bound_of_perplexity_goes_on_from_what_was_measured(
     assert same_tensors(tmp_path / "out", tmp_path / "expected")
     count = len(packed)
     packed.clear()
-    monkeypatch.setattr(candidates, "pack_in_turn", lambda *a: packed.append(1) or whole(*a))
+    monkeypatch.setattr(
+        candidates, "pack_in_turn", lambda *a, **k: packed.append(1) or whole(*a, **k)
+    )
     assert run("quantize", place.model, "-o", tmp_path / "again", *small).code == 0
     assert count == len(packed) + 1
 

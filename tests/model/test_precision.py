@@ -1,12 +1,16 @@
 """Passes run in a dtype that is fast on the machine; files keep their own."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import make_model
 from pytest import MonkeyPatch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from fgmp import InputError
+import fgmp
+from fgmp import InputError, Recipe
 from fgmp.model import precision
 from fgmp.model.precision import compute_dtype, round_to_stored, run_in, stored_dtype
 from fgmp.model.store import bytes_to_save, tensors_to_save
@@ -63,6 +67,22 @@ def test_parameters_with_new_names_are_stored_as_the_model_is() -> None:
     dtypes = {name: tensor.dtype for name, tensor in tensors_to_save(model).items()}
     assert dtypes.pop("constant") == torch.float32
     assert set(dtypes.values()) == {torch.bfloat16}
+
+
+def test_a_checkpoint_is_loaded_in_a_fast_dtype(
+    tokens: Tensor, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "has_bf16_arithmetic", lambda: False)
+    model = make_model("llama").bfloat16()
+    fgmp.save(
+        fgmp.quantize(model, tokens[:4], Recipe(clip="off", compensate=False)), tmp_path / "a"
+    )
+    fast = fgmp.load(tmp_path / "a", dtype="auto")
+    assert fast.dtype == torch.float32 and fgmp.load(tmp_path / "a").dtype == torch.bfloat16
+    fgmp.save(fast, tmp_path / "b")
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert a.keys() == b.keys()
+    assert all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
 
 
 def test_rounding_to_what_is_stored() -> None:

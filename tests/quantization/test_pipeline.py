@@ -325,7 +325,6 @@ def test_every_step_is_reported_as_progress(tokens: Tensor) -> None:
         "scoring weights",
         "scoring weights",
         "compensating",
-        "compensating",
         "checking on held-out text",
     ]
     assert all(stage.done == stage.steps for stage in watch.stages)
@@ -356,7 +355,11 @@ def test_any_module() -> None:
     assert list(mixed_linears(model)) == ["layers.0", "layers.2"]
     in_fp4, blocks = weight_blocks(model)
     assert blocks == 48 * 2 + 20 * 3 and in_fp4 == round(0.5 * blocks)
-    assert config_of(model).calibration == {"sequences": 2, "predictions": 39}
+    assert config_of(model).calibration == {
+        "sequences": 2,
+        "predictions": 39,
+        "dtype": "float32",
+    }
     with torch.no_grad():
         x = samples[0][0]
         error = (model(x) - Net()(x)).abs().max()
@@ -504,12 +507,12 @@ PARTS = {
 
 
 def test_every_stage_stores_partial_results(whole: Whole) -> None:
-    """One file per stage and candidate, but for numbers of the points that were tried."""
+    """One file per stage, but for numbers of the points that were tried."""
     parts = [name[17:].removesuffix(".safetensors") for name in whole.files]
     assert set(PARTS) | {"stage-00001", "stage-00002"} == set(parts)
     for part, count in (("calibration", 1), ("activation-scores", 1), ("tuning", 1)):
         assert parts.count(part) == count
-    assert parts.count("stage-00000") == 2 and parts.count("increase") > 2
+    assert parts.count("stage-00000") == 1 and parts.count("increase") > 2
 
 
 @pytest.mark.parametrize(

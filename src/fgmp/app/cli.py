@@ -99,13 +99,14 @@ Dtype = Annotated[
     str,
     typer.Option(
         help="Dtype of the model's passes: stored (that of its files), float32, or auto (float32 "
-        "for fp16 models, and for bf16 models on CPUs without bf16 arithmetic)."
+        "for bf16 models on CPUs without bf16 arithmetic). fp16 models always run in float32."
     ),
 ]
 Threads = Annotated[
     int | None,
     typer.Option(
         min=1,
+        max=1024,
         callback=_use_threads,
         expose_value=False,
         help="CPU threads. [default: one per core, or OMP_NUM_THREADS]",

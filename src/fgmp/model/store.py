@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fgmp.errors import CheckpointError, FGMPError, InputError
 from fgmp.model.convert import install_from
-from fgmp.model.precision import stored_dtype, stored_dtypes
+from fgmp.model.precision import require_choice, run_in, stored_dtype, stored_dtypes
 from fgmp.pack import checkpoint
 from fgmp.pack.checkpoint import QUANT_METHOD, RUN, CheckpointConfig
 from fgmp.pack.folder import CONFIG, weight_files
@@ -81,13 +81,15 @@ def save(
     checkpoint.write(Path(directory), tensors_to_save(model), config, write_extra, max_shard_size)
 
 
-def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(directory: str | Path, model: nn.Module | None = None, dtype: str = "stored") -> nn.Module:
     """Load a checkpoint folder.
 
     Args:
         directory: written by :func:`save`.
         model: for modules that are not of Transformers, an unquantized module of the same
             structure to load into, in place.
+        dtype: of the parameters that are not quantized: ``stored``, as in the files; ``float32``;
+            or ``auto``, which is fast on this machine.
 
     Returns:
         The quantized model; ``model`` if it is not None.
@@ -96,6 +98,12 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
         InputError: no fgmp checkpoint can be read there.
         CheckpointError: the checkpoint breaks a rule; the message names the rule and the place.
     """
+    require_choice(dtype)
+    loaded = _loaded(directory, model)
+    return loaded if dtype == "stored" else run_in(loaded, dtype)
+
+
+def _loaded(directory: str | Path, model: nn.Module | None) -> nn.Module:
     directory = Path(directory)
     raw = checkpoint.read_config(directory)
     config = CheckpointConfig.from_dict(raw["quantization_config"], f"{directory / 'config.json'}")
