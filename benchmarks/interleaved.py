@@ -9,6 +9,7 @@ import datetime
 import platform
 import random
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ import torch
 
 from fgmp.formats.activation import Site, multiplier, quantize
 from fgmp.formats.spec import BLOCK, FP8_BLOCK, SCALE_MAX_CODE
+from fgmp.kernels.cpu.library import kernels
 from fgmp.pack.planes import PackedWeight
 
 Case = Callable[[int], object]
@@ -81,12 +83,27 @@ def reading(nbytes: int) -> Case:
     return lambda turn: buffers[turn % len(buffers)].sum()
 
 
+def revision() -> str:
+    """Git revision of this tree, with ``+`` if it has changes; "unknown" outside a checkout."""
+
+    def git(*command: str) -> str:
+        call = ["git", "-C", str(Path(__file__).parent), *command]
+        return subprocess.run(call, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + "+" * bool(changed)
+
+
 def machine() -> dict[str, Any]:
-    """Processor, version of torch and date."""
+    """Processor, instruction sets of PyTorch and of the kernels, revision, version and date."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
     model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+    compiled = kernels()
     return {
         "processor": model or platform.processor() or platform.machine(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "kernels": compiled.instruction_set if compiled else None,
+        "revision": revision(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
