@@ -186,14 +186,22 @@ def test_a_figure_that_cannot_be_drawn_is_refused_first(
     monkeypatch.setattr("fgmp.app.energy.energy", None)  # nothing is computed
     done = invoke("energy", "checkpoint", "--plot", tmp_path / "no" / "f.svg")
     assert done.exit_code == 1 and "there is no folder" in " ".join(done.output.split())
+    done = invoke("energy", "checkpoint", "--plot", tmp_path)
+    assert done.exit_code == 1 and "is a folder" in " ".join(done.output.split())
 
 
 def test_a_figure_that_cannot_be_written_costs_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = a_result()
-    monkeypatch.setattr("fgmp.app.energy.energy", lambda *_: result)
-    done = invoke("energy", "checkpoint", "--plot", tmp_path, "--json")
+    plot = tmp_path / "figure.svg"
+
+    def energy(*_: object) -> object:
+        plot.mkdir()  # while it was measured
+        return result
+
+    monkeypatch.setattr("fgmp.app.energy.energy", energy)
+    done = invoke("energy", "checkpoint", "--plot", plot, "--json")
     assert done.exit_code == 1
     facts = json.loads(json.dumps(result.to_dict()))  # as text, for the keys that are numbers
     assert json.loads(done.stdout.splitlines()[0]) == facts
