@@ -43,7 +43,6 @@ from fgmp.app.quickstart import MODEL
 from fgmp.data import choose_windows, tokenize
 from fgmp.demo.text import docstrings, standard_library
 from fgmp.evaluation.perplexity import evaluate
-from fgmp.kernels.cpu.library import kernels
 from fgmp.model.linear import weight_holders
 from fgmp.model.losses import causal_lm_loss
 from fgmp.model.source import context_length, load_model, load_tokenizer
@@ -238,11 +237,9 @@ def main() -> None:
                 name, partial(load_model, args.model), text.samples, text.held_out, args.repeats
             )
         )
-    compiled = kernels()
     facts = {
         **machine(),
         "threads": torch.get_num_threads(),
-        "isa": compiled.instruction_set if compiled else None,
         "rows": rows,
     }
     if args.json:

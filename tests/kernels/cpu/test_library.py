@@ -215,10 +215,10 @@ def test_many_tokens_and_panels(kernels: Kernels) -> None:
     assert (error <= error_bound(units, values, 1.0, 1.0)).all()
 
 
-def test_a_block_of_fp4_weights_is_exact(kernels: Kernels) -> None:
-    """Few tokens by FP4 weights on AVX2: integers, so that only sums of blocks are rounded."""
-    if kernels.instruction_set != "avx2":
-        return
+@pytest.mark.parametrize("instruction_set", [name for name in SETS if name in ("avx2", "dotprod")])
+def test_a_block_of_fp4_weights_is_exact(instruction_set: str) -> None:
+    """Few tokens by FP4 weights in integers: only sums of blocks are rounded."""
+    kernels = Kernels(instruction_set=instruction_set)
     k = 16 * 40
     weight = packed(30, k, 0.0)
     values = unpack_units(weight)
