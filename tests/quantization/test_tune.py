@@ -290,6 +290,17 @@ def test_a_bound_of_perplexity_holds_for_what_is_tuned(
     assert line in lines[-1]
 
 
+def test_values_are_those_that_files_store() -> None:
+    """A bf16 model that runs in fp32: measured is what a reader gets."""
+    values = {"norm": torch.ones(4), "wide": torch.ones(4)}
+    adam = _Adam(values, {"norm": torch.bfloat16, "wide": torch.float32}, 4)
+    for _ in range(3):
+        adam.gradients = {name: torch.rand(4) + 0.1 for name in values}
+        adam.step()
+    assert torch.equal(values["norm"], values["norm"].bfloat16().float())
+    assert not torch.equal(values["wide"], values["wide"].bfloat16().float())
+
+
 def test_another_loss_and_too_few_sequences_are_refused(tokens: Tensor) -> None:
     def loss(model: nn.Module, sample: Tensor) -> tuple[Tensor, int]:
         return model(input_ids=sample[None]).logits.sum(), 1

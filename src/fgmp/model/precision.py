@@ -1,9 +1,10 @@
 """The dtype in which a model's passes run, and the dtypes in which its files store it.
 
-Most CPUs multiply no bf16 numbers. PyTorch then emulates them: on AVX2 a product of 512 tokens takes
-five to six times as long as in fp32 (docs/kernels.md). On such a CPU a model of bf16 parameters
-runs in fp32, which represents each of them exactly. Gradients of a summed loss overflow fp16, so a
-model stored in fp16 runs in fp32 everywhere. Saved files and reported sizes keep the stored dtype.
+Most CPUs multiply no bf16 numbers. PyTorch then emulates them: on AVX2 a product of 512 tokens
+takes five to six times as long as in fp32 (docs/kernels.md). On such a CPU a model of bf16
+parameters runs in fp32, which represents each of them exactly. Gradients of a summed loss overflow
+fp16, so a model stored in fp16 runs in fp32 everywhere. Saved files and reported sizes keep the
+stored dtype.
 """
 
 from collections.abc import Mapping

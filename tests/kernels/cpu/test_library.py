@@ -14,9 +14,10 @@ from fgmp.formats.activation import Site, multiplier, quantize
 from fgmp.formats.linear import error_bound, exact_linear
 from fgmp.formats.rules import RULES, SCALES
 from fgmp.formats.spec import E4M3, FP8_BLOCK, THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
+from fgmp.formats.weight import quantize_weight, tensor_scale
 from fgmp.kernels.cpu import build, library
 from fgmp.kernels.cpu.library import INSTRUCTION_SETS, Kernels
-from fgmp.pack.planes import PackedWeight, unpack_units
+from fgmp.pack.planes import PackedWeight, pack, unpack_units
 
 from ..cases import MODES, packed, planes, site, tokens
 
@@ -165,6 +166,16 @@ def every_code() -> PackedWeight:
     )
 
 
+def test_scales_that_estimates_cannot_tell_apart(kernels: Kernels) -> None:
+    """A block, one in 64 million, whose fp32 estimates order two candidate scales wrongly."""
+    x = [-1.625, -0.2158203125, -0.65234375, 0.65234375, 0.56640625, 0.90234375, -1.2109375]
+    x += [-0.375, 0.04150390625, 0.609375, 1.6875, -0.55859375, -1.4609375, -1.0078125, 1.03125]
+    sensitivity = [28, 61, 81, 118, 119, 106, 71, 12, 76, 114, 89, 21, 111, 119, 30, 70]
+    codes = torch.tensor(sensitivity, dtype=torch.uint8)
+    record = Site(multiplier(4.0), codes, 1.0, THRESHOLD_ALL_FP4, "benefit", "search")
+    expect_definition(kernels, torch.tensor([[*x, 0.92578125]]), record)
+
+
 def test_unpack_of_every_code(kernels: Kernels) -> None:
     weight = every_code()
     for dtype in (torch.float32, torch.bfloat16):
@@ -229,6 +240,20 @@ def test_a_block_of_fp4_weights_is_exact(instruction_set: str) -> None:
             only[row, 16 * block :][:16] = units[row, 16 * block :][:16]
         y, _ = kernels.linear(only.bfloat16(), planes(weight), 1.0, None, torch.float32)
         assert torch.equal(y, exact_linear(only, values, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("instruction_set", [name for name in SETS if name in ("avx2", "dotprod")])
+def test_what_two_digits_leave_counts(instruction_set: str) -> None:
+    """A tiny activation beside a large one, whose weights are zero."""
+    weight = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    weight[:, 0] = 0
+    codes = quantize_weight(weight, tensor_scale(weight.abs().max().item()))
+    is_fp8 = torch.zeros(9, 4, dtype=torch.bool)
+    all_fp4 = planes(pack(codes, is_fp8))
+    units = torch.zeros(1, 64, dtype=torch.bfloat16)
+    units[0, :2] = torch.tensor([2688.0, 6 * 2.0**-9])
+    y, _ = Kernels(instruction_set=instruction_set).linear(units, all_fp4, 1.0, None, torch.float32)
+    assert torch.equal(y[0], units[0, 1].float() * codes.units(is_fp8)[:, 1]) and y.any()
 
 
 def hard_tokens(k: int) -> Tensor:
