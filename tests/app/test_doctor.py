@@ -26,8 +26,8 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "kernels", lambda: None)
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "datasets" else "1")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    found = doctor.diagnose()
-    assert found.kernel_instruction_set is None and "kernels not compiled" in str(found.lines())
-    compiler, datasets, spinning = found.advice
+    result = doctor.diagnose()
+    assert result.kernel_instruction_set is None and "kernels not compiled" in str(result.lines())
+    compiler, datasets, spinning = result.advice
     assert "install a C++ compiler" in compiler and "fgmp[datasets]" in datasets
     assert "OMP_WAIT_POLICY=ACTIVE" in spinning

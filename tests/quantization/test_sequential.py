@@ -290,7 +290,7 @@ def test_variants_side_by_side_are_those_packed_alone(
     alone = setting.in_turn(recorded("one"))
     moments_alone = seen.pop("one")
     seen["one"] = []
-    monkeypatch.setattr(sequential, "_KEPT_BYTES", room)
+    monkeypatch.setattr(sequential, "_CACHED_BYTES", room)
     packed = pack_in_turn(
         setting.model,
         setting.linears_of,

@@ -22,9 +22,9 @@ shortcuts are dropped and every pass runs whole models: slow, and correct. The s
 that runs the model twice.
 
 In a variant's block, linears of earlier stages read the same inputs in each pass. Their outputs are
-kept, up to half a gigabyte per variant, and not computed again. It does not hold if a shared
+cached, up to half a gigabyte per variant, and not computed again. It does not hold if a shared
 weight brings a site into a stage before sites that precede it in the model are packed: its inputs
-still change. So no outputs of linears of such a stage are kept.
+still change. So no outputs of linears of such a stage are cached.
 
 Finished stages can be stored on disk. A resumed run installs their weights instead of accumulating
 moments; the pass of the first stage that is not stored runs all earlier layers once.
@@ -64,7 +64,7 @@ Variants = dict[str, dict[str, PackedWeight]]
 _FACTOR_MATRICES = 1
 """fp32 matrices held beside H and D while a weight is packed: the root."""
 
-_KEPT_BYTES = 1 << 29
+_CACHED_BYTES = 1 << 29
 """Limit on the bytes of cached outputs of packed linears, per variant."""
 
 _SAMPLED = 4096
@@ -165,7 +165,7 @@ def bytes_needed(
     lists: dict[str, int] = {}
     for block, size in outputs.items():
         lists[_parent(block)] = max(lists.get(_parent(block), 0), size)
-    per_variant = min(len(samples) * max(of_linears.values(), default=0), _KEPT_BYTES)
+    per_variant = min(len(samples) * max(of_linears.values(), default=0), _CACHED_BYTES)
     stored = (1 + variants) * len(samples) * sum(lists.values()) + variants * per_variant
     return stage_bytes(model, linears, variants) + stored
 
@@ -295,8 +295,8 @@ class _Stream:
         closing: blocks that run once more, to store their outputs.
         closed: blocks that return stored outputs.
         outputs: stored outputs, by list of blocks and sample.
-        kept: outputs of packed linears of the open block, by linear and sample.
-        kept_bytes: bytes of ``kept``.
+        linear_outputs: outputs of packed linears of the open block, by linear and sample.
+        linear_bytes: bytes of ``linear_outputs``.
     """
 
     def __init__(self) -> None:
@@ -304,25 +304,25 @@ class _Stream:
         self.closing: list[str] = []
         self.closed: list[str] = []
         self.outputs: dict[tuple[str, int], Any] = {}
-        self.kept: dict[tuple[str, int], Tensor] = {}
-        self.kept_bytes = 0
+        self.linear_outputs: dict[tuple[str, int], Tensor] = {}
+        self.linear_bytes = 0
 
     def close(self) -> None:
         """Let blocks whose outputs are stored return these."""
         self.closed += self.closing
         self.closing = []
 
-    def keep(self, name: str, index: int, output: Tensor) -> None:
-        """Keep the output of a linear on a sample, if there is room."""
-        if self.kept_bytes + output.nbytes <= _KEPT_BYTES:
-            self.kept[name, index] = output.clone()
-            self.kept_bytes += output.nbytes
+    def cache(self, name: str, index: int, output: Tensor) -> None:
+        """Cache the output of a linear on a sample, if there is room."""
+        if self.linear_bytes + output.nbytes <= _CACHED_BYTES:
+            self.linear_outputs[name, index] = output.clone()
+            self.linear_bytes += output.nbytes
 
     def forget(self) -> None:
         """Drop all that is stored."""
-        self.closing, self.closed, self.kept_bytes = [], [], 0
+        self.closing, self.closed, self.linear_bytes = [], [], 0
         self.outputs.clear()
-        self.kept.clear()
+        self.linear_outputs.clear()
 
 
 class _Run:
@@ -502,20 +502,20 @@ class _Run:
     def _reuse_linears(
         self, stack: ExitStack, stream: _Stream, linears: Mapping[str, nn.Module], index: int
     ) -> None:
-        """Linears whose outputs were kept return these; others' are kept for later passes."""
+        """Linears with cached outputs return them; other outputs are cached for later passes."""
 
-        def keep(name: str, _: nn.Module, __: Any, out: Tensor) -> None:
-            stream.keep(name, index, out)
+        def cache(name: str, _: nn.Module, __: Any, out: Tensor) -> None:
+            stream.cache(name, index, out)
 
         for name, module in linears.items():
             closes = block_of(self.model, name) in stream.closing
-            output = stream.kept.get((name, index))
+            output = stream.linear_outputs.get((name, index))
             if output is not None:
                 stack.enter_context(_returning(module, output))
                 if closes:
-                    stream.kept_bytes -= stream.kept.pop((name, index)).nbytes
+                    stream.linear_bytes -= stream.linear_outputs.pop((name, index)).nbytes
             elif name in self.reusable and block_of(self.model, name) and not closes:
-                stack.callback(module.register_forward_hook(partial(keep, name)).remove)
+                stack.callback(module.register_forward_hook(partial(cache, name)).remove)
 
     def _share_routing(self, stack: ExitStack, stream: _Stream, index: int) -> None:
         """Routers of the original record what they return; those of the variants repeat it."""

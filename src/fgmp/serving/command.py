@@ -76,8 +76,8 @@ def server(folder: Path, options: Sequence[str]) -> Server:
     defaults, environment = {}, {}
     if not torch.cuda.is_available():
         defaults, environment = _cpu_options(folder, ranks), _cpu_environment(ranks)
-    given = _names(options)
-    added = [part for name, text in defaults.items() if name not in given for part in (name, text)]
+    names = _names(options)
+    added = [part for name, text in defaults.items() if name not in names for part in (name, text)]
     return Server(
         [sys.executable, "-m", MODULE, "--model", str(folder), *added, *options],
         {name: text for name, text in environment.items() if name not in os.environ},
@@ -91,9 +91,9 @@ def require_servable(folder: Path, options: Sequence[str]) -> None:
         InputError: the folder is no checkpoint of fgmp, or an option cannot be fulfilled.
         CheckpointError: the checkpoint breaks a rule.
     """
-    given = _names(options)
+    names = _names(options)
     for option, reason in _REFUSED.items():
-        if option in given:
+        if option in names:
             raise InputError(f"{option}: {reason}")
     if (stages := value(options, ("--pipeline-parallel-size", "-pp"), "1")) != "1":
         raise InputError(

@@ -364,19 +364,15 @@ inline F16 from_fp16(__m128i low_bytes, __m128i high_bytes) {
           _mm256_cvtph_ps(_mm_unpackhi_epi8(low_bytes, high_bytes))};
 }
 
-// Elements of an FP8 block as 2^-8 times their E4M3 value. `s mmm` gives bits 15 and 7 to 9 of an
-// fp16 word, `eeee` gives bits 10 to 13.
-inline F16 decode_fp8_fp16(const uint8_t *low, const uint8_t *overflow) {
+// `s mmm` gives bits 15 and 7 to 9 of an fp16 word of 2^-8 times the value, `eeee` bits 10 to 13.
+inline F16 decode_fp8(const uint8_t *low, const uint8_t *overflow) {
   const __m128i upper = _mm_setr_epi8(0, 0, 1, 1, 2, 2, 3, 3, -0x80, -0x80, -0x7f, -0x7f, -0x7e,
                                       -0x7e, -0x7d, -0x7d);
   const __m128i lower =
       _mm_setr_epi8(0, -0x80, 0, -0x80, 0, -0x80, 0, -0x80, 0, -0x80, 0, -0x80, 0, -0x80, 0, -0x80);
   const __m128i sm = nibbles(low), e = _mm_slli_epi16(nibbles(overflow), 2);
-  return from_fp16(_mm_shuffle_epi8(lower, sm), _mm_or_si128(_mm_shuffle_epi8(upper, sm), e));
-}
-
-inline F16 decode_fp8(const uint8_t *low, const uint8_t *overflow) {
-  return multiply(decode_fp8_fp16(low, overflow), broadcast(256 * kFp8Factor));
+  const __m128i high = _mm_or_si128(_mm_shuffle_epi8(upper, sm), e);
+  return multiply(from_fp16(_mm_shuffle_epi8(lower, sm), high), broadcast(256 * kFp8Factor));
 }
 
 inline F16 decode_fp8(const uint8_t *codes) {

@@ -20,6 +20,14 @@ constexpr int kDigitBits = 7;
 // One digit of 64 elements of a token, with their signs; even and odd elements are apart.
 using Digit = int8_t[2][32];
 
+// Twice the values of E2M1 codes, plus an offset, as bytes.
+template <int Offset> constexpr auto kTwice = [] {
+  std::array<int8_t, 16> twice{};
+  for (int code = 0; code < 16; ++code)
+    twice[code] = static_cast<int8_t>(2 * kE2M1[code] + Offset);
+  return twice;
+}();
+
 #if defined(__AVX2__)
 
 // vpmaddubsw takes one factor without sign: kOffset is added to twice a weight. What that adds to a
@@ -57,7 +65,7 @@ struct Weights {
   __m256i even, odd;
   explicit Weights(const uint8_t *low) {
     const __m256i table = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+        _mm_loadu_si128(reinterpret_cast<const __m128i *>(kTwice<kOffset>.data())));
     const __m256i bytes = load_bytes(low), nibble = _mm256_set1_epi8(15);
     even = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, nibble));
     odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
@@ -157,8 +165,7 @@ inline F8 decode_scales(const uint8_t *scale) {
 struct Weights {
   int8x16_t even[2], odd[2];
   explicit Weights(const uint8_t *low) {
-    static constexpr int8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-    const int8x16_t table = vld1q_s8(kTwice);
+    const int8x16_t table = vld1q_s8(kTwice<kOffset>.data());
     for (int i = 0; i < 2; ++i) {
       const uint8x16_t bytes = vld1q_u8(low + 16 * i);
       even[i] = vqtbl1q_s8(table, vandq_u8(bytes, vdupq_n_u8(15)));
