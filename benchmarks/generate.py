@@ -1,12 +1,13 @@
-"""Tokens per second of a Llama with random weights: packed against Transformers in bf16.
+"""Tokens per second of a Llama with random weights: packed against Transformers, bf16 and fp32.
 
     python benchmarks/generate.py [--json] [--layers L] [--hidden H] [--ffn F] [--fp8 SHARE]
                                   [--tokens T] [--repeats R] [--save DIR]
 
-The default is TinyLlama's shape, 1.1 billion parameters, 0.97 of them in packed linears. Both
-models decode greedily from the same prompt with a KV cache, in turn. Head and embedding stay in
-bf16 in both. ``model_bytes`` is the size of a model's tensors. With --save, the packed model is
-written as a checkpoint and nothing is timed: a large one for benchmarks/memory.py.
+The default is TinyLlama's shape, 1.1 billion parameters, 0.97 of them in packed linears. All
+models decode greedily from the same prompt with a KV cache, in turn. The dtype of a packed model is
+that of its head, embedding, norms and attention. ``model_bytes`` is the size of a model's tensors.
+``over_unquantized`` compares with the faster of the two unquantized models. With --save, the packed
+model is written as a checkpoint and nothing is timed: a large one for benchmarks/memory.py.
 """
 
 import argparse
@@ -22,9 +23,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fgmp.formats.activation import Site, multiplier
 from fgmp.model.convert import install
+from fgmp.model.precision import run_in
 from fgmp.model.select import quantizable
 from fgmp.model.store import CONFIG_ATTRIBUTE, save
 from fgmp.pack.checkpoint import CheckpointConfig, SiteConfig
+
+UNQUANTIZED = ("bf16", "fp32")
 
 SITES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Linears of a Llama layer that read the same activation."""
@@ -102,12 +106,14 @@ def measure(models: dict[str, LlamaForCausalLM], tokens: int, repeats: int) -> l
     for _ in range(repeats):
         for name, model in models.items():
             rates[name].append(decode(model, tokens))
+    medians = {name: statistics.median(rates[name]) for name in models}
+    peer = max(UNQUANTIZED, key=medians.__getitem__)
     return [
         {
             "name": name,
-            "tokens_per_second": statistics.median(rates[name]),
-            "over_bf16": statistics.median(
-                a / b for a, b in zip(rates[name], rates["bf16"], strict=True)
+            "tokens_per_second": medians[name],
+            "over_unquantized": statistics.median(
+                a / b for a, b in zip(rates[name], rates[peer], strict=True)
             ),
             "model_bytes": model_bytes(model),
         }
@@ -132,7 +138,15 @@ def main() -> None:
     if args.save:
         save(packed, args.save)
         return
-    rows = measure({"packed": packed, "bf16": original(args)}, args.tokens, args.repeats)
+    wide = original(args)
+    pack(wide, args.fp8)
+    models = {
+        "packed bf16": packed,
+        "packed fp32": run_in(wide, "float32"),
+        "bf16": original(args),
+        "fp32": original(args).float(),
+    }
+    rows = measure(models, args.tokens, args.repeats)
     facts = {
         **machine(),
         "layers": args.layers,
@@ -147,8 +161,8 @@ def main() -> None:
         return
     for row in rows:
         print(
-            f"{row['name']:<8} {row['tokens_per_second']:6.2f} tokens/s"
-            f" {row['over_bf16']:5.2f} x bf16  {row['model_bytes'] / 1e6:6.0f} MB"
+            f"{row['name']:<12} {row['tokens_per_second']:6.2f} tokens/s"
+            f" {row['over_unquantized']:5.2f} x unquantized  {row['model_bytes'] / 1e6:6.0f} MB"
         )
 
 

@@ -25,6 +25,7 @@ VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "blocks.json").rea
 
 
 SETS = Kernels(instruction_set="portable").supported
+INTEGER_SETS = [name for name in SETS if name not in ("portable", "avx512")]
 
 
 @pytest.fixture(params=SETS)
@@ -34,7 +35,7 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 
 def test_they_are_compiled_where_the_tests_run() -> None:
     assert SETS[:1] == ["portable"]
-    x86 = ["portable", "avx2", "avx512"]
+    x86 = ["portable", "avx2", "avxvnni", "avx512vnni", "avx512"]
     assert list(build.instruction_sets("x86_64")) == x86
     assert list(build.instruction_sets("aarch64")) == ["portable", "dotprod"]
     best = library.kernels()
@@ -226,7 +227,7 @@ def test_many_tokens_and_panels(kernels: Kernels) -> None:
     assert (error <= error_bound(units, values, 1.0, 1.0)).all()
 
 
-@pytest.mark.parametrize("instruction_set", [name for name in SETS if name in ("avx2", "dotprod")])
+@pytest.mark.parametrize("instruction_set", INTEGER_SETS)
 def test_a_block_of_fp4_weights_is_exact(instruction_set: str) -> None:
     """Few tokens by FP4 weights in integers: only sums of blocks are rounded."""
     kernels = Kernels(instruction_set=instruction_set)
@@ -242,7 +243,7 @@ def test_a_block_of_fp4_weights_is_exact(instruction_set: str) -> None:
         assert torch.equal(y, exact_linear(only, values, 1.0, 1.0))
 
 
-@pytest.mark.parametrize("instruction_set", [name for name in SETS if name in ("avx2", "dotprod")])
+@pytest.mark.parametrize("instruction_set", INTEGER_SETS)
 def test_what_two_digits_leave_counts(instruction_set: str) -> None:
     """A tiny activation beside a large one, whose weights are zero."""
     weight = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))

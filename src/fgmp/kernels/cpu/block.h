@@ -32,7 +32,7 @@ inline float float_of(uint32_t bits) {
 }
 
 // F16 is a vector of 16 fp32 numbers, one block. `minimum` and `maximum` return b where a is NaN.
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
 
 using F16 = __m512;
 inline F16 zero() { return _mm512_setzero_ps(); }
@@ -147,7 +147,7 @@ inline F16 or_bits(F16 a, F16 b) {
 // Sum of 16 lanes by halving, in the same order on every machine.
 inline float sum(F16 v) {
 #if defined(__AVX2__)
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
   const __m256 low = _mm512_castps512_ps256(v), high = _mm512_extractf32x8_ps(v, 1);
 #else
   const __m256 low = v.low, high = v.high;
@@ -166,7 +166,7 @@ inline float sum(F16 v) {
 
 // Whether 16 magnitudes are neither infinite nor NaN.
 inline bool finite(F16 v) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
   return !_mm512_cmp_ps_mask(v, broadcast(float_of(0x7f800000)), _CMP_NLT_UQ);
 #elif defined(__AVX2__)
   const __m256 infinity = _mm256_set1_ps(float_of(0x7f800000));
@@ -183,7 +183,7 @@ inline bool finite(F16 v) {
 // The largest of 16 numbers, none of them NaN.
 inline float largest(F16 v) {
 #if defined(__AVX2__)
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
   const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
 #else
   const __m256 eight = _mm256_max_ps(v.low, v.high);
@@ -211,7 +211,7 @@ inline uint16_t to_bf16(float value) {
 
 // Rounds 16 numbers to bf16 numbers, as to_bf16 does; a NaN stays one.
 inline F16 round_bf16(F16 v) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
   auto half = [](__m256 x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -233,7 +233,7 @@ inline F16 round_bf16(F16 v) {
 inline F16 load_bf16(const uint16_t *p) {
 #if defined(__AVX2__)
   const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
 #else
   auto half = [](__m128i w) {
@@ -250,7 +250,7 @@ inline F16 load_bf16(const uint16_t *p) {
 }
 
 inline void store_bf16(uint16_t *p, F16 v) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
   const __m512i words = _mm512_srli_epi32(_mm512_castps_si512(v), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtepi32_epi16(words));
 #elif defined(__AVX2__)

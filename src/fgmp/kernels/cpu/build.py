@@ -6,12 +6,14 @@ time, so a wheel works on other processors than its builder's. There is no -marc
 definition's bits.
 """
 
+import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
@@ -38,7 +40,12 @@ def instruction_sets(machine: str) -> dict[str, tuple[str, ...]]:
     """Compiler flags by instruction set, for a machine as ``platform.machine()`` names it."""
     flags: dict[str, tuple[str, ...]] = {"portable": ()}
     if machine in ("x86_64", "AMD64"):
-        flags |= {"avx2": _AVX2, "avx512": _AVX512}
+        flags |= {
+            "avx2": _AVX2,
+            "avxvnni": (*_AVX2, "-mavxvnni"),
+            "avx512vnni": (*_AVX2, "-mavx512vnni", "-mavx512vl"),
+            "avx512": _AVX512,
+        }
     if machine in ("aarch64", "arm64"):
         flags |= {"dotprod": ("-march=armv8.2-a+dotprod",)}
     return flags
@@ -69,11 +76,13 @@ def build(target: Path = LIBRARY, extra: Sequence[str] = ()) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as directory:
         scratch = Path(directory)
         objects = [scratch / "dispatch.o"]
-        _run([cxx, *_FLAGS, *extra, "-c", SOURCES / "dispatch.cpp", "-o", objects[0]])
+        commands = [[cxx, *_FLAGS, *extra, "-c", SOURCES / "dispatch.cpp", "-o", objects[0]]]
         for name, flags in instruction_sets(platform.machine()).items():
             objects.append(scratch / f"{name}.o")
             source = [f"-DFGMP_ISA={name}", "-c", SOURCES / "kernels.cpp"]
-            _run([cxx, *_FLAGS, *flags, *extra, *source, "-o", objects[-1]])
+            commands.append([cxx, *_FLAGS, *flags, *extra, *source, "-o", objects[-1]])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
         linked = scratch / target.name
         _run([cxx, "-shared", *extra, *objects, "-o", linked])
         linked.replace(target)

@@ -18,11 +18,15 @@ int32_t fgmp_instruction_sets() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
                       __builtin_cpu_supports("avx512bf16");
-  return portable | (avx2 ? 2 : 0) | (avx2 && avx512 ? 4 : 0);
+  const bool avxvnni = __builtin_cpu_supports("avxvnni");
+  const bool avx512vnni =
+      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl");
+  return portable |
+         (avx2 ? 2 | (avxvnni ? 4 : 0) | (avx512vnni ? 8 : 0) | (avx512 ? 16 : 0) : 0);
 #elif defined(__aarch64__) && defined(__APPLE__)
-  return portable | 8; // all of Apple's have dot products
+  return portable | 32; // all of Apple's have dot products
 #elif defined(__aarch64__) && defined(__linux__)
-  return portable | (getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? 8 : 0);
+  return portable | (getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? 32 : 0);
 #else
   return portable;
 #endif

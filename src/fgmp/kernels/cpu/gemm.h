@@ -19,7 +19,7 @@ constexpr int64_t kRowsAhead = 8;
 constexpr int64_t kChunkTokens = 512;
 constexpr int64_t kLanes = 16;
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
 constexpr int kMaxVectors = 4;
 constexpr int rows_for(int vectors) { return 24 / vectors; }
 #else
@@ -154,7 +154,7 @@ void gemm_rows(const Weight &w, const Turned<Op> &x, int64_t first, int64_t coun
         const uint32_t *tokens = x.at(group, begin * kBlockWords);
         float *sum = sums.data() + group * kGroup;
         switch (x.vectors(group)) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
         case 4: multiply_tile<Op, 4>(weight.data(), tokens, words, sum, stride); break;
         case 3: multiply_tile<Op, 3>(weight.data(), tokens, words, sum, stride); break;
         case 2: multiply_tile<Op, 2>(weight.data(), tokens, words, sum, stride); break;

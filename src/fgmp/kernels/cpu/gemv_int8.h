@@ -30,7 +30,7 @@ constexpr int kScaleAt[kPairBlocks] = {0, 1, 4, 5, 2, 3, 6, 7}; // see spread_lo
 // 64 elements of a token.
 struct alignas(32) Chunk {
   Digit digit[2];
-  int32_t excess[8]; // kOffset times the sum of each eight elements
+  int32_t start[8]; // -kOffset times the sum of each eight elements
 };
 
 // What two digits leave of an element.
@@ -163,8 +163,8 @@ private:
             sign[i] * (integers[i] >> (below + kDigitBits * d) & kMask));
     for (int i = 0; i < kBlock; ++i)
       sums[i / 8] += sign[i] * (integers[i] >> below);
-    chunk.excess[2 * b] = kOffset * sums[0];
-    chunk.excess[2 * b + 1] = kOffset * sums[1];
+    chunk.start[2 * b] = -kOffset * sums[0];
+    chunk.start[2 * b + 1] = -kOffset * sums[1];
     digits = std::max(digits, used);
     // Half of twice a weight; 2^8 for the weight's scale, see decode_scales.
     scales[g / kPairBlocks * kPairBlocks + kScaleAt[g % kPairBlocks]] =
@@ -208,12 +208,10 @@ inline void add_pair(const uint8_t *low, const uint8_t *scale, int64_t pair, con
     const Weights weights(low + half * 32);
     for (int m = 0; m < M; ++m) {
       const Chunk &chunk = x.chunks[m][2 * pair + half];
-      I8 dot = weights.dot(chunk.digit[0]);
-      if (Digits > 1)
-        dot = weights.dot_above(chunk.digit[1], dot);
+      const I8 dot = weights.dot<Digits>(chunk.digit, chunk.start);
       const F8 both = multiply8(s, load8(x.scales[m] + pair * kPairBlocks));
       const F8 factor = half ? spread_high(both) : spread_low(both);
-      sums[m] = muladd8(to_float(subtract_excess(dot, chunk.excess)), factor, sums[m]);
+      sums[m] = muladd8(to_float(dot), factor, sums[m]);
     }
   }
 }

@@ -5,6 +5,12 @@
 
 #if defined(__AVX2__) && !defined(__AVX512BF16__)
 #define FGMP_INT8
+// VNNI: four products of bytes added to each of eight sums, in one instruction of either encoding.
+#if defined(__AVXVNNI__)
+#define FGMP_DPBUSD _mm256_dpbusd_avx_epi32
+#elif defined(__AVX512VNNI__)
+#define FGMP_DPBUSD _mm256_dpbusd_epi32
+#endif
 #elif defined(__ARM_FEATURE_DOTPROD)
 #define FGMP_INT8
 #include <arm_neon.h>
@@ -30,8 +36,8 @@ template <int Offset> constexpr auto kTwice = [] {
 
 #if defined(__AVX2__)
 
-// vpmaddubsw takes one factor without sign: kOffset is added to twice a weight. What that adds to a
-// sum is subtracted afterwards.
+// vpmaddubsw and vpdpbusd take one factor without sign: kOffset is added to twice a weight. A sum
+// starts with minus what that adds to it.
 constexpr int kOffset = 12;
 
 using F8 = __m256;
@@ -43,9 +49,6 @@ inline F8 muladd8(F8 a, F8 b, F8 c) { return _mm256_fmadd_ps(a, b, c); }
 inline F8 to_float(I8 v) { return _mm256_cvtepi32_ps(v); }
 inline float sum8(F8 v) { return sum(F16{v, _mm256_setzero_ps()}); }
 inline I8 load_bytes(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
-inline I8 subtract_excess(I8 dot, const int32_t (&excess)[8]) {
-  return _mm256_sub_epi32(dot, load_bytes(excess));
-}
 
 // Of eight scales in the order 0 1 4 5 2 3 6 7, those of the first and of the last four blocks, each
 // twice: there the sums of these blocks stand.
@@ -71,19 +74,32 @@ struct Weights {
     odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
   }
 
-  // Sums of products over eight elements each.
-  I8 dot(const Digit &digit) const { return scaled(digit, 1); }
-  // `below` plus those with the next digit.
-  I8 dot_above(const Digit &digit, I8 below) const {
-    return _mm256_add_epi32(below, scaled(digit, 1 << kDigitBits));
+  // `start` plus sums of products over eight elements each, with one or two digits.
+  template <int Digits> I8 dot(const Digit (&digit)[2], const int32_t (&start)[8]) const {
+    I8 sum = load_bytes(start);
+    if (Digits > 1)
+      sum = _mm256_add_epi32(sum, above(digit[1]));
+    return with(digit[0], sum);
   }
 
 private:
+#if defined(FGMP_DPBUSD)
+  I8 with(const Digit &digit, I8 sum) const {
+    sum = FGMP_DPBUSD(sum, even, load_bytes(digit[0]));
+    return FGMP_DPBUSD(sum, odd, load_bytes(digit[1]));
+  }
+  I8 above(const Digit &digit) const {
+    return _mm256_slli_epi32(with(digit, _mm256_setzero_si256()), kDigitBits);
+  }
+#else
+  I8 with(const Digit &digit, I8 sum) const { return _mm256_add_epi32(sum, scaled(digit, 1)); }
+  I8 above(const Digit &digit) const { return scaled(digit, 1 << kDigitBits); }
   I8 scaled(const Digit &digit, int16_t factor) const {
     const __m256i fours = _mm256_add_epi16(_mm256_maddubs_epi16(even, load_bytes(digit[0])),
                                            _mm256_maddubs_epi16(odd, load_bytes(digit[1])));
     return _mm256_madd_epi16(fours, _mm256_set1_epi16(factor));
   }
+#endif
 };
 
 // Adds four FP8 blocks: `low` points to each, `overflow` to the first, `at` are their first columns.
@@ -144,7 +160,6 @@ inline float sum8(F8 v) {
   vst1q_f32(lanes + 4, v.high);
   return sum(load(lanes));
 }
-inline I8 subtract_excess(I8 dot, const int32_t (&)[8]) { return dot; }
 
 // As for AVX2.
 inline F8 spread_low(F8 v) { return {vzip1q_f32(v.low, v.low), vzip1q_f32(v.high, v.high)}; }
@@ -173,17 +188,18 @@ struct Weights {
     }
   }
 
-  I8 dot(const Digit &digit) const { return {part(digit, 0), part(digit, 1)}; }
-  I8 dot_above(const Digit &digit, I8 below) const {
-    const I8 above = dot(digit);
-    return {vaddq_s32(below.low, vshlq_n_s32(above.low, kDigitBits)),
-            vaddq_s32(below.high, vshlq_n_s32(above.high, kDigitBits))};
+  template <int Digits> I8 dot(const Digit (&digit)[2], const int32_t (&)[8]) const {
+    return {part<Digits>(digit, 0), part<Digits>(digit, 1)};
   }
 
 private:
-  int32x4_t part(const Digit &digit, int i) const {
-    const int32x4_t first = vdotq_s32(vdupq_n_s32(0), even[i], vld1q_s8(digit[0] + 16 * i));
-    return vdotq_s32(first, odd[i], vld1q_s8(digit[1] + 16 * i));
+  template <int Digits> int32x4_t part(const Digit (&digit)[2], int i) const {
+    int32x4_t sum = vdupq_n_s32(0);
+    for (int d = Digits - 1; d >= 0; --d) {
+      sum = vdotq_s32(vshlq_n_s32(sum, kDigitBits), even[i], vld1q_s8(digit[d][0] + 16 * i));
+      sum = vdotq_s32(sum, odd[i], vld1q_s8(digit[d][1] + 16 * i));
+    }
+    return sum;
   }
 };
 

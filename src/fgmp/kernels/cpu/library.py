@@ -32,9 +32,9 @@ def implements(rule: str) -> bool:
     return rule in RULES and RULES[rule].cpu is not None
 
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "dotprod")
-"""Instruction sets: any processor's, x86's, and ARM's dot products of bytes. Of those that a
-processor supports, the last is the fastest."""
+INSTRUCTION_SETS = ("portable", "avx2", "avxvnni", "avx512vnni", "avx512", "dotprod")
+"""Instruction sets: any processor's; x86's, with VNNI in its two encodings and with AVX-512 BF16;
+ARM's dot products of bytes. Of those that a processor supports, the last is the fastest."""
 
 
 class _Weight(Structure):

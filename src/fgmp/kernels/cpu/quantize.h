@@ -91,7 +91,7 @@ inline F16 choose(bool first, F16 a, F16 b) {
 
 // Sums of four vectors.
 inline void sum_each(const F16 (&v)[4], float (&sums)[4]) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
   auto pairs = [](F16 a, F16 b) {
     return _mm256_hadd_ps(_mm256_add_ps(a.low, a.high), _mm256_add_ps(b.low, b.high));
   };

@@ -1,6 +1,9 @@
-"""The kernels for ARM, cross-compiled and run by qemu: the definition's bits, as on x86."""
+"""Kernels for other processors than this one: the definition's bits, and those of AVX2.
 
-import platform
+Those for ARM are cross-compiled and run by qemu. Those for x86 with VNNI are compiled with a C++
+function in place of the one instruction that they add to AVX2.
+"""
+
 import shutil
 import struct
 import subprocess
@@ -20,34 +23,39 @@ from fgmp.pack.planes import PackedWeight, unpack_units
 from ..cases import packed, site, tokens
 from .test_library import hard_tokens, same_bits
 
-COMPILER, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"
+HERE = Path(__file__).parent
+ARM_COMPILER, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"
+EMULATED_VNNI = "emulated VNNI"
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which(COMPILER) and shutil.which(QEMU)), reason="needs an ARM compiler and qemu"
+needs_avx2 = pytest.mark.skipif(
+    "avx2" not in library.Kernels(instruction_set="portable").supported, reason="needs AVX2"
 )
+needs_arm = pytest.mark.skipif(
+    not (shutil.which(ARM_COMPILER) and shutil.which(QEMU)), reason="needs an ARM compiler and qemu"
+)
+ARM = [pytest.param(name, marks=needs_arm) for name in build.instruction_sets("aarch64")]
+VNNI = [pytest.param(EMULATED_VNNI, marks=needs_avx2)]
 
 
-@pytest.fixture(scope="module", params=build.instruction_sets("aarch64"))
+@pytest.fixture(scope="module", params=[*ARM, *VNNI])
 def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Command that runs the kernels of one instruction set."""
-    return compiled(request.param, tmp_path_factory.mktemp("arm"))
+    return compiled(request.param, tmp_path_factory.mktemp("processor"))
 
 
 def compiled(instruction_set: str, folder: Path) -> list[str]:
     """Command that runs the kernels of an instruction set, see runner.cpp."""
-    program = folder / instruction_set
-    flags = build.instruction_sets("aarch64")[instruction_set]
-    sources = ["-I", str(build.SOURCES), str(Path(__file__).parent / "runner.cpp")]
-    command = [
-        COMPILER,
-        *build._FLAGS,
-        *flags,
-        f"-DFGMP_ISA={instruction_set}",
-        "-static",
-        *sources,
-    ]
-    subprocess.run([*command, "-o", str(program)], check=True)
-    return [QEMU, "-cpu", "max", str(program)]
+    program = str(folder / "runner")
+    sources = ["-DFGMP_ISA=runner", "-I", str(build.SOURCES), str(HERE / "runner.cpp")]
+    if instruction_set == EMULATED_VNNI:
+        flags = [*build.instruction_sets("x86_64")["avx2"], "-include", str(HERE / "vnni.h")]
+        compiler, command = build.compiler(), [program]
+    else:
+        flags = [*build.instruction_sets("aarch64")[instruction_set], "-static"]
+        compiler, command = ARM_COMPILER, [QEMU, "-cpu", "max", program]
+    compilation = [compiler, *build._FLAGS, *flags, *sources, "-o", program]
+    subprocess.run([str(part) for part in compilation], check=True)
+    return command
 
 
 def run(
@@ -105,10 +113,11 @@ def test_hard_tokens(runner: list[str]) -> None:
             assert ((alone[0].double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs AVX2")
-def test_arm_gives_the_bits_of_avx2(tmp_path: Path) -> None:
+@needs_avx2
+@pytest.mark.parametrize("name", [pytest.param("dotprod", marks=needs_arm), EMULATED_VNNI])
+def test_the_bits_are_those_of_avx2(name: str, tmp_path: Path) -> None:
     """Integer products leave no freedom but the order of blocks, which is the same."""
-    runner = compiled("dotprod", tmp_path)
+    runner = compiled(name, tmp_path)
     weight, k = packed(37, 496, 0.0), 496
     units = quantize(tokens(8, k), site(k)).units(k).bfloat16()
     y, _, _ = run(runner, weight, units, tokens(8, k), "benefit", "search")
