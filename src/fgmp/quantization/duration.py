@@ -21,12 +21,12 @@ _PROBE_TOKENS = 128
 """Tokens of the prefix that is timed."""
 _SCORING_PASSES = 1.1
 """Cost per sequence of scoring activations, in forward passes."""
-_COMPENSATION_PASSES, _VARIANT_PASSES = 3.5, 5.5
+_COMPENSATION_PASSES, _VARIANT_PASSES = 2.0, 3.5
 """Cost per sequence of compensation, in forward passes: for the original, and for each variant,
 including the accumulation of its moments."""
 _TUNING_PASSES = 5
 """Cost per sequence and epoch of tuning, in forward passes."""
-_SECONDS_PER_PARAMETER = 1e-6
+_SECONDS_PER_PARAMETER = 2e-7
 """Seconds to score, round and pack a parameter, per variant."""
 
 
