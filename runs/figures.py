@@ -2,7 +2,7 @@
 
     python runs/figures.py
 
-Fills docs/results.md and docs/families.md between ``<!-- NAME -->`` and ``<!-- end -->`` with the
+Fills the pages of results and docs/families.md between ``<!-- NAME -->`` and ``<!-- end -->`` with the
 table of that name. Tables come from ``accuracy-MODEL.json`` (written by ``runs/accuracy.py
 --json``) and from the files of ``runs/encoder.py``, ``runs/kv_cache.py``, ``runs/budgets.py`` and
 ``runs/families.py``. Draws ``accuracy-MODEL.svg`` for each model: KL gap recovered over the mean of
@@ -34,7 +34,9 @@ COLOURS = {
 """Colours of a plot, by a part of the row's name; ours where none matches."""
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = [DOCS / "results.md", DOCS / "families.md"]
+PAGES = [
+    DOCS / f"{page}.md" for page in ("results", "accuracy", "ablations", "measurements", "families")
+]
 MODELS = {
     "wiki5m": "wiki5m",
     "babyllama105": "babyllama105",

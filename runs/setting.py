@@ -1,6 +1,6 @@
 """A model and its calibration text: what every row of a table is quantized from.
 
-The figures of docs/results.md come about in these steps, one file each:
+The figures of docs/accuracy.md come about in these steps, one file each:
 
     setting     a model, its calibration text, and the calibrations made of them
     rows        functions of a setting that return a quantized model: this package's recipes,
@@ -8,7 +8,7 @@ The figures of docs/results.md come about in these steps, one file each:
     measuring   loss and KL divergence of a model on evaluation windows
     summary     means over calibrations, and paired intervals
     accuracy    the command: measures rows and writes ``docs/results/accuracy-MODEL.json``
-    figures     tables and plots of docs/results.md, from those files
+    figures     tables and plots of docs/accuracy.md, from those files
 """
 
 from collections.abc import Callable

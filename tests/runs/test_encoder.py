@@ -1,4 +1,4 @@
-"""Any module with a loss: a real pretrained sentence encoder, by the script of docs/results.md.
+"""Any module with a loss: a real pretrained sentence encoder, by the script of docs/measurements.md.
 
 The drift of the embeddings must order as the formats do, and mixing must recover most of the gap.
 """
@@ -17,7 +17,7 @@ def test_mixing_keeps_embeddings_in_place(monkeypatch: pytest.MonkeyPatch) -> No
     rows = {row["name"]: row for row in facts["rows"]}
     fp8, mixed, nvfp4 = (rows[n]["drift"] for n in ("fp8", "ours 70%", "nvfp4"))
     assert fp8 < mixed < nvfp4
-    # Well over that with 256 sentences (docs/results.md); half leaves room for 16 noisy ones.
+    # Well over that with 256 sentences (docs/measurements.md); half leaves room for 16 noisy ones.
     assert rows["ours 70%"]["gap_recovered_percent"] > 50
 
 

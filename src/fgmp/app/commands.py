@@ -65,7 +65,7 @@ _VERIFIED_TOKENS = 64
 """Tokens of the sequence on which a written checkpoint is compared with the model."""
 _DRIFT_WARNING = 0.03
 """Difference between the FP4 fraction of a site and its calibrated one that is worth a warning.
-Chosen, not measured: sites move by less on text of the calibration's kind (docs/results.md)."""
+Chosen, not measured: sites move by less on text of the calibration's kind (docs/ablations.md)."""
 _CACHE_SAMPLES, _CACHE_SEQ_LEN = 8, 256
 """Calibration of a KV cache, which needs only largest magnitudes and one quantile."""
 

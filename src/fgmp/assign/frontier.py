@@ -27,7 +27,7 @@ from fgmp.sensitivity.histogram import ScoreHistogram
 
 RELIEF = 0.4
 """Fraction of the loss from weights assumed to remain after error compensation. Three models give
-the same results for 0.4 and 0.6 (``runs/constants.py relief``, docs/results.md)."""
+the same results for 0.4 and 0.6 (``runs/constants.py relief``, docs/ablations.md)."""
 
 _OCTAVES = 400.0
 
