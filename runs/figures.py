@@ -2,8 +2,8 @@
 
     python runs/figures.py
 
-Fills the pages of results and docs/families.md between ``<!-- NAME -->`` and ``<!-- end -->`` with the
-table of that name. Tables come from ``accuracy-MODEL.json`` (written by ``runs/accuracy.py
+Fills the pages of results and docs/families.md between ``<!-- NAME -->`` and ``<!-- end -->`` with
+the table of that name. Tables come from ``accuracy-MODEL.json`` (written by ``runs/accuracy.py
 --json``) and from the files of ``runs/encoder.py``, ``runs/kv_cache.py``, ``runs/budgets.py`` and
 ``runs/families.py``. Draws ``accuracy-MODEL.svg`` for each model: KL gap recovered over the mean of
 bits per weight and bits per activation value, with 95% intervals. It computes no result.

@@ -1,4 +1,4 @@
-"""Any module with a loss: a real pretrained sentence encoder, by the script of docs/measurements.md.
+"""Any module with a loss: a real sentence encoder, by runs/encoder.py (docs/measurements.md).
 
 The drift of the embeddings must order as the formats do, and mixing must recover most of the gap.
 """
