@@ -2,6 +2,7 @@
 
     python benchmarks/quantize.py [MODEL] [--samples N] [--seq-len L] [--repeats R] [--json]
     python benchmarks/quantize.py --sizes [NAME ...] [--samples N] [--seq-len L] [--json]
+    python benchmarks/quantize.py --draw JSON [...] > docs/results/quantize-sizes.svg
 
 Without MODEL, the demonstration model; with ``--sizes``, Qwen2-shaped models of random weights in
 fp32, from 1M to 0.5B quantized parameters, or those named. ``0.5B x 2`` is two of the 24 layers of
@@ -18,8 +19,9 @@ Each turn runs ``fgmp.quantize`` by the default recipe and measures:
                  parts of compensating; its rest are passes forward through the models
     evaluate     perplexity of the original and of the packed model on the same windows
 
-Prints medians over the turns: seconds, seconds per million quantized parameters, own work over
-``calibrating``, with and without the passes forward, and predicted and measured peak memory.
+``--draw`` measures nothing: it draws the seconds of such results by size, whole models only.
+Otherwise prints medians over the turns: seconds, seconds per million quantized parameters, own work
+over ``calibrating``, with and without the passes forward, and predicted and measured peak memory.
 """
 
 import argparse
@@ -30,11 +32,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from interleaved import machine
+from loglog import Panel, document
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -192,6 +196,26 @@ def random_tokens(name: str, count: int, seq_len: int) -> tuple[Tensor, Tensor]:
     return tokens[:count], tokens[count:]
 
 
+def plot(rows: list[dict[str, Any]]) -> str:
+    """SVG of the seconds by model size, whole and per million quantized parameters."""
+    whole = sorted((r for r in rows if " x " not in r["model"]), key=lambda r: r["parameters"])
+    millions = [row["parameters"] / 1e6 for row in whole]
+    seconds = [row["seconds"]["quantize"] for row in whole]
+    rates = [row["seconds_per_million_parameters"] for row in whole]
+    across = "million quantized parameters"
+    return document(
+        [
+            Panel(list(zip(millions, seconds, strict=True)), across, "seconds to quantize"),
+            Panel(
+                list(zip(millions, rates, strict=True)),
+                across,
+                "seconds per million",
+                proportional=False,
+            ),
+        ]
+    )
+
+
 def show(row: dict[str, Any]) -> None:
     """Print one model's facts as text."""
     print(f"{row['model']}: {row['parameters'] / 1e6:.1f}M quantized parameters")
@@ -219,7 +243,12 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--draw", type=Path, nargs="+", metavar="JSON", help="draw results as SVG")
     args = parser.parse_args()
+    if args.draw:
+        results = [json.loads(path.read_text()) for path in args.draw]
+        print(plot([row for result in results for row in result["rows"]]), end="")
+        return
     rows = []
     if args.sizes is not None:
         for name in args.sizes or SIZES:

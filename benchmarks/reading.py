@@ -12,7 +12,6 @@ proportion, which the last column shows: microseconds per tensor, or millisecond
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from interleaved import machine
+from loglog import Panel, document
 from torch import Tensor
 
 from fgmp.formats.activation import Site, multiplier
@@ -99,57 +99,16 @@ _PANELS = (
     ("sizes", "megabytes", "megabytes in the file", "peak_mb", "megabytes of memory"),
 )
 """Table of the result, its column along x, a label, its column along y, and a label."""
-_SIDE, _MARGIN = 240, 60
 
 
 def plot(facts: dict[str, Any]) -> str:
     """SVG with a panel for each of ``_PANELS``; the grey line is proportional to x."""
-    width, height = 2 * (_SIDE + _MARGIN) + 20, 2 * (_SIDE + _MARGIN) + 20
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="11">',
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-    ]
-    for number, (table, column, across, measured, up) in enumerate(_PANELS):
-        left = _MARGIN + number % 2 * (_SIDE + _MARGIN)
-        top = 16 + number // 2 * (_SIDE + _MARGIN)
-        points = [(row[column], max(row[measured], 1e-3)) for row in facts[table]]
-        parts += [f'<g transform="translate({left} {top})">', *_panel(points, across, up), "</g>"]
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def _panel(points: list[tuple[float, float]], across: str, up: str) -> list[str]:
-    """One panel: axes in powers of ten, a line of slope one through the last point, points."""
-    (x0, x1), (y0, y1) = (
-        (math.floor(math.log10(min(axis))), math.ceil(math.log10(max(axis))))
-        for axis in zip(*points, strict=True)
+    return document(
+        [
+            Panel([(row[column], max(row[measured], 1e-3)) for row in facts[table]], across, up)
+            for table, column, across, measured, up in _PANELS
+        ]
     )
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        right, above = (math.log10(x) - x0) / (x1 - x0), (math.log10(y) - y0) / max(y1 - y0, 1)
-        return right * _SIDE, (1 - above) * _SIDE
-
-    parts = [f'<rect width="{_SIDE}" height="{_SIDE}" fill="none" stroke="#999999"/>']
-    for power in range(x0, x1 + 1):
-        x, _ = at(10.0**power, 10.0**y0)
-        label = f'y="{_SIDE + 14}" text-anchor="middle">{10.0**power:,g}</text>'
-        parts.append(f'<text x="{x:.1f}" {label}')
-    for power in range(y0, y1 + 1):
-        _, y = at(10.0**x0, 10.0**power)
-        parts.append(f'<text x="-6" y="{y + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
-    last_x, last_y = points[-1]
-    start = max(10.0**x0, last_x * 10.0**y0 / last_y)
-    (ax, ay), (bx, by) = at(start, last_y * start / last_x), at(last_x, last_y)
-    parts.append(
-        f'<line x1="{ax:.1f}" y1="{ay:.1f}" x2="{bx:.1f}" y2="{by:.1f}" stroke="#bbbbbb"/>'
-    )
-    for x, y in (at(*point) for point in points):
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#0b6e4f"/>')
-    middle = _SIDE / 2
-    parts.append(f'<text x="{middle}" y="{_SIDE + 32}" text-anchor="middle">{across}</text>')
-    turned = f'transform="rotate(-90 -40 {middle})" text-anchor="middle">{up}</text>'
-    parts.append(f'<text x="-40" y="{middle}" {turned}')
-    return parts
 
 
 def main() -> None:
