@@ -6,16 +6,19 @@ interpreter's own language reference, checks the checkpoint, and writes a one-pa
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fgmp.demo
 from fgmp.app.commands import SILENT, Reporter, compare_models, quantize_to
 from fgmp.app.records import Quickstart
-from fgmp.app.report import write_report
+from fgmp.app.report import Measuring, finish, passages_of, rows_of
 from fgmp.demo.text import docstrings, standard_library, topics
 from fgmp.evaluation.inspect import inspect_checkpoint
 from fgmp.pack import checkpoint
 from fgmp.recipe import Recipe
+from fgmp.report.blocks import tile_for, total_blocks, window_for
+from fgmp.report.gather import gather, weight_shapes
 
 MODEL = Path(fgmp.demo.__file__).parent / "model"
 RECIPE = Recipe(fp4=0.7, samples=48, clip="on")
@@ -36,5 +39,15 @@ def run(output: Path, reporter: Reporter = SILENT) -> Quickstart:
         evaluation.write_text(topics()[:_EVALUATION_CHARACTERS])
         summary = quantize_to(str(MODEL), target, RECIPE, str(calibration), reporter)
         comparison = compare_models(str(MODEL), target, str(evaluation), None, reporter)
-    write_report(report, "fgmp quickstart", comparison.rows, summary, inspect_checkpoint(target))
+        measuring = Measuring(str(MODEL), str(evaluation))
+        passages, source = passages_of(target, measuring, reporter)
+    inspect_checkpoint(target)
+    shapes = weight_shapes(target)
+    page = replace(
+        gather(target, tile_for(total_blocks(shapes)), window_for(len(shapes))),
+        comparison=rows_of(comparison, evaluation.name),
+        passages=passages,
+        passages_source=source,
+    )
+    finish(report, "fgmp quickstart", [page])
     return Quickstart(output, target, report, time.perf_counter() - started, summary, comparison)
