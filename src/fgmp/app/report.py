@@ -9,7 +9,6 @@ from fgmp.app.commands import SILENT, Reporter, compare_models, comparison_input
 from fgmp.app.records import Comparison, Lines
 from fgmp.errors import InputError
 from fgmp.evaluation.passages import Passage, changed_passages
-from fgmp.model.source import Source
 from fgmp.pack import checkpoint
 from fgmp.report import records
 from fgmp.report.blocks import tile_for, total_blocks, window_for
@@ -186,8 +185,8 @@ def _with_reasons(page: Checkpoint) -> Checkpoint:
     missing = dict(page.missing)
     if page.comparison is None:
         missing[records.COMPARISON] = (
-            "`fgmp report DIR --model ORIGINAL --data TEXT` computes it, and `--compare FILE` takes "
-            "it from a file with the output of `fgmp compare --json`"
+            "`fgmp report DIR --model ORIGINAL --data TEXT` computes it, and `--compare FILE` "
+            "reads it from a file with the output of `fgmp compare --json`"
         )
     if page.passages is None:
         missing[records.PASSAGES] = (

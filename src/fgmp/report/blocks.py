@@ -46,19 +46,20 @@ def window_for(weight_count: int) -> tuple[int, int]:
 def block_map(is_fp8: Tensor, tile: int) -> BlockMap:
     """Map of FP8 blocks, bool (N, G)."""
     if tile == 1:
-        raw = np.packbits(is_fp8.numpy().reshape(-1))
+        raw = np.packbits(is_fp8.numpy().reshape(-1)).tobytes()
     else:
-        sums = _tiled(is_fp8.float(), tile)
-        raw = (255 * sums / _tiled(torch.ones_like(is_fp8, dtype=torch.float), tile)).round()
-        raw = raw.byte().numpy()
-    return BlockMap(tile, zlib.compress(raw.tobytes(), 6))
+        counts = _tiled(torch.ones_like(is_fp8), tile)
+        raw = (255 * _tiled(is_fp8, tile) / counts).round().byte().numpy().tobytes()
+    return BlockMap(tile, zlib.compress(raw, 6))
 
 
-def _tiled(values: Tensor, tile: int) -> Tensor:
-    """Sums over squares of ``tile`` x ``tile`` entries, the last ones possibly smaller."""
-    n, g = values.shape
-    padded = torch.nn.functional.pad(values, (0, -g % tile, 0, -n % tile))
-    return padded.unflatten(0, (-1, tile)).unflatten(2, (-1, tile)).sum((1, 3))
+def _tiled(flags: Tensor, tile: int) -> Tensor:
+    """Number of flags set in each square of ``tile`` x ``tile``, the last possibly smaller."""
+    n, g = flags.shape
+    rows, columns = -(-n // tile), -(-g // tile)
+    padded = torch.zeros(rows * tile, columns * tile)
+    padded[:n, :g] = flags
+    return padded.reshape(rows, tile, columns, tile).sum((1, 3))
 
 
 def window(packed: PackedWeight, size: tuple[int, int]) -> Window:

@@ -75,6 +75,7 @@ def model_card(config: CheckpointConfig, model_name: str, metadata: Mapping[str,
         "tags": ["fgmp", "nvfp4", "fp8", "mixed-precision", "quantized"],
     }
     result, calibration = config.result, config.calibration
+    activations = result["fp4_activations"]
     recipe = yaml.safe_dump(config.recipe, sort_keys=False, allow_unicode=True).strip()
     unquantized = ", ".join(f"`{_plain(n)}`" for n in result.get("unquantized", [])) or "none"
     return f"""---
@@ -89,7 +90,7 @@ Weights and activations of the linear layers are a mix of NVFP4 and FP8, chosen 
 | | blocks in NVFP4 | bits per value |
 |---|---|---|
 | weights | {result["fp4_weights"]:.1%} | {result["bits_per_weight"]:.3f} as stored |
-| activations | {result["fp4_activations"]:.1%} at calibration | {_bits(result["fp4_activations"])} |
+| activations | {activations:.1%} at calibration | {_bits(activations)} |
 
 Quantized are {result["quantized_share"]:.1%} of the parameters of matrix products; not quantized:
 {unquantized}.

@@ -25,7 +25,7 @@ class Column:
 
 COLUMNS = {
     "name": Column("model"),
-    "perplexity": Column("perplexity", "{:.3f}", "exp of the mean next-token loss; lower is better"),
+    "perplexity": Column("perplexity", "{:.3f}", "exp of the mean loss per token; lower is better"),
     "ci95": Column(
         "95% interval", "{:.3f}", "of the perplexity, from paired resampling of text windows"
     ),

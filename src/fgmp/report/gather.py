@@ -67,7 +67,8 @@ def gather(directory: Path, tile: int, window_size: tuple[int, int]) -> Checkpoi
     for owner, site in config.sites.items():
         _, weights = reader.group(owner, site, config.shared)
         layer, kind = layer_and_kind(owner)
-        sites.append(SiteShare(owner, layer, kind, 1 - site.fp4_fraction, site.linears))
+        share = 1 - site.fp4_fraction
+        sites.append(SiteShare(owner, layer, kind, weights[owner].k, share, site.linears))
         matrices += [
             _matrix(name, packed, tile, window_size)
             for name, packed in weights.items()
@@ -138,9 +139,7 @@ def _energy(
 ) -> Energy | None:
     chosen = config.recipe.get("sensitivities")
     sensitivities = chosen if chosen in SENSITIVITIES else QuantizerConfig.sensitivities
-    quantizers = {
-        QuantizerConfig(s.rule, s.scales, sensitivities) for s in config.sites.values()
-    }
+    quantizers = {QuantizerConfig(s.rule, s.scales, sensitivities) for s in config.sites.values()}
     try:
         return energy_of(matrices, sites, config.shared, quantizers)
     except InputError as error:
@@ -179,12 +178,12 @@ def _sentences(
     before = f" instead of {bits}" if bits else ""
     also = ""
     if fp4_activations is not None:
-        also = f", and so are {fp4_activations:.0%} of the values that flow between them"
+        also = f" and {fp4_activations:.0%} of the values that flow between the layers"
     return [
         f"This is a compressed copy of a language model: {part} now take {bits_per_weight:.2f} "
         f"bits each on average{before}.",
-        f"In groups of {BLOCK} neighbours, {fp4_weights:.0%} of the weights are stored in 4 bits "
-        f"(NVFP4) and the rest, where rounding would hurt most, in 8 bits (FP8){also}.",
+        f"In groups of {BLOCK} neighbours, {fp4_weights:.0%} of the weights{also} are held in 4 "
+        "bits (NVFP4), and the rest, where rounding would hurt most, in 8 bits (FP8).",
     ]
 
 

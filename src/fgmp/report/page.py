@@ -202,7 +202,7 @@ def _data(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
                     for m in c.matrices
                 ],
                 "sites": [
-                    {"owner": s.owner, "layer": s.layer, "kind": s.kind, "fp8": s.fp8_share}
+                    {"layer": s.layer, "kind": s.kind, "k": s.k, "fp8": s.fp8_share}
                     for s in c.sites
                 ],
                 "scores": c.scores,

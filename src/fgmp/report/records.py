@@ -66,11 +66,19 @@ class Matrix:
 
 @dataclass(frozen=True)
 class SiteShare:
-    """Fraction of FP8 activation blocks of one site at calibration, and its linears."""
+    """One activation site.
+
+    Attributes:
+        owner: the linear that names it; ``layer`` and ``kind`` are from its name.
+        k: channels.
+        fp8_share: fraction of FP8 blocks at calibration.
+        linears: names of the linears that read it.
+    """
 
     owner: str
     layer: str
     kind: str
+    k: int
     fp8_share: float
     linears: list[str]
 

@@ -35,7 +35,9 @@ def read_scores(directory: Path) -> dict[str, Any] | None:
 
     require(isinstance(raw, dict), "must be a mapping", raw)
     require(raw.get("version") == 1, "version must be 1", raw.get("version"))
-    require(raw.get("bins_per_octave") == 4, "bins_per_octave must be 4", raw.get("bins_per_octave"))
+    require(
+        raw.get("bins_per_octave") == 4, "bins_per_octave must be 4", raw.get("bins_per_octave")
+    )
     require(_is_count(raw.get("tokens")), "tokens must be a number", raw.get("tokens"))
     window = raw.get("window")
     require(

@@ -1,5 +1,7 @@
 // Where the bits went: FP8 shares, bytes and energy by layer, and a grid of layers and kinds.
 
+const fp8OfSites = (sites) => total(sites, (s) => s.k * s.fp8) / total(sites, (s) => s.k);
+
 const sharesOf = {
   weights: (c, layer) => {
     const own = c.matrices.filter((m) => m.layer === layer);
@@ -7,7 +9,7 @@ const sharesOf = {
   },
   activations: (c, layer) => {
     const own = c.sites.filter((s) => s.layer === layer);
-    return own.length ? total(own, (s) => s.fp8) / own.length : null;
+    return own.length ? fp8OfSites(own) : null;
   },
 };
 
@@ -96,7 +98,7 @@ const MEASURES = {
   fp8: { title: "FP8 share of weights", format: ".1%", range: [0, 1],
     of: (ms) => total(ms, (m) => m.fp8) / total(ms, (m) => m.n * m.groups) },
   activations: { title: "FP8 share of activations", format: ".1%", range: [0, 1], sites: true,
-    of: (ss) => total(ss, (s) => s.fp8) / ss.length },
+    of: fp8OfSites },
   bytes: { title: "bytes", format: ".4s", range: null, of: (ms) => total(ms, (m) => m.bytes) },
 };
 

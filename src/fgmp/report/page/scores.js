@@ -79,7 +79,7 @@ function scorePanel(side) {
         `${c.name}, on a logarithmic axis from ${short(x[0])} to ${short(x.at(-1))}; the table ` +
         "below the slider has the numbers at the threshold.",
       layout: {
-        barmode: "stack", bargap: 0, shapes,
+        barmode: "stack", bargap: 0, shapes, legend: { traceorder: "normal" },
         xaxis: { type: "log", title: { text: "score, nats per token" }, exponentformat: "power" },
         yaxis: { title: { text: "blocks" }, tickformat: ".0%" },
       },
@@ -112,7 +112,7 @@ function scorePanel(side) {
     const stored = shared ? belowValue(h, h.threshold) : null;
     const fp4 = stored ? stored.count / blocks() :
       side === "weights" ? 1 - total(c.matrices, (m) => m.fp8) / total(c.matrices, (m) => m.n * m.groups) :
-        1 - total(c.sites, (s) => s.fp8) / c.sites.length;
+        1 - fp8OfSites(c.sites);
     const why = h.thresholds.size > 1 ? "one per layer" : "none";
     show("stored-", shared ? short(h.threshold) : why, fp4, stored ? harmOf(stored.sum) : null);
     byId(`reset-${side}`).hidden = !shared;

@@ -18,7 +18,7 @@ const touch = matchMedia("(pointer: coarse)");
 function themed(layout, c) {
   const axis = (given = {}) => ({
     gridcolor: c.line, linecolor: c.line, zerolinecolor: c.line, automargin: true,
-    ...given, title: { standoff: 8, ...given.title },
+    ...given, title: { standoff: 8, font: { size: 13, color: c.soft }, ...given.title },
   });
   const axes = Object.fromEntries(
     Object.entries(layout).filter(([key]) => /^[xy]axis/.test(key)).map(([k, v]) => [k, axis(v)]),
@@ -28,17 +28,16 @@ function themed(layout, c) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: c.ink, size: 13, family: getComputedStyle(document.body).fontFamily },
     hoverlabel: { bgcolor: c.card, bordercolor: c.soft, font: { color: c.ink } },
-    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     dragmode: touch.matches ? false : "zoom",
     barcornerradius: 2,
     ...layout, ...axes,
+    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, ...layout.legend },
   };
 }
 
 const CONFIG = {
-  displaylogo: false,
+  displayModeBar: false,
   responsive: true,
-  modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
 };
 
 /**

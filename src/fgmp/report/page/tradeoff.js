@@ -21,7 +21,7 @@ function points(colour, measure, x, include) {
         error_y: low === null ? {} : { type: "data", symmetric: false, thickness: 1,
           array: [high - measure.of(row)], arrayminus: [measure.of(row) - low] },
         marker: { size: row.name === "fgmp" ? 13 : 10, symbol: SYMBOLS[row.name] ?? "triangle-up",
-          color: SEVERAL ? colour.series(i) : row.name === "fgmp" ? colour.eight : colour.four },
+          color: row.name !== "fgmp" ? colour.soft : SEVERAL ? colour.series(i) : colour.eight },
         hovertemplate: "%{x:.2f}, %{y:.4g}",
       };
     });
