@@ -105,10 +105,12 @@ def write_report(
     shapes = [weight_shapes(directory) for directory in directories]
     tile = tile_for(sum(map(total_blocks, shapes)))
     window = window_for(sum(map(len, shapes)))
+    names = _names(directories)
     pages = []
     with reporter.progress("reading checkpoints", len(directories)) as advance:
-        for directory, known in zip(directories, rows, strict=True):
-            pages.append(replace(gather(directory, tile, window), comparison=known))
+        for name, directory, known in zip(names, directories, rows, strict=True):
+            page = gather(directory, tile, window)
+            pages.append(replace(page, name=name, comparison=known))
             advance()
     if measuring is not None:
         pages = [
@@ -193,6 +195,19 @@ def _with_reasons(page: Checkpoint) -> Checkpoint:
             "it needs the original and a text: `fgmp report DIR --model ORIGINAL --data TEXT`"
         )
     return replace(page, missing=missing)
+
+
+def _names(directories: Sequence[Path]) -> list[str]:
+    """Different names of folders: the last part of each path, or as many parts as needed."""
+    parts = [directory.absolute().parts for directory in directories]
+    longest = max(map(len, parts))
+    for count in range(1, longest + 1):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise InputError(
+        f"checkpoints must be different folders, got {', '.join(map(str, directories))}"
+    )
 
 
 def _title(pages: Sequence[Checkpoint]) -> str:

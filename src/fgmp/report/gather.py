@@ -84,7 +84,7 @@ def gather(directory: Path, tile: int, window_size: tuple[int, int]) -> Checkpoi
         name=directory.absolute().name,
         sentences=_sentences(config, raw, fp4_weights, fp4_activations, 8 * plane_bytes / elements),
         facts=_facts(config, run),
-        recipe=config.recipe,
+        recipe={key: _text(value) for key, value in config.recipe.items()},
         matrices=matrices,
         sites=sites,
         fp4_weights=fp4_weights,

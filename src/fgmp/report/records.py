@@ -118,7 +118,7 @@ class Checkpoint:
         name: its folder's name.
         sentences: what was quantized and how, for readers who know no format.
         facts: labelled lines on calibration and provenance.
-        recipe: the recipe as stored.
+        recipe: the recipe's fields as text.
         matrices, sites: packed weights and activation sites.
         fp4_weights, fp4_activations: fractions of FP4 blocks.
         bits_per_weight, plane_bytes: size of the quantized weights, every stored byte counted.
@@ -132,7 +132,7 @@ class Checkpoint:
     name: str
     sentences: list[str]
     facts: dict[str, str]
-    recipe: dict[str, Any]
+    recipe: dict[str, str]
     matrices: list[Matrix]
     sites: list[SiteShare]
     fp4_weights: float

@@ -14,7 +14,9 @@ from torch import Tensor
 
 BINS_PER_OCTAVE = 4
 
-_EDGES = torch.tensor([2 ** (i / BINS_PER_OCTAVE - 1) for i in range(BINS_PER_OCTAVE)]).double()
+_EDGES = torch.tensor(
+    [2 ** (i / BINS_PER_OCTAVE - 1) for i in range(BINS_PER_OCTAVE)], dtype=torch.float64
+)
 """Lower edges of the bins of one octave, of mantissas from 0.5 to 1."""
 
 

@@ -2,6 +2,11 @@
 
 document.querySelectorAll("table.sortable").forEach(makeSortable);
 
+if (!("DecompressionStream" in window)) {
+  byId("old-browser").hidden = false;
+  throw new Error("this browser lacks DecompressionStream");
+}
+
 const library = document.createElement("script");
 library.textContent = new TextDecoder().decode(await inflated("plotly"));
 document.head.append(library);

@@ -12,7 +12,8 @@ function points(colour, measure, x, include) {
     const rows = (c.rows ?? []).filter((row) => include(row) && Number.isFinite(x(c, row)) &&
       Number.isFinite(measure.of(row)));
     return rows.map((row) => {
-      const [low, high] = measure.interval(row) ?? [null, null];
+      const interval = measure.interval(row);
+      const [low, high] = Array.isArray(interval) ? interval : [null, null];
       const name = SEVERAL ? `${row.name}, ${c.name}` : row.name;
       return {
         type: "scatter", mode: "markers+text", name: plain(name), x: [x(c, row)], y: [measure.of(row)],
