@@ -219,7 +219,7 @@ def test_missing_panels_leave_the_others(browser: Browser, page: Checkpoint, tmp
     assert browser.errors() == []
     drawn = browser.js("return [...document.querySelectorAll('.js-plotly-plot')].map((p) => p.id)")
     assert set(drawn) == {"plot-shares", "plot-grid", "plot-bytes", "plot-map", "plot-block"}
-    assert browser.js("return document.querySelectorAll('.missing[data-missing]').length") == 7
+    assert browser.js("return document.querySelectorAll('.missing[data-missing]').length") == 5
 
 
 # The comparison.
