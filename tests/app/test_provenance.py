@@ -25,9 +25,7 @@ def test_folders_are_left_out(name: str, expected: str) -> None:
     assert without_folder(name) == expected
 
 
-def test_an_existing_path_is_no_hub_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_existing_path_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert without_folder("a/b") == "b" and without_folder("a/c") == "a/c"

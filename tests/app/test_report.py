@@ -114,9 +114,7 @@ def test_quantize_writes_a_card_and_compare_its_results(
     assert run("inspect", folder).code == 0
 
 
-def test_a_card_of_the_users_stays_and_that_is_said(
-    place: Place, run: Run, tmp_path: Path
-) -> None:
+def test_a_card_of_the_users_stays_and_that_is_said(place: Place, run: Run, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(place.checkpoint, tmp_path / "out"))
     (folder / "README.md").write_text("# Mine\n")
     done = run("compare", place.model, folder, "--data", place.text)

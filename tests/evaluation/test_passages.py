@@ -47,9 +47,7 @@ def test_the_largest_divergences_come_first(
     assert first.peak == int(kl[window].argmax()) + 1
     assert "".join(first.tokens) == decode(tokens[window].tolist())
     assert first.kl[0] is None
-    torch.testing.assert_close(
-        torch.tensor(first.kl[1:]), kl[window].float(), rtol=1e-3, atol=1e-5
-    )
+    torch.testing.assert_close(torch.tensor(first.kl[1:]), kl[window].float(), rtol=1e-3, atol=1e-5)
 
 
 @torch.no_grad()

@@ -59,7 +59,9 @@ def test_a_local_folder_is_no_base_model(tmp_path: Path) -> None:
     assert str(tmp_path.parent) not in card and tmp_path.name.replace("_", "\\_") in card
 
 
-@pytest.mark.parametrize("name", ["a\n---\nlicense: evil", "<script>", "[x](y) ` | \x1b[31m", START])
+@pytest.mark.parametrize(
+    "name", ["a\n---\nlicense: evil", "<script>", "[x](y) ` | \x1b[31m", START]
+)
 def test_names_cannot_break_out(name: str) -> None:
     card = model_card(CONFIG, f"/nowhere/{name}", {})
     assert header(card) == header(model_card(CONFIG, "/nowhere/plain", {}))
@@ -76,7 +78,7 @@ def test_names_cannot_break_out(name: str) -> None:
             {"license": "other", "license_name": "llama3", "license_link": "LICENSE"},
         ),
         ("---\nlicense: [mit]\n---\n", {}),
-        ("---\nlicense: \"a\\nb\"\n---\n", {}),
+        ('---\nlicense: "a\\nb"\n---\n', {}),
         ("---\nlicense: !!python/object/apply:os.system [x]\n---\n", {}),
         ("---\n[\n---\n", {}),
         ("---\njust text\n---\n", {}),

@@ -49,7 +49,7 @@ def test_a_shared_weight_counts_at_every_use() -> None:
 
 
 def test_what_cannot_be_said() -> None:
-    with pytest.raises(InputError, match="must share one quantizer, got benefit.*; difference"):
+    with pytest.raises(InputError, match=r"must share one quantizer, got benefit.*; difference"):
         energy_of(MATRICES, SITES, {}, {QUANTIZER, PAPER_QUANTIZER})
     with pytest.raises(InputError, match="energies are known of quantizers"):
         energy_of(MATRICES, SITES, {}, {QuantizerConfig("random", "max", "e4m3")})

@@ -205,9 +205,7 @@ def test_missing_panels_are_named(page: Checkpoint) -> None:
     assert "plot-shares" in plots and "plot-energy" not in plots and "plot-tradeoff" not in plots
 
 
-def test_an_old_page_stays_until_the_new_one_is_complete(
-    page: Checkpoint, tmp_path: Path
-) -> None:
+def test_an_old_page_stays_until_the_new_one_is_complete(page: Checkpoint, tmp_path: Path) -> None:
     target = tmp_path / "report.html"
     target.write_text("old")
     with pytest.raises(AttributeError):

@@ -49,7 +49,7 @@ def with_entry(**changes: Any) -> Callable[[], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda: [], r"must be a mapping, got \[\]"),
+        (list, r"must be a mapping, got \[\]"),
         (lambda: {**GOOD, "version": 2}, "version must be 1, got 2"),
         (lambda: {**GOOD, "bins_per_octave": 8}, "bins_per_octave must be 4, got 8"),
         (lambda: {**GOOD, "tokens": "x"}, "tokens must be a number, got 'x'"),
@@ -68,9 +68,7 @@ def with_entry(**changes: Any) -> Callable[[], dict[str, Any]]:
         (with_entry(scores=3), "weights.a.scores must be base64, got 3"),
     ],
 )
-def test_other_values_are_refused(
-    content: Callable[[], Any], message: str, tmp_path: Path
-) -> None:
+def test_other_values_are_refused(content: Callable[[], Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         read(tmp_path, content())
     assert read(tmp_path, GOOD) is not None

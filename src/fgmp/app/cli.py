@@ -456,13 +456,14 @@ def quickstart(
     Quantizes it at 70% FP4, compares it with FP8 and NVFP4 on the interpreter's own language
     reference, and writes a checkpoint and a one-page report.
     """
+    from fgmp.app.provenance import command_line
     from fgmp.app.quickstart import run
 
     def print_result(result: "Quickstart") -> None:
         _print_rows(result.comparison.rows)
         print_lines(result.lines())
 
-    show(run(output, terminal_reporter()), as_json, print_result)
+    show(run(output, terminal_reporter(), command_line(sys.argv)), as_json, print_result)
 
 
 @app.command()

@@ -341,45 +341,6 @@ def _online(model: nn.Module, windows: torch.Tensor, tokenizer: Any, reporter: R
     )
 
 
-def compare_models(
-    model_name: str,
-    directory: Path,
-    data: str,
-    seq_len: int | None = None,
-    reporter: Reporter = SILENT,
-    bos: bool | None = None,
-    *,
-    trust_remote_code: bool = False,
-    dtype: str = "auto",
-) -> Comparison:
-    """Original, all-FP8, all-NVFP4 and the checkpoint in ``directory``, on the same windows.
-
-    ``bos`` is as for :func:`fgmp.evaluation_windows`; None: as in the checkpoint's calibration.
-    """
-    inputs = comparison_inputs(
-        model_name,
-        directory,
-        data,
-        seq_len,
-        reporter,
-        bos,
-        trust_remote_code=trust_remote_code,
-        dtype=dtype,
-    )
-    original, mixed, windows = inputs.original, inputs.mixed, inputs.windows
-    models = {
-        "fp8": uniform(sharing_copy(original), mixed, "fp8"),
-        "nvfp4": uniform(sharing_copy(original), mixed, "nvfp4"),
-        "fgmp": mixed,
-    }
-    rows = comparison.compare(original, models, windows, reporter.progress)
-    _warn_of_drift(mixed, reporter)
-    repeated = _warn_of_overlap(mixed, windows, inputs.tokenizer, reporter)
-    result = Comparison(rows, coverage(mixed), calibration_overlap=repeated, bos=inputs.bos)
-    _record_results(directory, result, data, windows, reporter)
-    return result
-
-
 @dataclass(frozen=True, eq=False)
 class ComparisonInputs:
     """Models and text of a comparison.
@@ -423,6 +384,45 @@ def comparison_inputs(
     del documents
     require_valid_token_ids(f"text {data}", windows, original)
     return ComparisonInputs(original, mixed, tokenizer, windows, bos=bos_id is not None)
+
+
+def compare_models(
+    model_name: str,
+    directory: Path,
+    data: str,
+    seq_len: int | None = None,
+    reporter: Reporter = SILENT,
+    bos: bool | None = None,
+    *,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+) -> Comparison:
+    """Original, all-FP8, all-NVFP4 and the checkpoint in ``directory``, on the same windows.
+
+    ``bos`` is as for :func:`fgmp.evaluation_windows`; None: as in the checkpoint's calibration.
+    """
+    inputs = comparison_inputs(
+        model_name,
+        directory,
+        data,
+        seq_len,
+        reporter,
+        bos,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+    )
+    original, mixed, windows = inputs.original, inputs.mixed, inputs.windows
+    models = {
+        "fp8": uniform(sharing_copy(original), mixed, "fp8"),
+        "nvfp4": uniform(sharing_copy(original), mixed, "nvfp4"),
+        "fgmp": mixed,
+    }
+    rows = comparison.compare(original, models, windows, reporter.progress)
+    _warn_of_drift(mixed, reporter)
+    repeated = _warn_of_overlap(mixed, windows, inputs.tokenizer, reporter)
+    result = Comparison(rows, coverage(mixed), calibration_overlap=repeated, bos=inputs.bos)
+    _record_results(directory, result, data, windows, reporter)
+    return result
 
 
 def _record_results(

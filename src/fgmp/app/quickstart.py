@@ -26,8 +26,11 @@ _EVALUATION_CHARACTERS = 160_000
 _CALIBRATION_CHARACTERS = 600_000
 
 
-def run(output: Path, reporter: Reporter = SILENT) -> Quickstart:
-    """Quantize, compare, inspect, report: writes ``checkpoint/`` and ``report.html``."""
+def run(output: Path, reporter: Reporter = SILENT, command: str | None = None) -> Quickstart:
+    """Quantize, compare, inspect, report: writes ``checkpoint/`` and ``report.html``.
+
+    ``command`` is the command line, stored with the checkpoint.
+    """
     started = time.perf_counter()
     target, report = output / "checkpoint", output / "report.html"
     checkpoint.require_free(target)
@@ -37,7 +40,9 @@ def run(output: Path, reporter: Reporter = SILENT) -> Quickstart:
         text = "\n\n".join(docstrings(standard_library()))
         calibration.write_text(text[:_CALIBRATION_CHARACTERS])
         evaluation.write_text(topics()[:_EVALUATION_CHARACTERS])
-        summary = quantize_to(str(MODEL), target, RECIPE, str(calibration), reporter)
+        summary = quantize_to(
+            str(MODEL), target, RECIPE, str(calibration), reporter, command=command
+        )
         comparison = compare_models(str(MODEL), target, str(evaluation), None, reporter)
         measuring = Measuring(str(MODEL), str(evaluation))
         passages, source = passages_of(target, measuring, reporter)
