@@ -402,8 +402,15 @@ def test_a_press_shows_the_values(browser: Browser, report: Path, large: PackedW
         browser.press("map-in")
     values = unpack_units(large) * large.t
     for row, block in ((2, 1), (0, 3)):
+        time.sleep(0.5)  # two presses at once are a double click
         x, y = place(browser, row, block)
+        mouse(browser, "mouseMoved", x + 2, y + 2)
         mouse(browser, "mouseMoved", x, y)
+        browser.until(
+            "return document.querySelector('#plot-map .hoverlayer').textContent.includes("
+            "arguments[0])",
+            f"row {row}, block {block}",
+        )
         mouse(browser, "mousePressed", x, y, 1)
         mouse(browser, "mouseReleased", x, y, 1)
         browser.until(
