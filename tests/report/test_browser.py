@@ -652,7 +652,14 @@ def test_print_is_light_and_has_no_controls(browser: Browser, report: Path) -> N
     browser.until(
         "return document.querySelector('#plot-shares .xtick text').style.fill === 'rgb(22, 24, 29)'"
     )
-    for selector in ("nav", "button", ".slider"):
+    headings = "return document.querySelector('#comparison-table th button').checkVisibility()"
+    assert browser.js(headings)
+    widest = (
+        "const widths = [...document.querySelectorAll('.plot .main-svg')]"
+        ".map((s) => s.width.baseVal.value); return Math.max(...widths)"
+    )
+    assert browser.js(widest) < 700  # of A4 and letter
+    for selector in ("nav", "#map-in", ".slider"):
         display = f"return getComputedStyle(document.querySelector('{selector}')).display"
         assert browser.js(display) == "none"
     document = browser.driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})

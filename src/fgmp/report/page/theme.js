@@ -14,6 +14,8 @@ function colours() {
 }
 
 const touch = matchMedia("(pointer: coarse)");
+const print = matchMedia("print");
+const PAPER = 660; // pixels that fit an A4 or letter page with a browser's margins
 
 function themed(layout, c) {
   const axis = (given = {}) => ({
@@ -30,6 +32,7 @@ function themed(layout, c) {
     hoverlabel: { bgcolor: c.card, bordercolor: c.soft, font: { color: c.ink } },
     dragmode: touch.matches ? false : "zoom",
     barcornerradius: 2,
+    ...(print.matches ? { width: PAPER, autosize: false } : { autosize: true, width: undefined }),
     ...layout, ...axes,
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, ...layout.legend },
   };
@@ -62,8 +65,8 @@ function drawAll() {
 }
 
 function followTheme() {
-  for (const query of ["(prefers-color-scheme: dark)", "print"]) {
-    matchMedia(query).addEventListener("change", drawAll);
+  for (const query of [matchMedia("(prefers-color-scheme: dark)"), print]) {
+    query.addEventListener("change", drawAll);
   }
   addEventListener("afterprint", drawAll);
 }
