@@ -202,16 +202,38 @@ function listenToMap(element) {
     }
     redrawMap();
   });
-  element.on("plotly_doubleclick", () => {
-    showAll();
-    redrawMap();
-  });
-  element.on("plotly_click", (event) => {
-    const { x, y } = event.points[0];
-    select(Math.round(y), Math.round(x));
-    element.focus({ preventScroll: true });
-  });
+  listenToPresses(element);
   element.addEventListener("keydown", onKey);
+}
+
+/** A press chooses a block and two at one place show the whole matrix; a drag is Plotly's. */
+function listenToPresses(element) {
+  let [start, last] = [null, null];
+  const near = (a, b) => Math.hypot(a.clientX - b.clientX, a.clientY - b.clientY) < 6;
+  element.addEventListener("pointerdown", (event) => (start = event), true);
+  addEventListener("pointercancel", () => (start = null), true);
+  addEventListener("pointerup", (event) => {
+    const pressed = start && near(start, event);
+    start = null;
+    if (!pressed) return;
+    const twice = last && near(last, event) && event.timeStamp - last.timeStamp < 400;
+    last = twice ? null : event;
+    setTimeout(() => (twice ? wholeMatrix() : press(element, event))); // after Plotly's own
+  }, true);
+}
+
+function press(element, { clientX, clientY }) {
+  const { left, top } = element.getBoundingClientRect();
+  const { xaxis, yaxis } = element._fullLayout;
+  const [x, y] = [clientX - left - xaxis._offset, clientY - top - yaxis._offset];
+  if (x < 0 || y < 0 || x >= xaxis._length || y >= yaxis._length) return;
+  select(Math.round(yaxis.p2d(y)), Math.round(xaxis.p2d(x)));
+  element.focus({ preventScroll: true });
+}
+
+function wholeMatrix() {
+  showAll();
+  return redrawMap();
 }
 
 function zoom(factor) {
@@ -238,8 +260,7 @@ function onKey(event) {
   } else if (event.key === "-") {
     zoom(2);
   } else if (event.key === "0") {
-    showAll();
-    redrawMap();
+    wholeMatrix();
   } else {
     return;
   }
@@ -385,10 +406,7 @@ async function startMap() {
   matrix.addEventListener("change", open);
   byId("map-in").addEventListener("click", () => zoom(0.5));
   byId("map-out").addEventListener("click", () => zoom(2));
-  byId("map-all").addEventListener("click", () => {
-    showAll();
-    redrawMap();
-  });
+  byId("map-all").addEventListener("click", wholeMatrix);
   for (const id of ["map-row", "map-block"]) {
     byId(id).addEventListener("change", () =>
       select(byId("map-row").valueAsNumber, byId("map-block").valueAsNumber));
