@@ -82,7 +82,7 @@ def tokens() -> torch.Tensor:
 
 ALLOWED_SKIPS = (
     *("FGMP_LIBERTY", "needs a GPU", "needs Icarus", "needs Verilator"),
-    "needs an ARM compiler",
+    *("needs an ARM compiler", "needs chromium"),
 )
 """Parts of the reasons for which a test may be skipped in CI: what a checkout cannot hold."""
 

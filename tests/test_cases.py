@@ -557,6 +557,7 @@ def test_two_runs_write_equal_files(tmp_path: Path) -> None:
     files = {path.name for path in (tmp_path / "a").iterdir()}
     assert files - {"fgmp_run.json"} == {
         "config.json",
+        "fgmp_scores.json",
         "generation_config.json",
         "model.safetensors",
     }

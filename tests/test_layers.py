@@ -36,10 +36,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("recipe", "hardware"),
     },
     "serving": {"errors", "formats", "pack", "kernels", "model"},
+    "report": {"errors", "storage", "formats", "pack", "hardware", "evaluation"},
     "app": {
         *("errors", "progress", "storage", "demo", "documents", "data", "formats", "pack"),
         *("kernels", "model", "assign", "recipe", "hardware", "evaluation", "export"),
-        *("quantization", "serving"),
+        *("quantization", "serving", "report"),
     },
 }
 """A part is a package or a module below ``fgmp``. Each may import those named, which all stand
@@ -51,14 +52,16 @@ ONLY_IN = {
     "typer": {"app"},
     "amaranth": {"hardware"},
     "platformdirs": {"hardware"},
-    "yaml": {"recipe"},
+    "yaml": {"recipe", "report"},
     "datasets": {"documents"},
     "safetensors": {"storage", "pack", "model"},
     "huggingface_hub": {"pack", "serving"},
     "psutil": {"pack", "model", "quantization", "serving", "app"},
     "triton": {"kernels"},
     "vllm": {"serving"},
-    "numpy": {"storage", "hardware", "pack"},
+    "numpy": {"storage", "hardware", "pack", "report"},
+    "jinja2": {"report"},
+    "markupsafe": {"report"},
 }
 """Where third-party packages may show up; ``torch`` may everywhere but in ``formats.spec``."""
 

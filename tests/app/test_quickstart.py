@@ -63,7 +63,10 @@ def test_report_holds_the_rows(folder: Path, found: dict[str, Any]) -> None:
     assert embedded is not None
     assert json.loads(embedded[1]) == found["rows"]
     for row in found["rows"]:
-        assert f"<td>{row['name']}</td><td>{row['perplexity']:.3f}</td>" in page
+        assert f'<th scope="row">{row["name"]} <small>' in page
+        assert f">{row['perplexity']:.3f}</td>" in page
+    for panel in ("COMPARISON", "PASSAGES", "SCORES", "ENERGY", "RUN"):
+        assert f'data-missing="{panel.lower()}"' not in page
 
 
 def test_fgmp_lies_between_its_formats(rows: dict[str, dict[str, Any]]) -> None:

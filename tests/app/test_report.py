@@ -1,117 +1,131 @@
-"""The one-page report: the numbers that it was given, in a file that needs no other."""
+"""``fgmp report`` on the command line: pages, refusals, and the card that results go into."""
 
 import json
-import re
-from dataclasses import replace
-from html.parser import HTMLParser
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fgmp.app.records import inspection_lines
-from fgmp.app.report import write_report
-from fgmp.evaluation.compare import Row
-
-from .test_records import INSPECTION, ROW, SUMMARY
-
-ROWS = [
-    replace(ROW, name="original", perplexity=9.5, kl=0.0, fp4_activations=None),
-    replace(ROW, name="fp8", perplexity=9.9),
-    replace(ROW, name="nvfp4", perplexity=11.0),
-    ROW,
-]
+from .cases import TEXT, Place, Run
 
 
-class Page(HTMLParser):
-    """Texts by element, and attributes of all elements; refuses elements that do not nest."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.texts: dict[str, list[str]] = {}
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attributes)))
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and data.strip():
-            self.texts.setdefault(self.open[-1], []).append(data)
+@pytest.fixture
+def compared(place: Place, run: Run, tmp_path: Path) -> Path:
+    done = run("compare", place.model, place.checkpoint, "--data", place.text, "--json")
+    assert done.code == 0, done.err
+    path = tmp_path / "compare.json"
+    path.write_text(done.out)
+    return path
 
 
-def written(tmp_path: Path, **changes: Any) -> str:
-    values = {"title": "a title", "rows": ROWS, "summary": SUMMARY, "inspection": INSPECTION}
-    write_report(tmp_path / "report.html", **{**values, **changes})
-    return (tmp_path / "report.html").read_text(encoding="utf-8")
+def test_a_page_with_everything(place: Place, run: Run, compared: Path, tmp_path: Path) -> None:
+    page = tmp_path / "new" / "report.html"
+    files = ["--compare", compared, "--model", place.model, "--data", place.text]
+    done = run("report", place.checkpoint, "-o", page, *files, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert result == {
+        "report": str(page),
+        "bytes": page.stat().st_size,
+        "checkpoints": ["checkpoint"],
+        "missing": {},
+    }
+    text = page.read_text(encoding="utf-8")
+    row = json.loads(compared.read_text())["rows"][-1]
+    assert f"{row['perplexity']:.3f}</td>" in text and "from compare.json" in text
+    tokens = len(TEXT) // 64 * 64  # one per byte, in windows as long as the model's context
+    assert f"From the first {tokens:,} tokens of text.txt, in windows of 64." in text
+    assert "fgmp quantize model -o checkpoint --calib text.txt" in text
 
 
-def test_it_shows_every_number_it_was_given(tmp_path: Path) -> None:
-    page = Page(written(tmp_path))
-    cells = page.texts["td"]
-    for row in ROWS:
-        assert row.name in cells and f"{row.perplexity:.3f}" in cells
-    facts = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
-    assert facts.items() >= SUMMARY.lines().items()
-    assert facts.items() >= inspection_lines(INSPECTION).items()
-    assert page.texts["h1"] == ["a title"]
+def test_rows_are_computed_where_no_file_has_them(
+    place: Place, run: Run, compared: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "report.html"
+    shutil.copytree(place.checkpoint, tmp_path / "second")
+    folders = [place.checkpoint, tmp_path / "second"]
+    options = ["--compare", compared, "--model", place.model, "--data", place.text]
+    done = run("report", *folders, "-o", page, *options, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["checkpoints"] == ["checkpoint", "second"]
+    text = page.read_text(encoding="utf-8")
+    assert "checkpoint: from compare.json; second: from text.txt" in text
 
 
-def test_rows_can_be_read_from_it(tmp_path: Path) -> None:
-    text = written(tmp_path)
-    embedded = re.search(r'<script type="application/json" id="rows">(.*?)</script>', text)
-    assert embedded and json.loads(embedded[1]) == [row.to_dict() for row in ROWS]
+def test_what_is_missing_is_said(place: Place, run: Run, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    done = run("report", place.checkpoint, "-o", page)
+    assert done.code == 0, done.err
+    assert "checkpoint, comparison  not drawn: `fgmp report DIR" in done.out
+    assert "checkpoint, passages" in done.out
+    assert "The comparison cannot be drawn" in page.read_text(encoding="utf-8")
 
 
-def test_it_needs_nothing_else(tmp_path: Path) -> None:
-    """No script that runs, no file or address that a browser would fetch."""
-    text = written(tmp_path)
-    for tag, attributes in Page(text).elements:
-        assert tag not in ("link", "img", "iframe", "object", "embed")
-        assert not {"src", "href", "xlink:href", "onload", "onclick"} & attributes.keys()
-        if tag == "script":
-            assert attributes["type"] == "application/json"
-    assert "http" not in text and "url(" not in text and "@import" not in text
+def test_names_that_are_equal_are_told_apart(place: Place, run: Run, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(place.checkpoint, tmp_path / name / "checkpoint")
+    folders = [tmp_path / name / "checkpoint" for name in ("a", "b")]
+    done = run("report", *folders, "-o", tmp_path / "report.html", "--json")
+    assert json.loads(done.out)["checkpoints"] == ["a/checkpoint", "b/checkpoint"]
 
 
-@pytest.mark.parametrize("evil", ["</script><script>", "<b>&amp;", '" onload="x'])
-def test_names_cannot_break_out(evil: str, tmp_path: Path) -> None:
-    """Names of models and layers are data, in text, in attributes and in JSON."""
-    shares = replace(INSPECTION.fp8_share, by_kind={evil: 0.3})
-    rows: list[Row] = [replace(ROWS[0], name=evil), *ROWS[1:]]
-    inspection = replace(INSPECTION, fp8_share=shares, path=evil)
-    page = Page(written(tmp_path, title=evil, rows=rows, inspection=inspection))
-    assert page.texts["h1"] == [evil] and evil in page.texts["td"]
-    assert evil in page.texts["dd"] and evil in page.texts["text"]
-    assert [tag for tag, _ in page.elements].count("script") == 1
-    embedded = json.loads(page.texts["script"][0])
-    assert embedded[0]["name"] == evil
+def test_refusals(place: Place, run: Run, compared: Path, tmp_path: Path) -> None:
+    target = tmp_path / "report.html"
+    checkpoint = place.checkpoint
+    for arguments, message in (
+        ([checkpoint, "--data", place.text], "--data needs --model"),
+        ([checkpoint, "--model", place.model], "--model needs --data"),
+        ([checkpoint, "-o", tmp_path / "model.safetensors"], "must be named *.html"),
+        ([tmp_path / "none"], "none/config.json"),
+        ([place.model], "not an fgmp checkpoint"),
+        ([checkpoint, checkpoint], "must be different folders"),
+        ([checkpoint, "--compare", tmp_path / "none.json"], "No such file"),
+        ([checkpoint, "--compare", place.text], "not JSON"),
+        ([checkpoint, "--compare", compared, "--compare", compared], "at most one file per"),
+    ):
+        done = run("report", *arguments, *([] if "-o" in arguments else ["-o", target]))
+        assert done.code == 1 and message in " ".join(done.err.split()), done.err
+        assert not target.exists()
 
 
-def test_bars_are_as_long_as_shares(tmp_path: Path) -> None:
-    shares = replace(INSPECTION.fp8_share, by_kind={"a": 0.25, "b": 1.0}, by_layer={"0": 0.0})
-    page = Page(written(tmp_path, inspection=replace(INSPECTION, fp8_share=shares)))
-    bars = [a for tag, a in page.elements if tag == "rect"]
-    wide = [float(a["width"] or 0) for a in bars if a["fill"] == "var(--eight)"]
-    (full,) = {float(a["width"] or 0) for a in bars if a["fill"] == "var(--four)"}
-    assert [width / full for width in wide] == [0.25, 1.0, 0.0, 0.2]
+def test_a_hostile_name_reaches_no_terminal(place: Place, run: Run, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(place.checkpoint, tmp_path / "a\x1b[31m<b>"))
+    done = run("report", folder, "-o", tmp_path / "report.html")
+    assert done.code == 0 and "\x1b[31m" not in done.out
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;" in text and "<b>" not in text
 
 
-def test_a_gap_that_nothing_is_said_of(tmp_path: Path) -> None:
-    """Without a KL gap between FP8 and NVFP4 no share of it is claimed."""
-    lead = Page(written(tmp_path)).texts["p"][0]
-    assert lead.endswith("71% of the KL gap to NVFP4 recovered.")
-    rows = [*ROWS[:-1], replace(ROW, kl_gap_recovered_percent=None)]
-    lead = Page(written(tmp_path, rows=rows)).texts["p"][0]
-    assert "recovered" not in lead and lead.endswith("+1.20% relative to all-FP8.")
+# The model card.
+
+
+def test_quantize_writes_a_card_and_compare_its_results(
+    place: Place, run: Run, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(place.checkpoint, tmp_path / "out"))
+    card = folder / "README.md"
+    assert "Calibrated on text.txt: 6 sequences" in card.read_text()
+    card.write_text(card.read_text() + "My own words.\n")
+    done = run("compare", place.model, folder, "--data", place.text, "--json")
+    row = json.loads(done.out)["rows"][-1]
+    text = card.read_text()
+    assert f"| fgmp | {row['perplexity']:.3f} |" in text and "Not measured yet" not in text
+    assert text.endswith("My own words.\n")
+    assert run("inspect", folder).code == 0
+
+
+def test_a_card_of_the_users_stays_and_that_is_said(place: Place, run: Run, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(place.checkpoint, tmp_path / "out"))
+    (folder / "README.md").write_text("# Mine\n")
+    done = run("compare", place.model, folder, "--data", place.text)
+    assert done.code == 0 and "has no section of fgmp results" in " ".join(done.err.split())
+    assert (folder / "README.md").read_text() == "# Mine\n"
+
+
+def test_the_licence_of_the_original_comes_along(place: Place, run: Run, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(place.model, tmp_path / "model"))
+    (model / "README.md").write_text("---\nlicense: mit\n---\n# x\n")
+    options = ["--calib", place.text, "--samples", 6, "--seq-len", 32]
+    done = run("quantize", model, "-o", tmp_path / "out", *options)
+    assert done.code == 0, done.err
+    assert "\nlicense: mit\n" in (tmp_path / "out" / "README.md").read_text()

@@ -228,7 +228,8 @@ def test_other_files_are_copied(folders: dict[str, Path], tmp_path: Path) -> Non
     (source / "tokenizer.json").write_text("{}")
     (source / "templates").mkdir()
     (source / "templates" / "a.jinja").write_text("x")
-    (source / "fgmp_run.json").write_text("{}")
+    for name in ("fgmp_run.json", "fgmp_scores.json", "README.md"):  # of the checkpoint alone
+        (source / name).write_text("{}")
     export(source, tmp_path / "out", "modelopt")
     assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*")
                   ) == sorted([

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 import fgmp
 from fgmp import CheckpointError, InputError, Recipe
+from fgmp.evaluation.inspect import inspect_checkpoint
 from fgmp.model.linear import mixed_linears
 from fgmp.model.store import (
     config_of,
@@ -251,10 +252,22 @@ def test_tokenizer_and_generation_config_come_along(tokens: Tensor, tmp_path: Pa
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "config.json",
         "fgmp_run.json",
+        "fgmp_scores.json",
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
     }
+
+
+def test_a_card_comes_along_and_no_checksum_covers_it(tokens: Tensor, tmp_path: Path) -> None:
+    """``fgmp compare`` changes it; every other file is under a checksum."""
+    fgmp.save(quantized("llama", tokens), tmp_path / "out", card="# A card\n")
+    assert (tmp_path / "out" / "README.md").read_text() == "# A card\n"
+    (tmp_path / "out" / "README.md").write_text("changed")
+    inspect_checkpoint(tmp_path / "out")
+    (tmp_path / "out" / "fgmp_scores.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"fgmp_scores\.json: its bytes must have CRC-32"):
+        inspect_checkpoint(tmp_path / "out")
 
 
 # Modules that are not of Transformers.

@@ -182,3 +182,14 @@ def test_adding_in_parts_is_adding_at_once() -> None:
     whole.add(scores(x.view(3, 200, -1), site))
     whole.add(scores(x[:0], site))
     assert torch.equal(whole.counts, histogram_of(x, site).counts)
+
+
+def test_occupied_bins_stand_for_all_scores() -> None:
+    """Losses are within 2**-8 of the scores that they stand for; zeros stay zero."""
+    values = torch.tensor([0, 0, 1, 3, 1000, 123_456_789])
+    histogram = ScoreHistogram(unit=0.25)
+    histogram.add(values)
+    losses, counts = histogram.occupied()
+    assert counts.tolist() == [2, 1, 1, 1, 1]
+    assert losses[0] == 0
+    torch.testing.assert_close(losses[1:], 0.25 * values[2:].double(), rtol=2**-8, atol=0)

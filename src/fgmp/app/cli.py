@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from fgmp.app.console import Json, print_lines, printable, show, stderr
 from fgmp.app.hw import app as hardware
 from fgmp.app.reporter import terminal_reporter
-from fgmp.errors import FGMPError
+from fgmp.errors import FGMPError, InputError
 
 if TYPE_CHECKING:
     from fgmp.app.records import Comparison, Quickstart
@@ -232,6 +232,7 @@ def quantize(
         "tune": tune,
     }
     from fgmp.app.commands import quantize_to
+    from fgmp.app.provenance import command_line
     from fgmp.recipe import Recipe
 
     chosen = Recipe.from_yaml(recipe) if recipe else Recipe()
@@ -246,6 +247,7 @@ def quantize(
         bos,
         trust_remote_code=trust_remote_code,
         dtype=dtype,
+        command=command_line(sys.argv),
     )
     show(summary, as_json, lambda result: print_lines(result.lines()))
 
@@ -311,6 +313,50 @@ def inspect(
     from fgmp.evaluation.inspect import inspect_checkpoint
 
     show(inspect_checkpoint(directory), as_json, _print_inspection)
+
+
+@app.command()
+def report(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="fgmp checkpoints, side by side.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")] = Path(
+        "report.html"
+    ),
+    data: Annotated[
+        str | None,
+        typer.Option(help="TEXT for the comparison and the passages. [default: not computed]"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The original model, which --data needs.")
+    ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Output of `fgmp compare --json`; repeat it for several DIR, in their order."
+        ),
+    ] = None,
+    seq_len: SeqLen = None,
+    bos: CompareBos = None,
+    trust_remote_code: TrustRemoteCode = False,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Write a self-contained HTML page on checkpoints: where their bits went and what they cost.
+
+    Any browser shows it offline. What a checkpoint does not have, the page says.
+    """
+    from fgmp.app.report import Measuring, write_report
+
+    if (data is None) != (model is None):
+        given, lacking = ("data", "model") if model is None else ("model", "data")
+        raise InputError(f"--{given} needs --{lacking}: passages compare the original on a text")
+    measuring = None
+    if data is not None and model is not None:
+        measuring = Measuring(model, data, seq_len, bos, trust_remote_code, dtype)
+    result = write_report(directories, output, compare or [], measuring, terminal_reporter())
+    show(result, as_json, lambda result: print_lines(result.lines()))
 
 
 @app.command()
@@ -410,13 +456,14 @@ def quickstart(
     Quantizes it at 70% FP4, compares it with FP8 and NVFP4 on the interpreter's own language
     reference, and writes a checkpoint and a one-page report.
     """
+    from fgmp.app.provenance import command_line
     from fgmp.app.quickstart import run
 
     def print_result(result: "Quickstart") -> None:
         _print_rows(result.comparison.rows)
         print_lines(result.lines())
 
-    show(run(output, terminal_reporter()), as_json, print_result)
+    show(run(output, terminal_reporter(), command_line(sys.argv)), as_json, print_result)
 
 
 @app.command()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from transformers import TextStreamer
 
+from fgmp.app.provenance import provenance
 from fgmp.app.records import (
     CacheUse,
     Comparison,
@@ -58,6 +60,7 @@ from fgmp.quantization.budget import least_bytes
 from fgmp.quantization.pipeline import prepare, require_valid_token_ids, run
 from fgmp.quantization.uniform import uniform
 from fgmp.recipe import Recipe
+from fgmp.report.card import model_card, source_metadata, update_card
 from fgmp.storage.resume import forget, require_own
 
 _LONGEST_WINDOW = 2048
@@ -98,6 +101,7 @@ def quantize_to(
     *,
     trust_remote_code: bool = False,
     dtype: str = "auto",
+    command: str | None = None,
 ) -> QuantizeSummary:
     """Quantize a model by name and write the checkpoint.
 
@@ -112,6 +116,7 @@ def quantize_to(
         bos: whether every calibration window starts with the beginning-of-sequence token; None: if
             the tokenizer puts it before a text.
         trust_remote_code, dtype: as for :class:`fgmp.model.source.Source`.
+        command: command line, stored in ``fgmp_run.json``.
     """
     started = time.perf_counter()
     _require_targets(output, calibration)
@@ -141,7 +146,9 @@ def quantize_to(
         checkpoint.require_space(output, least_bytes(model, prepared.task.linears))
         run(prepared, calibration=calibration)
         _record_text(model, text, tokenizer, calibration_text, bos=bos_id is not None)
-        save(model, output, tokenizer, extra_files=source.processor_files())
+        config_of(model).run.update(provenance(model_name, command))
+        card = model_card(config_of(model), model_name, source_metadata(source.card()))
+        save(model, output, tokenizer, extra_files=source.processor_files(), card=card)
         _verify_written(model, output, dtype, text.held_out[0])
     forget(resume)
     return _summary(model, output, time.perf_counter() - started)
@@ -334,6 +341,51 @@ def _online(model: nn.Module, windows: torch.Tensor, tokenizer: Any, reporter: R
     )
 
 
+@dataclass(frozen=True, eq=False)
+class ComparisonInputs:
+    """Models and text of a comparison.
+
+    Attributes:
+        original, mixed: the unquantized model and the checkpoint.
+        tokenizer: the original's.
+        windows: evaluation windows, int64 (B, L).
+        bos: whether every window starts with the beginning-of-sequence token.
+    """
+
+    original: nn.Module
+    mixed: nn.Module
+    tokenizer: Any
+    windows: torch.Tensor
+    bos: bool
+
+
+def comparison_inputs(
+    model_name: str,
+    directory: Path,
+    data: str,
+    seq_len: int | None = None,
+    reporter: Reporter = SILENT,
+    bos: bool | None = None,
+    *,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+) -> ComparisonInputs:
+    """Load what a comparison needs; arguments as for :func:`compare_models`."""
+    checkpoint.read_config(directory)
+    source = _source(model_name, trust_remote_code, dtype, reporter)
+    if source.is_packed:
+        raise InputError(f"model {model_name}: the original must not be quantized")
+    documents = read_documents(data)
+    tokenizer = source.tokenizer()
+    original, mixed = source.load(), Source(str(directory), dtype=dtype).load()
+    length = _window_length(original, seq_len)
+    bos_id = beginning(tokenizer, _calibrated_bos(mixed) if bos is None else bos)
+    windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
+    del documents
+    require_valid_token_ids(f"text {data}", windows, original)
+    return ComparisonInputs(original, mixed, tokenizer, windows, bos=bos_id is not None)
+
+
 def compare_models(
     model_name: str,
     directory: Path,
@@ -349,18 +401,17 @@ def compare_models(
 
     ``bos`` is as for :func:`fgmp.evaluation_windows`; None: as in the checkpoint's calibration.
     """
-    checkpoint.read_config(directory)
-    source = _source(model_name, trust_remote_code, dtype, reporter)
-    if source.is_packed:
-        raise InputError(f"model {model_name}: the original must not be quantized")
-    documents = read_documents(data)
-    tokenizer = source.tokenizer()
-    original, mixed = source.load(), Source(str(directory), dtype=dtype).load()
-    length = _window_length(original, seq_len)
-    bos_id = beginning(tokenizer, _calibrated_bos(mixed) if bos is None else bos)
-    windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
-    del documents
-    require_valid_token_ids(f"text {data}", windows, original)
+    inputs = comparison_inputs(
+        model_name,
+        directory,
+        data,
+        seq_len,
+        reporter,
+        bos,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+    )
+    original, mixed, windows = inputs.original, inputs.mixed, inputs.windows
     models = {
         "fp8": uniform(sharing_copy(original), mixed, "fp8"),
         "nvfp4": uniform(sharing_copy(original), mixed, "nvfp4"),
@@ -368,8 +419,23 @@ def compare_models(
     }
     rows = comparison.compare(original, models, windows, reporter.progress)
     _warn_of_drift(mixed, reporter)
-    repeated = _warn_of_overlap(mixed, windows, tokenizer, reporter)
-    return Comparison(rows, coverage(mixed), calibration_overlap=repeated, bos=bos_id is not None)
+    repeated = _warn_of_overlap(mixed, windows, inputs.tokenizer, reporter)
+    result = Comparison(rows, coverage(mixed), calibration_overlap=repeated, bos=inputs.bos)
+    _record_results(directory, result, data, windows, reporter)
+    return result
+
+
+def _record_results(
+    directory: Path, result: Comparison, data: str, windows: torch.Tensor, reporter: Reporter
+) -> None:
+    """Put the results into the checkpoint's model card, where it has one of ours."""
+    about = (
+        f"On {windows.shape[0]:,} windows of {windows.shape[1]} tokens of {Path(data).name}, "
+        f"by `fgmp compare` of fgmp {version('fgmp')}."
+    )
+    refusal = update_card(directory, [row.to_dict() for row in result.rows], about)
+    if refusal is not None:
+        reporter.message(refusal)
 
 
 def _calibrated_bos(model: nn.Module) -> bool | None:

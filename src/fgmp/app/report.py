@@ -1,138 +1,214 @@
-"""One page that shows a quantized model: the comparison, where the bits went, what was done.
+"""``fgmp report``: gather what a page shows of checkpoints, compute what is asked for, write it."""
 
-A self-contained HTML file, figures as inline SVG, light and dark. It renders numbers that others
-computed and computes none.
-"""
-
-import json
-from html import escape
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fgmp.app.records import QuantizeSummary, inspection_lines
-from fgmp.evaluation.compare import Row, table
-from fgmp.evaluation.inspect import Inspection
+from fgmp.app.commands import SILENT, Reporter, compare_models, comparison_inputs
+from fgmp.app.records import Comparison, Lines
+from fgmp.errors import InputError
+from fgmp.evaluation.passages import Passage, changed_passages
+from fgmp.pack import checkpoint
+from fgmp.report import records
+from fgmp.report.blocks import tile_for, total_blocks, window_for
+from fgmp.report.comparison import read_comparison
+from fgmp.report.gather import gather, weight_shapes
+from fgmp.report.page import size, write_page
+from fgmp.report.records import Checkpoint, Rows
 
-_STYLE = """
-:root { --ink: #1a1c20; --soft: #6b7280; --line: #e3e5e9; --page: #fff; --four: #8fb8de;
-        --eight: #d9603b; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8eaed; --soft: #9aa0a8; --line: #33373d; --page: #16181b; --four: #3f6b94;
-          --eight: #e8794f; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
-       max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.05rem; margin: 2rem 0 .6rem }
-p.lead { color: var(--soft); margin-top: 0 }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line);
-         white-space: nowrap }
-th { color: var(--soft); font-weight: 500 } th:first-child, td:first-child { text-align: left }
-tr.ours td { font-weight: 650 }
-svg text { fill: var(--ink); font-size: 12px } .soft { fill: var(--soft) }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem }
-dt { color: var(--soft) } dd { margin: 0 }
-.key span { display: inline-block; width: .8em; height: .8em; margin: 0 .35em 0 1em }
-"""
+_PASSAGE_TOKENS = 8192
+"""Tokens at the start of the text in which passages are looked for."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Result of ``fgmp report``.
+
+    Attributes:
+        report: the HTML file.
+        bytes: its size.
+        checkpoints: names of the checkpoints on it.
+        missing: panels that cannot be drawn, with the reason, by checkpoint.
+    """
+
+    report: str
+    bytes: int
+    checkpoints: list[str]
+    missing: dict[str, dict[str, str]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return dict(vars(self))
+
+    def lines(self) -> Lines:
+        """Labelled lines."""
+        return {
+            "report": f"{self.report}, {size(self.bytes)}",
+            **{
+                f"{name}, {panel}": f"not drawn: {reason}"
+                for name, reasons in self.missing.items()
+                for panel, reason in reasons.items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How a page's comparison and passages are computed; options as of ``compare_models``."""
+
+    model: str
+    data: str
+    seq_len: int | None = None
+    bos: bool | None = None
+    trust_remote_code: bool = False
+    dtype: str = "auto"
+
+    def options(self) -> dict[str, Any]:
+        """Options of loading the original."""
+        return {"trust_remote_code": self.trust_remote_code, "dtype": self.dtype}
 
 
 def write_report(
-    path: Path,
-    title: str,
-    rows: list[Row],
-    summary: QuantizeSummary,
-    inspection: Inspection,
-) -> None:
-    """Write the page.
+    directories: Sequence[Path],
+    output: Path,
+    compared: Sequence[Path] = (),
+    measuring: Measuring | None = None,
+    reporter: Reporter = SILENT,
+) -> Report:
+    """Write one page on checkpoints.
 
     Args:
-        path: HTML file to write.
-        title: heading.
-        rows: from ``fgmp.evaluation.compare``.
-        summary: summary of the quantizing run.
-        inspection: inspection of its checkpoint.
+        directories: the checkpoints.
+        output: HTML file to write; an older one is replaced.
+        compared: outputs of ``fgmp compare --json``, in the order of the checkpoints.
+        measuring: what to compute the other comparisons, and passages of text, from; None: neither
+            is computed.
+        reporter: receives progress and messages.
+
+    Raises:
+        InputError, CheckpointError: before anything is computed, if a folder, a file or a target
+            cannot be used.
     """
-    ours = next(row for row in rows if row.name == "fgmp")
-    shares = inspection.fp8_share
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title><style>{_STYLE}</style></head><body>
-<h1>{escape(title)}</h1>
-<p class="lead">{escape(_headline(ours))}</p>
-<h2>Side by side</h2>
-<div class="scroll">{_table(rows)}</div>
-<p class="lead">KL is the mean token divergence from the original model; the gap is all-NVFP4
-minus all-FP8. Intervals are paired bootstraps over evaluation windows.</p>
-<h2>Fraction of FP8 blocks</h2>
-<p class="key soft"><span style="background:var(--eight)"></span>FP8
-<span style="background:var(--four)"></span>NVFP4</p>
-<div class="scroll">{_bars("weights, by kind of layer", shares.by_kind)}
-{_bars("weights, by layer", shares.by_layer)}
-{_bars("activations, by site", shares.activations_by_site)}</div>
-<h2>What was done</h2>
-{_facts(summary, inspection)}
-<script type="application/json" id="rows">{_json([row.to_dict() for row in rows])}</script>
-</body></html>
-"""
-    path.write_text(page, encoding="utf-8")
-
-
-def _headline(ours: Row) -> str:
-    parts = [
-        f"{ours.bits_per_weight:.2f} bits per weight, {ours.bits_per_activation:.2f} bits per "
-        f"activation, perplexity {ours.vs_fp8_percent:+.2f}% relative to all-FP8"
-    ]
-    if ours.kl_gap_recovered_percent is not None:
-        parts.append(f"{ours.kl_gap_recovered_percent:.0f}% of the KL gap to NVFP4 recovered")
-    return "; ".join(parts) + "."
-
-
-def _table(rows: list[Row]) -> str:
-    header, *lines = table(rows)
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        f'<tr class="{"ours" if line[0] == "fgmp" else ""}">'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in line)
-        + "</tr>"
-        for line in lines
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _bars(title: str, shares: dict[str, float]) -> str:
-    """Horizontal bars, one per name: the FP8 fraction, then NVFP4."""
-    label, width, step = 300, 420, 20
-    height = step * (len(shares) + 1) + 12
-    drawn = [f'<text x="0" y="14" class="soft">{escape(title)}</text>']
-    for i, (name, share) in enumerate(shares.items(), start=1):
-        y = i * step
-        drawn.append(
-            f'<text x="{label - 10}" y="{y + 14}" text-anchor="end">{escape(name)}</text>'
-            f'<rect x="{label}" y="{y + 3}" width="{width}" height="14" fill="var(--four)"/>'
-            f'<rect x="{label}" y="{y + 3}" width="{width * share:.1f}" height="14" '
-            'fill="var(--eight)"/>'
-            f'<text x="{label + width + 8}" y="{y + 14}" class="soft">{share:.1%}</text>'
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{output}: a report must be named *.html")
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder, not a file")
+    checkpoint.require_writable(output)
+    if len(compared) > len(directories):
+        raise InputError(
+            f"compare: at most one file per checkpoint, in their order, got {len(compared)} for "
+            f"{len(directories)}"
         )
-    return (
-        f'<svg viewBox="0 0 {label + width + 70} {height}" width="{label + width + 70}" '
-        f'height="{height}" role="img" aria-label="{escape(title)}">{"".join(drawn)}</svg>'
+    rows: list[Rows | None] = [read_comparison(path) for path in compared]
+    rows += [None] * (len(directories) - len(rows))
+    shapes = [weight_shapes(directory) for directory in directories]
+    tile = tile_for(sum(map(total_blocks, shapes)))
+    window = window_for(sum(map(len, shapes)))
+    names = _names(directories)
+    pages = []
+    with reporter.progress("reading checkpoints", len(directories)) as advance:
+        for name, directory, known in zip(names, directories, rows, strict=True):
+            page = gather(directory, tile, window)
+            pages.append(replace(page, name=name, comparison=known))
+            advance()
+    if measuring is not None:
+        pages = [
+            _measured(page, directory, measuring, reporter)
+            for page, directory in zip(pages, directories, strict=True)
+        ]
+    return finish(output, _title(pages), pages)
+
+
+def finish(output: Path, title: str, pages: Sequence[Checkpoint]) -> Report:
+    """Write the page of gathered checkpoints; says of each what it lacks."""
+    pages = [_with_reasons(page) for page in pages]
+    write_page(output, title, pages)
+    return Report(
+        str(output),
+        output.stat().st_size,
+        [page.name for page in pages],
+        {page.name: page.missing for page in pages if page.missing},
     )
 
 
-def _facts(summary: QuantizeSummary, inspection: Inspection) -> str:
-    """Labelled lines of the run and of the checkpoint, with the recipe's policy and calibration."""
-    calibration = inspection.calibration
-    lines = {
-        **summary.lines(),
-        **inspection_lines(inspection),
-        "policy": str(inspection.recipe.get("policy")),
-        "calibration": f"{calibration.get('sequences')} sequences of "
-        f"{calibration.get('seq_len')} tokens",
-    }
-    items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in lines.items())
-    return f"<dl>{items}</dl>"
+def rows_of(comparison: Comparison, data: str) -> Rows:
+    """Rows of a comparison that was computed here."""
+    return Rows([row.to_dict() for row in comparison.rows], Path(data).name)
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value).replace("</", "<\\/")
+def passages_of(
+    directory: Path, measuring: Measuring, reporter: Reporter = SILENT
+) -> tuple[list[Passage], str]:
+    """Passages in which a checkpoint differs most from the original, and what they are from."""
+    inputs = comparison_inputs(
+        measuring.model,
+        directory,
+        measuring.data,
+        measuring.seq_len,
+        reporter,
+        measuring.bos,
+        **measuring.options(),
+    )
+    windows = inputs.windows[: max(1, _PASSAGE_TOKENS // inputs.windows.shape[1])]
+    passages = changed_passages(
+        inputs.original,
+        inputs.mixed,
+        windows,
+        lambda ids: str(inputs.tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
+        progress=reporter.progress,
+    )
+    return passages, (
+        f"From the first {windows.numel():,} tokens of {Path(measuring.data).name}, in windows of "
+        f"{windows.shape[1]}."
+    )
+
+
+def _measured(
+    page: Checkpoint, directory: Path, measuring: Measuring, reporter: Reporter
+) -> Checkpoint:
+    rows = page.comparison
+    if rows is None:
+        comparison = compare_models(
+            measuring.model,
+            directory,
+            measuring.data,
+            measuring.seq_len,
+            reporter,
+            measuring.bos,
+            **measuring.options(),
+        )
+        rows = rows_of(comparison, measuring.data)
+    passages, source = passages_of(directory, measuring, reporter)
+    return replace(page, comparison=rows, passages=passages, passages_source=source)
+
+
+def _with_reasons(page: Checkpoint) -> Checkpoint:
+    missing = dict(page.missing)
+    if page.comparison is None:
+        missing[records.COMPARISON] = (
+            "`fgmp report DIR --model ORIGINAL --data TEXT` computes it, and `--compare FILE` "
+            "reads it from a file with the output of `fgmp compare --json`"
+        )
+    if page.passages is None:
+        missing[records.PASSAGES] = (
+            "it needs the original and a text: `fgmp report DIR --model ORIGINAL --data TEXT`"
+        )
+    return replace(page, missing=missing)
+
+
+def _names(directories: Sequence[Path]) -> list[str]:
+    """Different names of folders: the last part of each path, or as many parts as needed."""
+    parts = [directory.absolute().parts for directory in directories]
+    longest = max(map(len, parts))
+    for count in range(1, longest + 1):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise InputError(
+        f"checkpoints must be different folders, got {', '.join(map(str, directories))}"
+    )
+
+
+def _title(pages: Sequence[Checkpoint]) -> str:
+    return ", ".join(page.name for page in pages)

@@ -11,6 +11,7 @@ from typing import Any
 from fgmp.pack import checkpoint
 from fgmp.pack.checkpoint import CheckpointConfig
 from fgmp.pack.folder import weight_files
+from fgmp.pack.planes import PackedWeight
 from fgmp.pack.reader import Reader
 from fgmp.pack.stream import image_bytes
 
@@ -145,6 +146,24 @@ def inspect_checkpoint(directory: str | Path) -> Inspection:
     )
 
 
+def layer_and_kind(name: str) -> tuple[str, str]:
+    """Layer index and kind of a linear, such as ``3`` and ``mlp.up_proj``.
+
+    All experts of a layer are of one kind. A name without an index is both.
+    """
+    match = _LAYER.match(name)
+    if match is None:
+        return name, name
+    return match["index"], re.sub(r"\.\d+\.", ".*.", match["kind"])
+
+
+def linear_facts(name: str, packed: PackedWeight) -> LinearFacts:
+    """Facts of one packed weight."""
+    fp8, blocks = int(packed.is_fp8().sum()), packed.is_fp8().numel()
+    image = image_bytes(blocks, fp8)
+    return LinearFacts(name, packed.n, packed.k, blocks, fp8, packed.nbytes, image)
+
+
 def _linear_facts(reader: Reader, config: CheckpointConfig) -> list[LinearFacts]:
     facts = []
     for owner, site in config.sites.items():
@@ -152,9 +171,7 @@ def _linear_facts(reader: Reader, config: CheckpointConfig) -> list[LinearFacts]
         for name, packed in weights.items():
             if name in config.shared:
                 continue
-            fp8, blocks = int(packed.is_fp8().sum()), packed.is_fp8().numel()
-            image = image_bytes(blocks, fp8)
-            facts.append(LinearFacts(name, packed.n, packed.k, blocks, fp8, packed.nbytes, image))
+            facts.append(linear_facts(name, packed))
     return facts
 
 
@@ -162,10 +179,7 @@ def _shares(facts: list[LinearFacts], part: str) -> dict[str, float]:
     """Fraction of FP8 blocks by layer index or by kind of layer, in order of appearance."""
     sums: dict[str, list[int]] = {}
     for fact in facts:
-        match = _LAYER.match(fact.name)
-        key = match[part] if match else fact.name
-        # All experts of a layer are of one kind, so their index is replaced.
-        key = re.sub(r"\.\d+\.", ".*.", key)
+        key = layer_and_kind(fact.name)[0 if part == "index" else 1]
         total = sums.setdefault(key, [0, 0])
         total[0] += fact.fp8_blocks
         total[1] += fact.blocks

@@ -33,7 +33,7 @@ from fgmp.model.precision import stored_dtype
 from fgmp.model.source import Source
 from fgmp.model.store import config_of, tensors_to_save
 from fgmp.pack import checkpoint
-from fgmp.pack.checkpoint import RUN
+from fgmp.pack.checkpoint import CARD, RUN, SCORES
 from fgmp.pack.folder import CONFIG, INDEX, weight_files
 from fgmp.pack.planes import PackedWeight
 
@@ -156,7 +156,7 @@ def export(
 
 def _other_files(directory: Path) -> Iterator[Path]:
     """Files of the checkpoint that an export copies: tokenizer, generation settings and so on."""
-    replaced = {CONFIG, INDEX, RUN, *(path.name for path in weight_files(directory))}
+    replaced = {CONFIG, INDEX, RUN, SCORES, CARD, *(path.name for path in weight_files(directory))}
     for path in sorted(directory.iterdir()):
         if path.name not in replaced and not path.name.startswith("."):
             yield path

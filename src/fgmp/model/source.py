@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 from fgmp.errors import InputError
 from fgmp.model.precision import require_choice, run_in
 from fgmp.model.store import first_line, load, pretrained
-from fgmp.pack.checkpoint import QUANT_METHOD
+from fgmp.pack.checkpoint import CARD, QUANT_METHOD
 from fgmp.pack.folder import CONFIG, read_json
 
 _PROCESSOR_FILES = (
@@ -109,6 +109,17 @@ class Source:
             for name in _PROCESSOR_FILES
         )
         return [Path(path) for path in paths if path is not None]
+
+    def card(self) -> Path | None:
+        """Path of the model's card, README.md, or None."""
+        path = cached_file(
+            self.name,
+            CARD,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        return None if path is None else Path(path)
 
     def require_every_tensor(self, model: nn.Module) -> None:
         """Check that the model class reads every weight in the model's files.

@@ -15,7 +15,7 @@ from fgmp.errors import CheckpointError, FGMPError, InputError
 from fgmp.model.convert import install_from
 from fgmp.model.precision import require_choice, run_in, stored_dtype, stored_dtypes
 from fgmp.pack import checkpoint
-from fgmp.pack.checkpoint import QUANT_METHOD, RUN, CheckpointConfig
+from fgmp.pack.checkpoint import CARD, QUANT_METHOD, RUN, SCORES, CheckpointConfig
 from fgmp.pack.folder import CONFIG, weight_files
 from fgmp.pack.reader import Reader
 
@@ -44,6 +44,7 @@ def save(
     tokenizer: Any = None,
     max_shard_size: str = "5GB",
     extra_files: Iterable[Path] = (),
+    card: str | None = None,
 ) -> None:
     """Write a quantized model to a checkpoint folder.
 
@@ -54,6 +55,7 @@ def save(
         tokenizer: if not None, saved in the same folder.
         max_shard_size: larger checkpoints are split into files of at most this size.
         extra_files: copied into the folder, such as a processor's configuration.
+        card: text of the model card, if there shall be one.
 
     Raises:
         InputError: not a quantized model, a target in use, or a full disk.
@@ -75,8 +77,12 @@ def save(
             shutil.copyfile(path, folder / path.name)
         if run := config_of(model).run:
             checkpoint.write_json(folder / RUN, run)
+        if scores := config_of(model).scores:
+            checkpoint.write_json(folder / SCORES, scores, indent=None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if card is not None:
+            (folder / CARD).write_text(card, encoding="utf-8")
 
     checkpoint.write(Path(directory), tensors_to_save(model), config, write_extra, max_shard_size)
 

@@ -44,6 +44,10 @@ SCALE_CONVENTION = "multiplier"
 RUN = "fgmp_run.json"
 """File of measurements during quantization: seconds and bytes of memory. It differs from run to
 run, so it has no checksum; all other files are equal for equal inputs."""
+SCORES = "fgmp_scores.json"
+"""File of histograms of block scores, for reports."""
+CARD = "README.md"
+"""Model card. ``fgmp compare`` changes its results, so it has no checksum."""
 
 _FIXED = {
     "quant_method": QUANT_METHOD,
@@ -85,6 +89,7 @@ class CheckpointConfig:
         result: fractions of FP4 blocks, the decision on scale search and its measurements.
         producer: name and version of the program that wrote the checkpoint.
         run: measurements during quantization, in seconds and bytes; stored in :data:`RUN`.
+        scores: histograms of block scores; stored in :data:`SCORES`.
     """
 
     sites: dict[str, SiteConfig]
@@ -96,6 +101,7 @@ class CheckpointConfig:
         default_factory=lambda: {"name": "fgmp", "version": version("fgmp")}
     )
     run: dict[str, Any] = field(default_factory=dict, compare=False)
+    scores: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def linears(self) -> list[str]:
@@ -110,7 +116,7 @@ class CheckpointConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON types, with the fixed keys of the format."""
         values = asdict(self)
-        del values["run"]
+        del values["run"], values["scores"]
         if not self.shared:
             del values["shared"]
         return {**_FIXED, **values}
@@ -340,7 +346,7 @@ def _write_files(
     others = {
         path.relative_to(folder).as_posix(): checksums.of_bytes(path.read_bytes())
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != RUN
+        if path.is_file() and path.name not in (RUN, CARD)
     }
     for filename, names in split.filename_to_tensors.items():
         part = {name: tensors[name].cpu() for name in names}
@@ -369,9 +375,9 @@ def _open_to_others(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, indented."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
+    """Write a JSON file."""
+    path.write_text(json.dumps(content, indent=indent) + "\n")
 
 
 def read_config(directory: Path) -> dict[str, Any]:

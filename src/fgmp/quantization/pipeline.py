@@ -38,6 +38,7 @@ from fgmp.quantization.duration import DurationEstimate
 from fgmp.quantization.duration import estimate as estimate_duration
 from fgmp.quantization.install import install
 from fgmp.quantization.memory import MemoryEstimate
+from fgmp.quantization.score_summary import score_summaries
 from fgmp.quantization.scoring import score
 from fgmp.quantization.sequential import bytes_needed, stage_kind
 from fgmp.quantization.task import OperatingPoint, Task
@@ -194,6 +195,7 @@ def run(
     if recipe.tune:
         choice = tune(task, choice, fp8)
     config = install(task.model, choice.assignment, recipe, prepared.matrices)
+    config.scores.update(score_summaries(scores, point.fractions, clipped=bool(choice.clip.used)))
     dtype = str(next(task.model.parameters()).dtype).removeprefix("torch.")
     config.calibration.update(sequences=len(task.samples), predictions=predictions, dtype=dtype)
     config.result.update(

@@ -48,6 +48,15 @@ class ScoreHistogram:
         """Number of blocks counted."""
         return int(self.counts.sum())
 
+    def occupied(self) -> tuple[Tensor, Tensor]:
+        """Middle of every bin that has scores, as a loss, float64 (M,), and its count, int64."""
+        index = self.counts.nonzero().flatten()
+        low, high = (
+            (i.int() << _DROPPED_BITS).view(torch.float32).double() for i in (index, index + 1)
+        )
+        middle = torch.where(index == 0, 0.0, (low + high) / 2)  # the first bin has only zeros
+        return middle * self.unit, self.counts[index]
+
     def count_up_to(self, threshold: float) -> float:
         """Number of scores S that are at most ``threshold``, interpolated within a bin."""
         if threshold < 0:
