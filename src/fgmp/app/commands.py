@@ -40,7 +40,7 @@ from fgmp.demo.text import docstrings, standard_library
 from fgmp.documents import read_documents
 from fgmp.errors import CheckpointError, FGMPError, InputError
 from fgmp.evaluation import compare as comparison
-from fgmp.evaluation.perplexity import batches, next_token_log_probabilities
+from fgmp.evaluation.perplexity import batches, next_token_log_probabilities, vocabulary_size
 from fgmp.evaluation.perplexity import evaluate as evaluate_windows
 from fgmp.export.export import export
 from fgmp.export.plan import require_options
@@ -48,6 +48,7 @@ from fgmp.model.cache import PackedCache, packed_cache, require_kind
 from fgmp.model.convert import sharing_copy
 from fgmp.model.linear import sites
 from fgmp.model.precision import round_to_stored
+from fgmp.model.select import linearize
 from fgmp.model.source import Source, context_length
 from fgmp.model.store import config_of, save
 from fgmp.pack import checkpoint
@@ -56,7 +57,8 @@ from fgmp.pack.folder import weight_files
 from fgmp.progress import Progress, silent
 from fgmp.quantization.budget import least_bytes
 from fgmp.quantization.pipeline import prepare, require_valid_token_ids, run
-from fgmp.quantization.uniform import uniform
+from fgmp.quantization.twin import allocate, reason_against, twin
+from fgmp.quantization.uniform import Template, require_same_shapes, uniform
 from fgmp.recipe import Recipe
 from fgmp.storage.resume import forget, require_own
 
@@ -303,7 +305,8 @@ def evaluate_model(
     stored = 0
 
     comparison.start_counting(model)
-    with reporter.progress("evaluating", len(batches(windows))) as advance:
+    parts = batches(windows, vocabulary_size(model))
+    with reporter.progress("evaluating", len(parts)) as advance:
 
         def count() -> None:
             nonlocal stored
@@ -353,23 +356,54 @@ def compare_models(
     source = _source(model_name, trust_remote_code, dtype, reporter)
     if source.is_packed:
         raise InputError(f"model {model_name}: the original must not be quantized")
+    packed = Source(str(directory), dtype=dtype)
     documents = read_documents(data)
     tokenizer = source.tokenizer()
-    original, mixed = source.load(), Source(str(directory), dtype=dtype).load()
-    length = _window_length(original, seq_len)
+    mixed = packed.load()
+    length = _window_length(mixed, seq_len)
     bos_id = beginning(tokenizer, _calibrated_bos(mixed) if bos is None else bos)
     windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
     del documents
-    require_valid_token_ids(f"text {data}", windows, original)
-    models = {
-        "fp8": uniform(sharing_copy(original), mixed, "fp8"),
-        "nvfp4": uniform(sharing_copy(original), mixed, "nvfp4"),
-        "fgmp": mixed,
-    }
-    rows = comparison.compare(original, models, windows, reporter.progress)
-    _warn_of_drift(mixed, reporter)
+    require_valid_token_ids(f"text {data}", windows, mixed)
     repeated = _warn_of_overlap(mixed, windows, tokenizer, reporter)
-    return Comparison(rows, coverage(mixed), calibration_overlap=repeated, bos=bos_id is not None)
+    template, covered = Template.of(mixed), coverage(mixed)
+    del mixed
+    if reason := reason_against(template):
+        reporter.message(reason)
+    models = _compared_models(source, packed, template, windows, reporter)
+    rows = comparison.compare(models, windows, reporter.progress)
+    return Comparison(
+        rows,
+        covered,
+        calibration_overlap=repeated,
+        bos=bos_id is not None,
+        uniform_absent=reason,
+    )
+
+
+def _compared_models(
+    source: Source, packed: Source, template: Template, windows: torch.Tensor, reporter: Reporter
+) -> Iterator[tuple[str, nn.Module]]:
+    """Models of the comparison by name, each loaded when asked for, so that one is in memory."""
+    original = source.load()
+    linear = sharing_copy(original)
+    linearize(linear)
+    require_same_shapes(linear, template)
+    del linear
+    yield "original", original
+    fp8: frozenset[str] | None = None
+    if reason_against(template) is None:
+        linears = sum(len(names) for names in template.linears_of.values())
+        with reporter.progress("choosing uniform formats", linears) as advance:
+            fp8 = allocate(original, template, windows, advance)
+    del original
+    for name in ("fp8", "nvfp4"):
+        yield name, uniform(source.load(), template, name)
+    if fp8 is not None:
+        yield "uniform", twin(source.load(), template, fp8)
+    mixed = packed.load()
+    yield "fgmp", mixed
+    _warn_of_drift(mixed, reporter)
 
 
 def _calibrated_bos(model: nn.Module) -> bool | None:
@@ -416,7 +450,8 @@ def export_to(
         length = _window_length(model, seq_len)
         windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
         require_valid_token_ids(f"text {data}", windows, model)
-    with reporter.progress("measuring", 0 if windows is None else len(batches(windows))) as advance:
+    parts = () if windows is None else batches(windows, vocabulary_size(model))
+    with reporter.progress("measuring", len(parts)) as advance:
         result = export(
             directory,
             output,

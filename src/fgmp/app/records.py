@@ -210,12 +210,14 @@ class Comparison:
         coverage: which matrices are quantized.
         calibration_overlap: fraction of windows that repeat calibration text; None if unknown.
         bos: whether every window started with the beginning-of-sequence token.
+        uniform_absent: a sentence why there is no row ``uniform``; None if there is one.
     """
 
     rows: list[Row]
     coverage: Coverage
     calibration_overlap: float | None = None
     bos: bool = False
+    uniform_absent: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -224,11 +226,13 @@ class Comparison:
             **asdict(self.coverage),
             "calibration_overlap": self.calibration_overlap,
             "bos": self.bos,
+            "uniform_absent": self.uniform_absent,
         }
 
     def lines(self) -> Lines:
         """Labelled lines, in addition to the table of rows."""
-        return {**_bos_line(self.bos), "quantized": str(self.coverage)}
+        absent = {} if self.uniform_absent is None else {"row uniform": self.uniform_absent}
+        return {**_bos_line(self.bos), **absent, "quantized": str(self.coverage)}
 
 
 def _bos_line(bos: bool) -> Lines:
