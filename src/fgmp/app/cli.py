@@ -288,10 +288,11 @@ def compare(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Original, all-FP8, all-NVFP4 and FGMP side by side on TEXT.
+    """Original, all-FP8, all-NVFP4, the uniform twin and FGMP side by side on TEXT.
 
     The gap is all-NVFP4 minus all-FP8, in perplexity and in KL from the original; "recovered" is
-    the percentage of it that FGMP closes.
+    the percentage of it that FGMP closes. The uniform twin has one format per layer and no more
+    bytes. Models are loaded one after the other.
     """
     from fgmp.app.commands import compare_models
 
@@ -453,7 +454,7 @@ def _print_rows(rows: "list[Row]") -> None:
 
     console = Console()
     header, *lines = table(rows)
-    wide = console.width >= 110
+    wide = console.width >= 126
     shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     columns = [i for i, name in enumerate(header) if wide or name not in _WIDE_COLUMNS]
     for i in columns:
@@ -463,7 +464,7 @@ def _print_rows(rows: "list[Row]") -> None:
     console.print(shown)
 
 
-_WIDE_COLUMNS = ("95% interval", "compression", "FP4 act")
+_WIDE_COLUMNS = ("95% interval", "KL p99", "top-1", "compression", "FP4 act")
 """Columns that only a wide terminal shows; ``--json`` and the report have all."""
 
 

@@ -368,8 +368,7 @@ def compare_models(
     repeated = _warn_of_overlap(mixed, windows, tokenizer, reporter)
     template, covered = Template.of(mixed), coverage(mixed)
     del mixed
-    if reason := reason_against(template):
-        reporter.message(reason)
+    reason = reason_against(template)
     models = _compared_models(source, packed, template, windows, reporter)
     rows = comparison.compare(models, windows, reporter.progress)
     return Comparison(

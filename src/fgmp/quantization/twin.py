@@ -25,7 +25,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -180,8 +179,8 @@ def best_subset(gains: Mapping[str, float], costs: Mapping[str, int], room: int)
     """
     unit = max(math.gcd(*costs.values()), -(-room // _MAX_CAPACITY))
     capacity = room // unit
-    best = np.zeros(capacity + 1)  # by units of cost that may be used
-    steps: list[tuple[int, list[str], Any]] = []
+    best = torch.zeros(capacity + 1, dtype=torch.float64)  # by units of cost that may be used
+    steps: list[tuple[int, list[str], Tensor]] = []
     by_cost: dict[int, list[str]] = {}
     for name, gain in gains.items():
         if gain > 0:
@@ -189,7 +188,7 @@ def best_subset(gains: Mapping[str, float], costs: Mapping[str, int], room: int)
     # Of equal costs the largest gains come first, so a number says which are chosen.
     for cost, names in by_cost.items():
         names.sort(key=lambda name: -gains[name])
-        total, taken, gained = best.copy(), np.zeros(capacity + 1, dtype=np.int64), 0.0
+        total, taken, gained = best.clone(), torch.zeros(capacity + 1, dtype=torch.int64), 0.0
         for number, name in enumerate(names[: capacity // cost], start=1):
             gained += gains[name]
             candidate = best[: capacity + 1 - number * cost] + gained
