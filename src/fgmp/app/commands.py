@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TextStreamer
 
 from fgmp.app.records import (
@@ -23,6 +24,7 @@ from fgmp.app.records import (
     ExportSummary,
     Generation,
     Online,
+    Plan,
     QuantizeSummary,
 )
 from fgmp.assign.frontier import Fractions
@@ -33,6 +35,7 @@ from fgmp.data import (
     choose_windows,
     digest,
     evaluation_windows,
+    held_out_count,
     overlap_with,
     tokenize,
 )
@@ -57,6 +60,14 @@ from fgmp.pack.folder import weight_files
 from fgmp.progress import Progress, silent
 from fgmp.quantization.budget import least_bytes
 from fgmp.quantization.pipeline import prepare, require_valid_token_ids, run
+from fgmp.quantization.plan import (
+    Prediction,
+    first_fit,
+    parsed_size,
+    parsed_time,
+    predict,
+    profile_of,
+)
 from fgmp.quantization.twin import allocate, reason_against, twin
 from fgmp.quantization.uniform import Template, require_same_shapes, uniform
 from fgmp.recipe import Recipe
@@ -147,6 +158,62 @@ def quantize_to(
         _verify_written(model, output, dtype, text.held_out[0])
     forget(resume)
     return _summary(model, output, time.perf_counter() - started)
+
+
+def plan_run(
+    model_name: str,
+    recipe: Recipe,
+    memory: str | None = None,
+    time_limit: str | None = None,
+    output: Path | None = None,
+    reporter: Reporter = SILENT,
+    *,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+) -> Plan:
+    """Predict what :func:`quantize_to` will take, from the model's configuration alone.
+
+    Args:
+        model_name: folder or hub name; a folder needs no file but ``config.json``.
+        recipe: quantization settings.
+        memory: limit on peak memory, such as ``8G``, if any.
+        time_limit: limit on the duration, such as ``3h``, if any.
+        output: folder that the run would write, whose free disk space is reported.
+        reporter: receives messages.
+        trust_remote_code, dtype: as for :class:`fgmp.model.source.Source`.
+
+    Raises:
+        InputError: the model cannot be built or followed without weights, or a limit is malformed.
+    """
+    limit = None if memory is None else parsed_size(memory)
+    seconds = None if time_limit is None else parsed_time(time_limit)
+    source = _source(model_name, trust_remote_code, dtype, reporter)
+    with FakeTensorMode():
+        model = source.skeleton(dtype, limit)
+        context = context_length(model)
+        profile = profile_of(model, recipe)
+
+        def predicted(recipe: Recipe) -> Prediction:
+            return predict(profile, recipe, context, held_out_count(recipe.samples))
+
+        changes: dict[str, Any] | None = None
+        asked, changed = predicted(recipe), None
+        if asked.fits(limit, seconds):
+            changes = {}
+        elif fit := first_fit(predicted, asked.recipe, limit, seconds):
+            changes, changed = fit
+    return Plan(
+        model=model_name,
+        parameters=profile.parameters,
+        quantized_parameters=profile.quantized_parameters,
+        quantized_share=profile.quantized_share,
+        asked=asked,
+        memory_limit=limit,
+        time_limit=seconds,
+        disk_free=None if output is None else checkpoint.free_space(output),
+        changes=changes,
+        changed=changed,
+    )
 
 
 def _record_text(
