@@ -85,7 +85,8 @@ def predict(task: Task, variants: int, forward: float, both: float) -> DurationE
     passes = _SCORING_PASSES + recipe.tune * _TUNING_PASSES
     if recipe.compensate:
         passes += _COMPENSATION_PASSES + variants * _VARIANT_PASSES
-    parameters = sum(weight.numel() for weight in task.weights.values())
+    holders = (linear for name, linear in task.linears.items() if name not in task.shared)
+    parameters = sum(linear.weight.numel() for linear in holders)
     checks = 2 * (variants + 1) * len(task.held_out)
     return DurationEstimate(
         calibration=sequences * both,

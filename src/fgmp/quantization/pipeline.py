@@ -39,7 +39,7 @@ from fgmp.quantization.duration import estimate as estimate_duration
 from fgmp.quantization.install import install
 from fgmp.quantization.memory import MemoryEstimate
 from fgmp.quantization.scoring import score
-from fgmp.quantization.sequential import OutputBytes, bytes_needed, stage_kind
+from fgmp.quantization.sequential import bytes_needed, stage_kind
 from fgmp.quantization.task import OperatingPoint, Task
 from fgmp.quantization.tune import tune
 from fgmp.recipe import Recipe
@@ -343,19 +343,21 @@ def predict_memory(
     task: Task,
     held: int | None = None,
     saved: int | None = None,
-    outputs: OutputBytes | None = None,
+    compensation: int | None = None,
 ) -> MemoryEstimate:
     """Predict the peak of a run; what is None is measured on the first sample.
 
     Args:
         task: what will run; if nothing is measured, no weight is read.
         held, saved: as for :func:`fgmp.quantization.memory.estimate`.
-        outputs: sizes of outputs on one sample, for compensation.
+        compensation: bytes of :func:`fgmp.quantization.sequential.bytes_needed`.
     """
-    recipe, compensation = task.recipe, 0
-    if recipe.compensate:
+    recipe = task.recipe
+    if not recipe.compensate:
+        compensation = 0
+    elif compensation is None:
         compensation = bytes_needed(
-            task.model, task.linears, task.samples, task.loss, variants(recipe), outputs
+            task.model, task.linears, task.samples, task.loss, variants(recipe)
         )
     return memory.estimate(
         task.model,

@@ -4,8 +4,8 @@ The predictions are those of the run itself: :func:`fgmp.quantization.pipeline.p
 :func:`fgmp.quantization.duration.predict` and :func:`fgmp.quantization.budget.tensor_bytes`. A run
 measures their inputs in passes of the model. Here passes are of *fake tensors*, which have shapes
 and dtypes but no memory: they show what autograd saves and layers return, and count operations.
-Only the speed is measured, on one matrix product of the model's size and dtype. Element-wise
-operations, which take time too, are not in the predicted duration.
+Only the speed is measured, on one matrix product of the model's size and dtype. Attention and
+element-wise operations, which take time too, are not in the predicted duration.
 
 Fake tensors have no values, so tokens cannot be routed to experts. Every token's rows go through
 one expert instead: shapes, bytes and operations are the same.
@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from fgmp.quantization.duration import DurationEstimate
 from fgmp.quantization.duration import predict as predict_duration
 from fgmp.quantization.memory import MemoryEstimate, fisher_bytes, saved_bytes
 from fgmp.quantization.pipeline import predict_memory, select, variants
-from fgmp.quantization.sequential import OutputBytes, output_bytes
+from fgmp.quantization.sequential import OutputBytes, output_bytes, stage_bytes, stored_bytes
 from fgmp.quantization.task import Task
 from fgmp.recipe import Recipe
 from fgmp.sensitivity.histogram import HISTOGRAM_BYTES
@@ -65,8 +65,9 @@ class Profile:
         linears: linears to quantize, by name.
         saved: bytes per token that autograd saves.
         outputs: bytes of outputs per token.
-        forward: operations per token of a pass through all quantized layers.
-        both: operations per token of a forward and a backward pass.
+        forward: operations per token of a pass up to the last quantized layer, in matrix products
+            with weights.
+        both: operations per token of a forward and a backward pass, likewise.
         bytes: bytes of the model's parameters and buffers.
         seconds: measured seconds per operation.
     """
@@ -85,15 +86,38 @@ class Profile:
         """Number of parameters, each shared one once."""
         return sum(p.numel() for p in self.model.parameters())
 
+    @cached_property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Shapes (N, K) of the weights to quantize, each shared one once."""
+        return _shapes(self.linears)
+
     @property
     def quantized_parameters(self) -> int:
-        """Number of quantized weights, each shared one once."""
-        return sum(n * k for n, k in _shapes(self.linears))
+        """Number of weights to quantize, each shared one once."""
+        return sum(n * k for n, k in self.shapes)
 
     @property
     def quantized_share(self) -> float:
         """Fraction of matmul parameters that are quantized."""
         return self.quantized_parameters / sum(matrices(self.model).values())
+
+    @cached_property
+    def unpacked_bytes(self) -> int:
+        """Bytes of the checkpoint's tensors that are not packed weights; each linear has a site."""
+        nothing = dict.fromkeys(self.linears, 0)
+        packed = sum(packed_bytes(n, k, 0) for n, k in self.shapes)
+        sites = sum(SITE_BYTES + linear.in_features for linear in self.linears.values())
+        return tensor_bytes(self.model, self.linears, {}, nothing) - packed + sites
+
+    def compensation(self, recipe: Recipe) -> int:
+        """Bytes of moments, factors and stored outputs."""
+        count, tokens = variants(recipe), recipe.seq_len
+        outputs = OutputBytes(*(int(size * tokens) for size in self.outputs))
+        return self._stage_bytes[count] + stored_bytes(outputs, recipe.samples, count)
+
+    @cached_property
+    def _stage_bytes(self) -> dict[int, int]:
+        return {count: stage_bytes(self.model, self.linears, count) for count in (1, 2)}
 
 
 @dataclass(frozen=True)
@@ -187,12 +211,11 @@ def predict(profile: Profile, recipe: Recipe, context: int, held_out: int) -> Pr
         causal_lm_loss,
         recipe,
     )
-    blocks, linears = profile.outputs
     needed = predict_memory(
         task,
         held=memory.held_bytes(torch.device("cpu")) + profile.bytes,
         saved=int(profile.saved * tokens),
-        outputs=OutputBytes(int(blocks * tokens), int(linears * tokens)),
+        compensation=profile.compensation(recipe) if recipe.compensate else 0,
     )
     duration = predict_duration(
         task,
@@ -201,16 +224,10 @@ def predict(profile: Profile, recipe: Recipe, context: int, held_out: int) -> Pr
         profile.both * tokens * profile.seconds,
     )
     fp8 = _fp8_fraction(recipe)
-    counts = {
-        name: _blocks_in_fp8(*_shape(linear), 1.0 if fp8 is None else fp8)
-        for name, linear in profile.linears.items()
-    }
-    sizes = [
-        packed_bytes(n, k, _blocks_in_fp8(n, k, 1.0 if fp8 is None else fp8))
-        for n, k in _shapes(profile.linears)
-    ]
-    checkpoint = tensor_bytes(profile.model, profile.linears, {}, counts)
-    checkpoint += sum(SITE_BYTES + linear.in_features for linear in profile.linears.values())
+    packed = sum(
+        packed_bytes(n, k, _blocks(n, k, 1.0 if fp8 is None else fp8)) for n, k in profile.shapes
+    )
+    checkpoint = profile.unpacked_bytes + packed
     if recipe.max_bytes is not None:
         checkpoint = min(checkpoint, recipe.max_bytes)
     return Prediction(
@@ -219,8 +236,8 @@ def predict(profile: Profile, recipe: Recipe, context: int, held_out: int) -> Pr
         memory=needed,
         duration=duration,
         checkpoint_bytes=checkpoint,
-        resume_bytes=_resume_bytes(profile, recipe, sum(sizes)),
-        bits_per_weight=None if fp8 is None else 8 * sum(sizes) / profile.quantized_parameters,
+        resume_bytes=_resume_bytes(profile, recipe, packed),
+        bits_per_weight=None if fp8 is None else 8 * packed / profile.quantized_parameters,
     )
 
 
@@ -337,7 +354,8 @@ def _shape(linear: nn.Linear) -> tuple[int, int]:
     return linear.weight.shape[0], linear.weight.shape[1]
 
 
-def _blocks_in_fp8(n: int, k: int, fraction: float) -> int:
+def _blocks(n: int, k: int, fraction: float) -> int:
+    """A fraction of the blocks of a weight (N, K)."""
     return round(n * -(-k // BLOCK) * fraction)
 
 
@@ -358,7 +376,7 @@ def _resume_bytes(profile: Profile, recipe: Recipe, packed: int) -> int:
     shared = shared_weights(profile.linears)
     holders = {name: m for name, m in profile.linears.items() if name not in shared}
     sums = fisher_bytes(holders, recipe.fisher)
-    blocks = sum(_blocks_in_fp8(n, k, 1.0) for n, k in _shapes(profile.linears))
+    blocks = sum(_blocks(n, k, 1.0) for n, k in profile.shapes)
     scores = _SCORE_FILE_BYTES * blocks * variants(recipe)
     tuned = profile.parameters - profile.quantized_parameters if recipe.tune else 0
     compensated = packed * variants(recipe) if recipe.compensate else 0

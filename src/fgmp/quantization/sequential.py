@@ -151,17 +151,19 @@ def bytes_needed(
     samples: Sequence[Any] | Tensor,
     loss: Loss,
     variants: int = 1,
-    outputs: OutputBytes | None = None,
 ) -> int:
     """Bytes of the largest stage's moments and factors, and of stored outputs.
 
-    Assumes that all samples are as large as the first, on which ``outputs`` are measured if they
-    are None.
+    Assumes that all samples are as large as the first.
     """
-    outputs = outputs or output_bytes(model, linears, samples[0], loss)
-    per_variant = min(len(samples) * outputs.linears, _CACHED_BYTES)
-    stored = (1 + variants) * len(samples) * outputs.blocks + variants * per_variant
-    return stage_bytes(model, linears, variants) + stored
+    outputs = output_bytes(model, linears, samples[0], loss)
+    return stage_bytes(model, linears, variants) + stored_bytes(outputs, len(samples), variants)
+
+
+def stored_bytes(outputs: OutputBytes, samples: int, variants: int) -> int:
+    """Bytes of the outputs that compensation stores, of the original and of all variants."""
+    per_variant = min(samples * outputs.linears, _CACHED_BYTES)
+    return (1 + variants) * samples * outputs.blocks + variants * per_variant
 
 
 @torch.no_grad()
