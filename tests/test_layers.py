@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "assign": {"errors", "formats", "pack", "kernels", "sensitivity"},
     "recipe": {"errors", "formats", "assign"},
     "hardware": {"errors", "progress", "storage", "formats", "pack"},
-    "evaluation": {"progress", "formats", "pack", "model"},
+    "evaluation": {"errors", "progress", "formats", "pack", "model"},
     "export": {"errors", "formats", "pack", "model", "evaluation"},
     "quantization": {
         *("errors", "progress", "storage", "formats", "pack", "model", "sensitivity", "assign"),

@@ -228,7 +228,7 @@ def calibration_stream(
     A text up to 8 MB is read as a whole. A larger one is read in pieces at random positions until
     there are tokens for four times the windows; arguments as for :func:`calibration_text`.
     """
-    needed = _CANDIDATES * (samples + _held_out_count(samples)) * seq_len
+    needed = _CANDIDATES * (samples + held_out_count(samples)) * seq_len
     piece_bytes = max(_PIECE_BYTES, _PIECE_BYTES_PER_TOKEN * seq_len)
     parts, tokens = [], 0
     for documents in sample_documents(source, piece_bytes=piece_bytes, seed=seed):
@@ -266,14 +266,15 @@ def choose_windows(
             f"got {len(stream)} tokens"
         )
     order = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))
-    held_out_count = _held_out_count(min(samples, len(cut)))
-    chosen = cut[order[: min(samples, len(cut) - held_out_count)].sort().values]
-    held_out = cut[order[len(chosen) : len(chosen) + held_out_count].sort().values]
+    held_out_windows = held_out_count(min(samples, len(cut)))
+    chosen = cut[order[: min(samples, len(cut) - held_out_windows)].sort().values]
+    held_out = cut[order[len(chosen) : len(chosen) + held_out_windows].sort().values]
     fingerprint = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
     return CalibrationText(chosen, held_out, fingerprint, samples)
 
 
-def _held_out_count(samples: int) -> int:
+def held_out_count(samples: int) -> int:
+    """Number of sequences that are held out beside a number of calibration sequences."""
     return max(1, samples // HELD_OUT_SHARE)
 
 

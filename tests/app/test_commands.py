@@ -169,16 +169,32 @@ def test_compare(run: Run, place: Place) -> None:
     facts = run("compare", place.model, place.checkpoint, "--data", place.text, "--json").json
     assert facts.keys() == {
         *("rows", "quantized_share", "unquantized", "calibration_overlap", "bos"),
+        "uniform_absent",
     }
-    assert [row["name"] for row in facts["rows"]] == ["original", "fp8", "nvfp4", "fgmp"]
+    rows = {row["name"]: row for row in facts["rows"]}
+    assert list(rows) == ["original", "fp8", "nvfp4", "uniform", "fgmp"]
+    assert rows["uniform"]["bits_per_weight"] <= rows["fgmp"]["bits_per_weight"]
+    assert facts["uniform_absent"] is None
     assert set(facts["rows"][0]) == {
-        *("name", "perplexity", "ci95", "kl", "bits_per_weight", "bits_per_activation"),
+        *("name", "perplexity", "ci95", "kl", "kl_p99", "top1_agreement_percent"),
+        *("bits_per_weight", "bits_per_activation"),
         *("compression", "fp4_activations", "vs_fp8_percent", "gap_recovered_percent"),
         "kl_gap_recovered_percent",
     }
     assert facts["rows"][0]["perplexity"] == pytest.approx(
         run("eval", place.model, "--data", place.text, "--json").json["perplexity"]
     )
+
+
+def test_a_twin_that_cannot_be_chosen_is_absent(run: Run, place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize = ("quantize", place.model, "-o", out, "--calib", place.text, *SMALL)
+    assert run(*quantize, "--policy", "error").code == 0
+    done = run("compare", place.model, out, "--data", place.text, "--json")
+    assert [row["name"] for row in done.json["rows"]] == ["original", "fp8", "nvfp4", "fgmp"]
+    assert "the checkpoint's policy is error" in done.json["uniform_absent"]
+    words = run("compare", place.model, out, "--data", place.text).words
+    assert words.count("the checkpoint's policy is error") == 1
 
 
 def test_a_checkpoint_of_another_model_is_not_compared(
@@ -395,7 +411,10 @@ def test_a_reporter_sees_every_step(place: Place, tmp_path: Path) -> None:
     commands.evaluate_model(str(tmp_path / "out"), place.text, reporter=reporter)
     commands.compare_models(place.model, tmp_path / "out", place.text, reporter=reporter)
     titles = [title for title, _, _ in stages]
-    assert titles[0] == "calibrating" and titles[-2:] == ["evaluating", "comparing"]
+    assert titles[0] == "calibrating" and titles[-7:] == [
+        *("evaluating", "comparing original", "choosing uniform formats", "comparing fp8"),
+        *("comparing nvfp4", "comparing uniform", "comparing fgmp"),
+    ]
     assert "compensating" in titles and len(titles) >= 7
     for title, steps, advanced in stages:
         assert advanced == steps > 0, title
@@ -623,7 +642,7 @@ def test_gpt2_goes_through_too(run: Run, place: Place, tmp_path: Path) -> None:
     facts = run(
         "compare", tmp_path / "model", tmp_path / "out", "--data", place.text, "--json"
     ).json
-    assert len(facts["rows"]) == 4
+    assert len(facts["rows"]) == 5
 
 
 def test_tuning_is_told_and_stored(place: Place, run: Run, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ COLUMNS = {
     "perplexity",
     "ci95",
     "kl",
+    "kl_p99",
+    "top1_agreement_percent",
     "bits_per_weight",
     "bits_per_activation",
     "compression",
@@ -48,7 +50,7 @@ def found(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def rows(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    assert [row["name"] for row in found["rows"]] == ["original", "fp8", "nvfp4", "fgmp"]
+    assert [row["name"] for row in found["rows"]] == ["original", "fp8", "nvfp4", "uniform", "fgmp"]
     return {row["name"]: row for row in found["rows"]}
 
 

@@ -47,7 +47,7 @@ ONLINE = Online(
 
 CACHE = CacheUse("nvfp4", 18.0169, 64)
 
-ROW = Row("fgmp", 10.0, (9.5, 10.5), 0.02, 5.6, 5.7, 2.9, 0.7, 1.2, None, 71.0)
+ROW = Row("fgmp", 10.0, (9.5, 10.5), 0.02, 0.3, 91.0, 5.6, 5.7, 2.9, 0.7, 1.2, None, 71.0)
 
 INSPECTION = Inspection(
     path="out",
@@ -206,6 +206,8 @@ def test_compare_keys() -> None:
                 "perplexity": 10.0,
                 "ci95": [9.5, 10.5],
                 "kl": 0.02,
+                "kl_p99": 0.3,
+                "top1_agreement_percent": 91.0,
                 "bits_per_weight": 5.6,
                 "bits_per_activation": 5.7,
                 "compression": 2.9,
@@ -219,8 +221,13 @@ def test_compare_keys() -> None:
         "unquantized": ["lm_head.weight"],
         "calibration_overlap": 0.0,
         "bos": False,
+        "uniform_absent": None,
     }
     assert Comparison([ROW], COVERAGE).lines() == {"quantized": str(COVERAGE)}
+    without = Comparison([ROW], COVERAGE, uniform_absent="absent: a reason")
+    assert (
+        without.lines()["row uniform"] == as_json(without)["uniform_absent"] == "absent: a reason"
+    )
 
 
 def test_windows_with_bos_are_shown() -> None:

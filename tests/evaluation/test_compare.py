@@ -1,7 +1,10 @@
 """What a comparison reports, against numbers worked by hand and definitions spelt out."""
 
+import copy
+import gc
 import json
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,8 +16,23 @@ from torch import Tensor, nn
 import fgmp
 from fgmp import Recipe
 from fgmp.evaluation import compare as comparison
-from fgmp.evaluation.compare import Row, _interval, _Measured, _row, compare, table
-from fgmp.evaluation.perplexity import Losses, evaluate
+from fgmp.evaluation.compare import (
+    Row,
+    _interval,
+    _Measured,
+    _quantile,
+    _row,
+    activation_bits,
+    compare,
+    table,
+)
+from fgmp.evaluation.perplexity import (
+    Losses,
+    divergence_of,
+    evaluate,
+    loss_of,
+    next_token_log_probabilities,
+)
 from fgmp.model.linear import mixed_linears, sites
 from fgmp.quantization.uniform import uniform
 
@@ -22,7 +40,14 @@ from fgmp.quantization.uniform import uniform
 def measured(nll: float, kl: float = 0.0) -> _Measured:
     """Ten windows of four predictions with this mean loss."""
     return _Measured(
-        Losses(torch.full((10,), 4 * nll, dtype=torch.float64), 4), kl, 5.0, 6.0, 2.5, 0.7
+        Losses(torch.full((10,), 4 * nll, dtype=torch.float64), 4),
+        kl,
+        9 * kl,
+        0.8,
+        5.0,
+        6.0,
+        2.5,
+        0.7,
     )
 
 
@@ -47,6 +72,7 @@ def test_gap_by_hand() -> None:
     assert row.gap_recovered_percent == pytest.approx(75.0)  # 3 of 4
     assert row.kl_gap_recovered_percent == pytest.approx(75.0)  # 0.03 of 0.04
     assert (row.bits_per_weight, row.bits_per_activation, row.compression) == (5.0, 6.0, 2.5)
+    assert (row.kl, row.kl_p99, row.top1_agreement_percent) == (0.02, 9 * 0.02, 80.0)
 
 
 def test_the_ends_of_the_gap() -> None:
@@ -70,7 +96,7 @@ def test_a_kl_gap_must_be_one() -> None:
 
 def test_table_shows_missing_numbers_as_dashes() -> None:
     by_name = {
-        "original": _Measured(measured(2.0).losses, 0, 16, 16, 1.0, None),
+        "original": _Measured(measured(2.0).losses, 0, 0, 1.0, 16, 16, 1.0, None),
         "fp8": measured(2.0),
         "nvfp4": measured(2.0),
     }
@@ -79,6 +105,7 @@ def test_table_shows_missing_numbers_as_dashes() -> None:
     assert shown["model"] == "original" and shown["perplexity"] == "7.389"
     missing = [value for value in line if value == "-"]
     assert len(missing) == 3 and shown["FP4 act"] == "-"
+    assert (shown["KL p99"], shown["top-1"]) == ("0.000", "100.0%")
     assert shown["vs FP8"] == "+0.00%" and shown["compression"] == "1.00x"
 
 
@@ -117,8 +144,15 @@ def compared() -> tuple[dict[str, Row], dict[str, nn.Module], Tensor]:
         "nvfp4": uniform(make_model("llama"), mixed, "nvfp4"),
         "fgmp": mixed,
     }
-    rows_by_name = {row.name: row for row in compare(make_model("llama"), models, tokens)}
-    return rows_by_name, models, tokens
+    return compared_with(make_model("llama"), models, tokens), models, tokens
+
+
+def compared_with(
+    original: nn.Module, models: dict[str, nn.Module], tokens: Tensor
+) -> dict[str, Row]:
+    """Rows by name."""
+    pairs = {"original": original, **models}
+    return {row.name: row for row in compare(pairs.items(), tokens)}
 
 
 def test_rows(compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor]) -> None:
@@ -146,14 +180,21 @@ def test_kl_against_its_definition(
     _, models, tokens = compared
     original = make_model("llama")
     original.lm_head.weight.data *= sharpness
-    rows_by_name = {row.name: row for row in compare(original, models, tokens)}
-    assert rows_by_name["original"].kl == 0
+    rows_by_name = compared_with(original, models, tokens)
+    assert rows_by_name["original"].kl == rows_by_name["original"].kl_p99 == 0
+    assert rows_by_name["original"].top1_agreement_percent == 100
     with torch.no_grad():
         p = original(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
         for name, model in models.items():
             q = model(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
-            expected = (p.exp() * (p - q)).sum(-1).mean().item()
+            by_token = (p.exp() * (p - q)).sum(-1)
+            expected = by_token.mean().item()
             assert rows_by_name[name].kl == pytest.approx(expected, rel=1e-3)  # fp32 logarithms
+            p99 = by_token.flatten().quantile(0.99).item()
+            assert rows_by_name[name].kl_p99 == pytest.approx(p99, rel=1e-3)
+            agreement = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+            assert rows_by_name[name].top1_agreement_percent == pytest.approx(100 * agreement)
+            assert sharpness == 1 or 0 < agreement < 1
             backward = (q.exp() * (q - p)).sum(-1).mean().item()
             assert sharpness == 1 or abs(backward / expected - 1) > 0.1
 
@@ -215,13 +256,85 @@ def test_progress_counts_batches(
         stages.append((title, count))
         yield lambda: steps.append(1)
 
-    monkeypatch.setattr(comparison, "batches", lambda windows: windows.split(3))
+    monkeypatch.setattr(comparison, "batches", lambda windows, vocabulary: windows.split(3))
     models["fgmp"].train()
     original = make_model("llama").train()
-    rows = {row.name: row for row in compare(original, models, tokens, progress)}
-    assert stages == [("comparing", 3)] and len(steps) == 3
+    pairs = {"original": original, **models}
+    rows = {row.name: row for row in compare(pairs.items(), tokens, progress)}
+    assert stages == [(f"comparing {name}", 3) for name in pairs] and len(steps) == 3 * len(pairs)
     assert not original.training and not models["fgmp"].training
     assert rows["fgmp"].kl == pytest.approx(compared[0]["fgmp"].kl, rel=1e-6)
+
+
+def direct(original: nn.Module, model: nn.Module, tokens: Tensor) -> tuple[float, float]:
+    """Perplexity and KL with the log-probabilities of all windows in memory."""
+    reference, predicted = (
+        next_token_log_probabilities(m.eval(), tokens) for m in (original, model)
+    )
+    losses = Losses(loss_of(predicted, tokens), tokens.shape[1] - 1)
+    kl = divergence_of(predicted, reference).sum().item() / losses.predicted_tokens
+    return losses.perplexity, kl
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_streaming_changes_nothing(family: str, tokens: Tensor) -> None:
+    """Logits recomputed from the head's input give the figures of logits that were kept."""
+    mixed = fgmp.quantize(make_model(family), tokens, Recipe(clip="off", compensate=False))
+    models = {
+        "fp8": uniform(make_model(family), mixed, "fp8"),
+        "nvfp4": uniform(make_model(family), mixed, "nvfp4"),
+        "fgmp": mixed,
+    }
+    rows = compared_with(make_model(family), models, tokens)
+    for name, model in models.items():
+        perplexity, kl = direct(make_model(family), model, tokens)
+        # Only sums of float64 numbers are in another order.
+        assert rows[name].perplexity == pytest.approx(perplexity, rel=1e-12)
+        assert rows[name].kl == pytest.approx(kl, rel=1e-12)
+
+
+def test_chunks_of_tokens_change_nothing(
+    compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, models, tokens = compared
+    monkeypatch.setattr(comparison, "_CHUNK", 7 * 128)  # 7 of 23 tokens at a time
+    for name, row in compared_with(make_model("llama"), models, tokens).items():
+        assert row.kl == pytest.approx(rows[name].kl, rel=1e-12)
+        assert row.top1_agreement_percent == rows[name].top1_agreement_percent
+
+
+def test_one_model_is_in_memory_at_a_time(
+    compared: tuple[dict[str, Row], dict[str, nn.Module], Tensor],
+) -> None:
+    _, models, tokens = compared
+    alive: list[weakref.ref[nn.Module]] = []
+
+    def one_by_one() -> Iterator[tuple[str, nn.Module]]:
+        for name, model in {"original": make_model("llama"), **models}.items():
+            gc.collect()
+            assert not any(ref() for ref in alive), name
+            fresh = copy.deepcopy(model)
+            alive.append(weakref.ref(fresh))
+            yield name, fresh
+            del fresh
+
+    rows = compare(one_by_one(), tokens)
+    assert [row.name for row in rows] == ["original", "fp8", "nvfp4", "fgmp"] and len(alive) == 4
+    assert {row.name: row for row in rows} == compared[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "fraction", "expected"),
+    [([3.0, 1.0, 2.0], 0.5, 2.0), ([0.0, 1.0], 0.99, 0.99), ([5.0], 0.99, 5.0)],
+)
+def test_quantiles(values: list[float], fraction: float, expected: float) -> None:
+    assert _quantile(torch.tensor(values, dtype=torch.float64), fraction) == pytest.approx(expected)
+
+
+def test_bits_of_one_format_per_site() -> None:
+    """A site's format is known beforehand, so its stream needs no flags; a mixed one does."""
+    assert activation_bits("uniform", 0.5) == 6.25
+    assert activation_bits("fgmp", 0.5) == 6.25 + 1 / 16
 
 
 def test_a_row_as_json_types() -> None:

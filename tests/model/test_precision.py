@@ -95,7 +95,7 @@ def test_rounding_to_what_is_stored() -> None:
 
 def test_a_copy_that_does_not_fit_is_not_made(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "has_bf16_arithmetic", lambda: False)
-    monkeypatch.setattr(precision, "_fits", lambda model: False)
+    monkeypatch.setattr(precision, "_fits", lambda model, free: False)
     assert run_in(make_model("llama").bfloat16()).dtype == torch.bfloat16
     assert run_in(make_model("llama").bfloat16(), "float32").dtype == torch.float32
     assert run_in(make_model("llama").half()).dtype == torch.float32  # fp16 would overflow

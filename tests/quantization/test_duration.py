@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fgmp import Recipe, quantize
 from fgmp.model.store import config_of
-from fgmp.quantization.duration import DurationEstimate, _spoken
+from fgmp.quantization.duration import DurationEstimate, spoken
 from fgmp.quantization.pipeline import prepare
 
 
@@ -44,4 +44,4 @@ def test_it_is_announced_and_stored(tokens: Tensor, tmp_path: Path) -> None:
     [(0.2, "1 s"), (89, "89 s"), (100, "2 min"), (5000, "83 min"), (7200, "2.0 h")],
 )
 def test_durations_in_words(seconds: float, text: str) -> None:
-    assert _spoken(seconds) == text
+    assert spoken(seconds) == text

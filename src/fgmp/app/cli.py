@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fgmp.app.records import Comparison, Quickstart
     from fgmp.evaluation.compare import Row
     from fgmp.evaluation.inspect import Inspection
+    from fgmp.recipe import Recipe
 
 
 class _Commands(TyperGroup):
@@ -233,14 +234,11 @@ def quantize(
     }
     from fgmp.app.commands import quantize_to
     from fgmp.app.provenance import command_line
-    from fgmp.recipe import Recipe
 
-    chosen = Recipe.from_yaml(recipe) if recipe else Recipe()
-    chosen = chosen.with_options({k: v for k, v in options.items() if v is not None})
     summary = quantize_to(
         model,
         output,
-        chosen,
+        _recipe(recipe, options),
         calib,
         terminal_reporter(),
         calibration,
@@ -250,6 +248,80 @@ def quantize(
         command=command_line(sys.argv),
     )
     show(summary, as_json, lambda result: print_lines(result.lines()))
+
+
+@app.command()
+def plan(
+    model: Model,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder to write; its free disk space is shown."),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Limit on peak memory, such as 8G; options that fit it.")
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Limit on the duration, such as 45min or 3h.")
+    ] = None,
+    fp4: Fp4 = None,
+    fp4_activations: Fp4Activations = None,
+    bits: Bits = None,
+    max_bytes: MaxBytes = None,
+    max_increase: MaxIncrease = None,
+    max_energy: MaxEnergy = None,
+    recipe: RecipeFile = None,
+    samples: Samples = None,
+    seq_len: CalibrationSeqLen = None,
+    seed: Seed = None,
+    policy: Policy = None,
+    clip: Clip = None,
+    tune: Tune = None,
+    trust_remote_code: TrustRemoteCode = False,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Predict memory, disk and time of `quantize` with the same options.
+
+    Reads only the model's configuration, never its weights. With --memory or --time it also finds
+    options with which the run fits: factored Fisher information, one scale search, no tuning, fewer
+    and shorter sequences, and no compensation, tried in this order.
+    """
+    options = {
+        "fp4": fp4,
+        "fp4_activations": fp4_activations,
+        "bits": bits,
+        "max_bytes": max_bytes,
+        "max_increase": max_increase,
+        "max_energy": max_energy,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "policy": policy,
+        "clip": clip,
+        "tune": tune,
+    }
+    from fgmp.app.commands import plan_run
+
+    result = plan_run(
+        model,
+        _recipe(recipe, options),
+        memory,
+        time,
+        output,
+        terminal_reporter(),
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+    )
+    show(result, as_json, lambda plan: print_lines(plan.lines()))
+
+
+def _recipe(file: Path | None, options: dict[str, Any]) -> "Recipe":
+    """The recipe of a file, or the default one, with the options that were given."""
+    from fgmp.recipe import Recipe
+
+    recipe = Recipe.from_yaml(file) if file else Recipe()
+    return recipe.with_options({k: v for k, v in options.items() if v is not None})
 
 
 @app.command("eval")
@@ -290,10 +362,11 @@ def compare(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Original, all-FP8, all-NVFP4 and FGMP side by side on TEXT.
+    """Original, all-FP8, all-NVFP4, the uniform twin and FGMP side by side on TEXT.
 
     The gap is all-NVFP4 minus all-FP8, in perplexity and in KL from the original; "recovered" is
-    the percentage of it that FGMP closes.
+    the percentage of it that FGMP closes. The uniform twin has one format per layer and no more
+    bytes. Models are loaded one after the other.
     """
     from fgmp.app.commands import compare_models
 
@@ -500,7 +573,7 @@ def _print_rows(rows: "list[Row]") -> None:
 
     console = Console()
     header, *lines = table(rows)
-    wide = console.width >= 110
+    wide = console.width >= 126
     shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     columns = [i for i, name in enumerate(header) if wide or name not in _WIDE_COLUMNS]
     for i in columns:
@@ -510,7 +583,7 @@ def _print_rows(rows: "list[Row]") -> None:
     console.print(shown)
 
 
-_WIDE_COLUMNS = ("95% interval", "compression", "FP4 act")
+_WIDE_COLUMNS = ("95% interval", "KL p99", "top-1", "compression", "FP4 act")
 """Columns that only a wide terminal shows; ``--json`` and the report have all."""
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TextStreamer
 
 from fgmp.app.provenance import provenance
@@ -25,6 +26,7 @@ from fgmp.app.records import (
     ExportSummary,
     Generation,
     Online,
+    Plan,
     QuantizeSummary,
 )
 from fgmp.assign.frontier import Fractions
@@ -35,6 +37,7 @@ from fgmp.data import (
     choose_windows,
     digest,
     evaluation_windows,
+    held_out_count,
     overlap_with,
     tokenize,
 )
@@ -42,7 +45,7 @@ from fgmp.demo.text import docstrings, standard_library
 from fgmp.documents import read_documents
 from fgmp.errors import CheckpointError, FGMPError, InputError
 from fgmp.evaluation import compare as comparison
-from fgmp.evaluation.perplexity import batches, next_token_log_probabilities
+from fgmp.evaluation.perplexity import batches, next_token_log_probabilities, vocabulary_size
 from fgmp.evaluation.perplexity import evaluate as evaluate_windows
 from fgmp.export.export import export
 from fgmp.export.plan import require_options
@@ -50,6 +53,7 @@ from fgmp.model.cache import PackedCache, packed_cache, require_kind
 from fgmp.model.convert import sharing_copy
 from fgmp.model.linear import sites
 from fgmp.model.precision import round_to_stored
+from fgmp.model.select import linearize
 from fgmp.model.source import Source, context_length
 from fgmp.model.store import config_of, save
 from fgmp.pack import checkpoint
@@ -58,7 +62,16 @@ from fgmp.pack.folder import weight_files
 from fgmp.progress import Progress, silent
 from fgmp.quantization.budget import least_bytes
 from fgmp.quantization.pipeline import prepare, require_valid_token_ids, run
-from fgmp.quantization.uniform import uniform
+from fgmp.quantization.plan import (
+    Prediction,
+    first_fit,
+    parsed_size,
+    parsed_time,
+    predict,
+    profile_of,
+)
+from fgmp.quantization.twin import allocate, reason_against, twin
+from fgmp.quantization.uniform import Template, require_same_shapes, uniform
 from fgmp.recipe import Recipe
 from fgmp.report.card import model_card, source_metadata, update_card
 from fgmp.storage.resume import forget, require_own
@@ -152,6 +165,62 @@ def quantize_to(
         _verify_written(model, output, dtype, text.held_out[0])
     forget(resume)
     return _summary(model, output, time.perf_counter() - started)
+
+
+def plan_run(
+    model_name: str,
+    recipe: Recipe,
+    memory: str | None = None,
+    time_limit: str | None = None,
+    output: Path | None = None,
+    reporter: Reporter = SILENT,
+    *,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+) -> Plan:
+    """Predict what :func:`quantize_to` will take, from the model's configuration alone.
+
+    Args:
+        model_name: folder or hub name; a folder needs no file but ``config.json``.
+        recipe: quantization settings.
+        memory: limit on peak memory, such as ``8G``, if any.
+        time_limit: limit on the duration, such as ``3h``, if any.
+        output: folder that the run would write, whose free disk space is reported.
+        reporter: receives messages.
+        trust_remote_code, dtype: as for :class:`fgmp.model.source.Source`.
+
+    Raises:
+        InputError: the model cannot be built or followed without weights, or a limit is malformed.
+    """
+    limit = None if memory is None else parsed_size(memory)
+    seconds = None if time_limit is None else parsed_time(time_limit)
+    source = _source(model_name, trust_remote_code, dtype, reporter)
+    with FakeTensorMode():
+        model = source.skeleton(dtype, limit)
+        context = context_length(model)
+        profile = profile_of(model, recipe)
+
+        def predicted(recipe: Recipe) -> Prediction:
+            return predict(profile, recipe, context, held_out_count(recipe.samples))
+
+        changes: dict[str, Any] | None = None
+        asked, changed = predicted(recipe), None
+        if asked.fits(limit, seconds):
+            changes = {}
+        elif fit := first_fit(predicted, asked.recipe, limit, seconds):
+            changes, changed = fit
+    return Plan(
+        model=model_name,
+        parameters=profile.parameters,
+        quantized_parameters=profile.quantized_parameters,
+        quantized_share=profile.quantized_share,
+        asked=asked,
+        memory_limit=limit,
+        time_limit=seconds,
+        disk_free=None if output is None else checkpoint.free_space(output),
+        changes=changes,
+        changed=changed,
+    )
 
 
 def _record_text(
@@ -310,7 +379,8 @@ def evaluate_model(
     stored = 0
 
     comparison.start_counting(model)
-    with reporter.progress("evaluating", len(batches(windows))) as advance:
+    parts = batches(windows, vocabulary_size(model))
+    with reporter.progress("evaluating", len(parts)) as advance:
 
         def count() -> None:
             nonlocal stored
@@ -346,13 +416,15 @@ class ComparisonInputs:
     """Models and text of a comparison.
 
     Attributes:
-        original, mixed: the unquantized model and the checkpoint.
+        source, packed: load the original and the checkpoint.
+        mixed: the checkpoint, loaded.
         tokenizer: the original's.
         windows: evaluation windows, int64 (B, L).
         bos: whether every window starts with the beginning-of-sequence token.
     """
 
-    original: nn.Module
+    source: Source
+    packed: Source
     mixed: nn.Module
     tokenizer: Any
     windows: torch.Tensor
@@ -370,20 +442,20 @@ def comparison_inputs(
     trust_remote_code: bool = False,
     dtype: str = "auto",
 ) -> ComparisonInputs:
-    """Load what a comparison needs; arguments as for :func:`compare_models`."""
+    """Load all of a comparison but the original; arguments as of :func:`compare_models`."""
     checkpoint.read_config(directory)
     source = _source(model_name, trust_remote_code, dtype, reporter)
     if source.is_packed:
         raise InputError(f"model {model_name}: the original must not be quantized")
+    packed = Source(str(directory), dtype=dtype)
     documents = read_documents(data)
     tokenizer = source.tokenizer()
-    original, mixed = source.load(), Source(str(directory), dtype=dtype).load()
-    length = _window_length(original, seq_len)
+    mixed = packed.load()
+    length = _window_length(mixed, seq_len)
     bos_id = beginning(tokenizer, _calibrated_bos(mixed) if bos is None else bos)
     windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
-    del documents
-    require_valid_token_ids(f"text {data}", windows, original)
-    return ComparisonInputs(original, mixed, tokenizer, windows, bos=bos_id is not None)
+    require_valid_token_ids(f"text {data}", windows, mixed)
+    return ComparisonInputs(source, packed, mixed, tokenizer, windows, bos=bos_id is not None)
 
 
 def compare_models(
@@ -411,18 +483,43 @@ def compare_models(
         trust_remote_code=trust_remote_code,
         dtype=dtype,
     )
-    original, mixed, windows = inputs.original, inputs.mixed, inputs.windows
-    models = {
-        "fp8": uniform(sharing_copy(original), mixed, "fp8"),
-        "nvfp4": uniform(sharing_copy(original), mixed, "nvfp4"),
-        "fgmp": mixed,
-    }
-    rows = comparison.compare(original, models, windows, reporter.progress)
-    _warn_of_drift(mixed, reporter)
-    repeated = _warn_of_overlap(mixed, windows, inputs.tokenizer, reporter)
-    result = Comparison(rows, coverage(mixed), calibration_overlap=repeated, bos=inputs.bos)
+    source, packed, windows, with_bos = inputs.source, inputs.packed, inputs.windows, inputs.bos
+    repeated = _warn_of_overlap(inputs.mixed, windows, inputs.tokenizer, reporter)
+    template, covered = Template.of(inputs.mixed), coverage(inputs.mixed)
+    del inputs  # models are loaded one after the other
+    reason = reason_against(template)
+    models = _compared_models(source, packed, template, windows, reporter)
+    rows = comparison.compare(models, windows, reporter.progress)
+    result = Comparison(
+        rows, covered, calibration_overlap=repeated, bos=with_bos, uniform_absent=reason
+    )
     _record_results(directory, result, data, windows, reporter)
     return result
+
+
+def _compared_models(
+    source: Source, packed: Source, template: Template, windows: torch.Tensor, reporter: Reporter
+) -> Iterator[tuple[str, nn.Module]]:
+    """Models of the comparison by name, each loaded when asked for, so that one is in memory."""
+    original = source.load()
+    linear = sharing_copy(original)
+    linearize(linear)
+    require_same_shapes(linear, template)
+    del linear
+    yield "original", original
+    fp8: frozenset[str] | None = None
+    if reason_against(template) is None:
+        linears = sum(len(names) for names in template.linears_of.values())
+        with reporter.progress("choosing uniform formats", linears) as advance:
+            fp8 = allocate(original, template, windows, advance)
+    del original
+    for name in ("fp8", "nvfp4"):
+        yield name, uniform(source.load(), template, name)
+    if fp8 is not None:
+        yield "uniform", twin(source.load(), template, fp8)
+    mixed = packed.load()
+    yield "fgmp", mixed
+    _warn_of_drift(mixed, reporter)
 
 
 def _record_results(
@@ -482,7 +579,8 @@ def export_to(
         length = _window_length(model, seq_len)
         windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
         require_valid_token_ids(f"text {data}", windows, model)
-    with reporter.progress("measuring", 0 if windows is None else len(batches(windows))) as advance:
+    parts = () if windows is None else batches(windows, vocabulary_size(model))
+    with reporter.progress("measuring", len(parts)) as advance:
         result = export(
             directory,
             output,

@@ -5,7 +5,7 @@ report show: label to text, in order. A label is written here and nowhere else.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from fgmp.assign.frontier import Fractions
 from fgmp.evaluation.compare import Row
 from fgmp.evaluation.inspect import Inspection
 from fgmp.export.export import Export
+from fgmp.quantization.duration import spoken
+from fgmp.quantization.plan import Prediction
 
 Lines = dict[str, str]
 """Label to text, in order."""
@@ -106,6 +108,122 @@ def _tuning_lines(tune: Mapping[str, Any]) -> Lines:
     kl = tune["held_out_kl"]
     effect = f"KL on held-out text {kl['without']:.5f} without, {kl['with']:.5f} with"
     return {"tuning": effect if tune["used"] else f"not used: {effect}"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Result of ``fgmp plan``.
+
+    Attributes:
+        model: folder or hub name.
+        parameters, quantized_parameters: numbers of parameters, each shared one once.
+        quantized_share: fraction of matmul parameters that are quantized.
+        asked: prediction of the run that was asked for.
+        memory_limit: limit in bytes, if any.
+        time_limit: limit in seconds, if any.
+        disk_free: free bytes where the checkpoint will be written; None if no folder was named.
+        changes: with limits, the changed options with which the run fits, in the recipe's names;
+            empty if it fits as asked; None if no change suffices. Without limits empty.
+        changed: prediction with these changes; None if there are none.
+    """
+
+    model: str
+    parameters: int
+    quantized_parameters: int
+    quantized_share: float
+    asked: Prediction
+    memory_limit: int | None = None
+    time_limit: float | None = None
+    disk_free: int | None = None
+    changes: dict[str, Any] | None = field(default_factory=dict)
+    changed: Prediction | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "model": self.model,
+            "parameters": self.parameters,
+            "quantized_parameters": self.quantized_parameters,
+            "quantized_share": self.quantized_share,
+            "asked": _prediction(self.asked),
+            "memory_limit": self.memory_limit,
+            "time_limit": self.time_limit,
+            "disk_free": self.disk_free,
+            "fits": self._fits,
+            "changes": self.changes,
+            "changed": None if self.changed is None else _prediction(self.changed),
+        }
+
+    @property
+    def _fits(self) -> bool | None:
+        """Whether the run as asked fits; None without limits."""
+        if self.memory_limit is None and self.time_limit is None:
+            return None
+        return self.asked.fits(self.memory_limit, self.time_limit)
+
+    def lines(self) -> Lines:
+        """Labelled lines."""
+        lines = {
+            "model": f"{self.model}, {self.parameters:,} parameters",
+            "quantized": f"{self.quantized_parameters:,} weights, "
+            f"{self.quantized_share:.1%} of matmul parameters",
+            **_prediction_lines(self.asked),
+        }
+        if self.disk_free is not None:
+            lines["free disk"] = f"{self.disk_free / 1e9:.1f} GB"
+        limits = []
+        if self.memory_limit is not None:
+            limits.append(f"{self.memory_limit / 1e9:.1f} GB")
+        if self.time_limit is not None:
+            limits.append(spoken(self.time_limit))
+        if not limits:
+            return lines
+        lines["limits"] = ", ".join(limits)
+        if self._fits:
+            return {**lines, "fits": "yes, as asked"}
+        if self.changes is None or self.changed is None:
+            return {**lines, "fits": "no, and with no change of options that is tried"}
+        changes = ", ".join(f"{key}: {_yaml(value)}" for key, value in self.changes.items())
+        with_changes = _prediction_lines(self.changed)
+        return {
+            **lines,
+            "fits": f"not as asked, but with {changes}",
+            **{f"{label}, then": text for label, text in with_changes.items()},
+        }
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _prediction(prediction: Prediction) -> dict[str, Any]:
+    """A prediction as plain JSON types."""
+    return {
+        "samples": prediction.recipe.samples,
+        "seq_len": prediction.recipe.seq_len,
+        "dtype": prediction.dtype,
+        "memory_bytes": prediction.memory.peak,
+        "memory": asdict(prediction.memory),
+        "seconds": prediction.duration.total,
+        "seconds_calibration": prediction.duration.calibration,
+        "checkpoint_bytes": prediction.checkpoint_bytes,
+        "resume_bytes": prediction.resume_bytes,
+        "bits_per_weight": prediction.bits_per_weight,
+    }
+
+
+def _prediction_lines(prediction: Prediction) -> Lines:
+    bits = prediction.bits_per_weight
+    return {
+        "calibration": f"{prediction.recipe.samples} sequences of {prediction.recipe.seq_len} "
+        f"tokens, passes in {prediction.dtype}",
+        "peak memory": f"about {prediction.memory.peak / 1e9:.2f} GB",
+        "time": str(prediction.duration),
+        "checkpoint": f"{'at most' if bits is None else 'about'} "
+        f"{prediction.checkpoint_bytes / 1e9:.3f} GB",
+        "partial results": f"about {prediction.resume_bytes / 1e9:.3f} GB, removed at the end",
+        "bits per weight": "known after calibration" if bits is None else f"{bits:.3f}",
+    }
 
 
 @dataclass(frozen=True)
@@ -210,12 +328,14 @@ class Comparison:
         coverage: which matrices are quantized.
         calibration_overlap: fraction of windows that repeat calibration text; None if unknown.
         bos: whether every window started with the beginning-of-sequence token.
+        uniform_absent: a sentence why there is no row ``uniform``; None if there is one.
     """
 
     rows: list[Row]
     coverage: Coverage
     calibration_overlap: float | None = None
     bos: bool = False
+    uniform_absent: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -224,11 +344,13 @@ class Comparison:
             **asdict(self.coverage),
             "calibration_overlap": self.calibration_overlap,
             "bos": self.bos,
+            "uniform_absent": self.uniform_absent,
         }
 
     def lines(self) -> Lines:
         """Labelled lines, in addition to the table of rows."""
-        return {**_bos_line(self.bos), "quantized": str(self.coverage)}
+        absent = {} if self.uniform_absent is None else {"row uniform": self.uniform_absent}
+        return {**_bos_line(self.bos), **absent, "quantized": str(self.coverage)}
 
 
 def _bos_line(bos: bool) -> Lines:

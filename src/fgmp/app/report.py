@@ -152,7 +152,7 @@ def passages_of(
     )
     windows = inputs.windows[: max(1, _PASSAGE_TOKENS // inputs.windows.shape[1])]
     passages = changed_passages(
-        inputs.original,
+        inputs.source.load(),
         inputs.mixed,
         windows,
         lambda ids: str(inputs.tokenizer.decode(ids, clean_up_tokenization_spaces=False)),

@@ -1,26 +1,29 @@
 """Compare the original with all-FP8, all-NVFP4 and FGMP models on the same windows in one run.
 
+Models run one after the other, so memory holds one model and the logits of a few windows. Of the
+original, :class:`fgmp.evaluation.reference.Reference` keeps what its logits are computed from.
+
 ``kl`` is the mean KL divergence per token of a model's predictions from the original's. It is the
 less noisy metric: on small, overconfident models quantization noise can *lower* perplexity.
+``kl_p99`` and ``top1_agreement_percent`` show what the mean hides: the worst tokens, and how often
+a greedy decoder would choose another token.
 
 Intervals are paired. Windows are resampled together for a model and the original, which gives an
 interval of their perplexity ratio; it is reported times the original's perplexity.
 """
 
 import math
+import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fgmp.evaluation.perplexity import (
-    Losses,
-    batches,
-    divergence_of,
-    loss_of,
-    next_token_log_probabilities,
-)
+from fgmp.evaluation.perplexity import Losses, batches, logits_of, vocabulary_size
+from fgmp.evaluation.reference import Reference
 from fgmp.formats.spec import BLOCK, FP4_BITS, FP8_BITS, stream_bits
 from fgmp.model.linear import sites, weight_holders
 from fgmp.model.precision import stored_dtype
@@ -32,6 +35,10 @@ CONTEXT = 4096
 _REFERENCE_BITS = 16
 _RESAMPLES = 2000
 _SMALLEST_GAP = 0.005
+_TAIL = 0.99
+"""Quantile of the token KL that :attr:`Row.kl_p99` reports."""
+_CHUNK = 2**24
+"""Elements of log-probabilities, (tokens, V), that are computed at a time: 64 MB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +46,13 @@ class Row:
     """One model of the comparison.
 
     Attributes:
-        name: ``original``, ``fp8``, ``nvfp4`` or ``fgmp``.
+        name: ``original``, ``fp8``, ``nvfp4``, ``uniform`` or ``fgmp``. ``uniform`` has one format
+            per site and at most the bytes of ``fgmp``; see ``fgmp.quantization.twin``.
         perplexity: exp of the mean next-token loss.
         ci95: 95% interval of the perplexity, paired with the original's.
         kl: mean KL divergence from the original per token, in nats.
+        kl_p99: 99th percentile of the KL divergence per token, in nats.
+        top1_agreement_percent: percentage of tokens whose most likely next token is the original's.
         bits_per_weight: all bytes stored for the quantized weights, per weight; for the original,
             the bits of its dtype.
         bits_per_activation: bits per value of the stream that hardware moves, flags included.
@@ -58,6 +68,8 @@ class Row:
     perplexity: float
     ci95: tuple[float, float]
     kl: float
+    kl_p99: float
+    top1_agreement_percent: float
     bits_per_weight: float
     bits_per_activation: float
     compression: float
@@ -75,56 +87,132 @@ class Row:
 class _Measured:
     losses: Losses
     kl: float
+    kl_p99: float
+    top1_agreement: float
     weight_bits: float
     activation_bits: float
     compression: float
     fp4_activations: float | None
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """Measurements of the predictions of one or more windows, each (T,).
+
+    Attributes:
+        loss: loss in nats, float64.
+        kl: KL divergence from the original in nats, float64.
+        agrees: whether the most likely token is the original's, bool.
+    """
+
+    loss: Tensor
+    kl: Tensor
+    agrees: Tensor
+
+    @staticmethod
+    def joined(parts: list["_Tokens"]) -> "_Tokens":
+        """All of them, one after the other."""
+        columns = zip(*((p.loss, p.kl, p.agrees) for p in parts), strict=True)
+        return _Tokens(*(torch.cat(column) for column in columns))
+
+
 def compare(
-    original: nn.Module,
-    models: dict[str, nn.Module],
-    windows: Tensor,
-    progress: Progress = silent,
+    models: Iterable[tuple[str, nn.Module]], windows: Tensor, progress: Progress = silent
 ) -> list[Row]:
-    """Measure the original and quantized models on the same windows.
+    """Measure the original and quantized models on the same windows, one after the other.
 
     Args:
-        original: the unquantized causal LM.
-        models: quantized models by name; ``fp8`` and ``nvfp4``, the ends of the gap, are required.
+        models: names and models. ``original``, the unquantized causal LM, comes first; ``fp8`` and
+            ``nvfp4``, the ends of the gap, are required. Nothing refers to a model once the next
+            one is asked for, so a generator that loads each has one in memory at a time.
         windows: evaluation windows, int64 (B, L).
-        progress: reports progress.
+        progress: reports progress, one stage per model.
 
     Returns:
-        One row per model, the original first.
+        One row per model, in their order.
+
+    Raises:
+        InputError: the original's logits do not fit on the disk; see ``Reference``.
     """
-    losses: dict[str, list[Tensor]] = {"original": [], **{name: [] for name in models}}
-    divergence = dict.fromkeys(models, 0.0)
-    for model in models.values():
-        start_counting(model)
-    original.eval()
-    with progress("comparing", len(batches(windows))) as advance:
-        for batch in batches(windows):
-            reference = next_token_log_probabilities(original, batch)
-            losses["original"].append(loss_of(reference, batch))
-            for name, model in models.items():
-                predicted = next_token_log_probabilities(model.eval(), batch)
-                losses[name].append(loss_of(predicted, batch))
-                divergence[name] += divergence_of(predicted, reference).sum().item()
-            advance()
-    by_model = {name: Losses(torch.cat(ls), windows.shape[1] - 1) for name, ls in losses.items()}
-    measured = {"original": _original_row(original, by_model["original"])}
-    for name, model in models.items():
-        fraction = activation_fraction(model)
-        measured[name] = _Measured(
-            by_model[name],
-            divergence[name] / by_model[name].predicted_tokens,
-            weight_bits(model),
-            activation_bits(name, fraction),
-            _compression(model, activation_bits(name, fraction), windows.numel()),
-            fraction,
-        )
+    measured: dict[str, _Measured] = {}
+    with tempfile.TemporaryDirectory(prefix="fgmp-compare-") as folder:
+        for name, model in models:
+            model.eval()
+            start_counting(model)
+            if name == "original":
+                parts = batches(windows, vocabulary_size(model))
+                reference = Reference(model, Path(folder), len(parts))
+            with progress(f"comparing {name}", len(parts)) as advance:
+                tokens = _run(name, model, parts, reference, advance)
+            measured[name] = _measured(name, model, tokens, windows)
+            del model
     return [_row(name, m, measured) for name, m in measured.items()]
+
+
+def _run(
+    name: str,
+    model: nn.Module,
+    parts: tuple[Tensor, ...],
+    reference: Reference,
+    advance: Callable[[], None],
+) -> _Tokens:
+    """Predictions of a model on all batches, measured against the reference."""
+    tokens = []
+    for index, batch in enumerate(parts):
+        if name == "original":
+            logits = expected = reference.record(model, batch)
+        else:
+            logits, expected = logits_of(model, batch), reference.logits(index)
+        for window in zip(logits, expected, batch, strict=True):
+            tokens.append(_predictions(*window))
+        advance()
+    return _Tokens.joined(tokens)
+
+
+@torch.no_grad()
+def _predictions(logits: Tensor, expected: Tensor, window: Tensor) -> _Tokens:
+    """Measurements of one window, int64 (L,), from logits (L, V) of a model and of the original."""
+    targets = window[1:, None].to(logits.device)
+    rows = max(1, _CHUNK // logits.shape[-1])
+    chunks = (t.split(rows) for t in (logits[:-1], expected[:-1], targets))
+    parts = []
+    for predicted, reference, target in zip(*chunks, strict=True):
+        p, r = (x.log_softmax(-1, dtype=torch.float32) for x in (predicted, reference))
+        parts.append(
+            _Tokens(
+                loss=-p.gather(-1, target)[:, 0].double().cpu(),
+                kl=(r.exp() * (r - p)).double().sum(-1).cpu(),
+                agrees=(p.argmax(-1) == r.argmax(-1)).cpu(),
+            )
+        )
+    return _Tokens.joined(parts)
+
+
+def _measured(name: str, model: nn.Module, tokens: _Tokens, windows: Tensor) -> _Measured:
+    losses = Losses(tokens.loss.view(len(windows), -1).sum(-1), windows.shape[1] - 1)
+    if name == "original":
+        return _original_row(model, losses)
+    fraction = activation_fraction(model)
+    bits = activation_bits(name, fraction)
+    return _Measured(
+        losses,
+        tokens.kl.mean().item(),
+        _quantile(tokens.kl, _TAIL),
+        tokens.agrees.double().mean().item(),
+        weight_bits(model),
+        bits,
+        _compression(model, bits, windows.numel()),
+        fraction,
+    )
+
+
+def _quantile(values: Tensor, fraction: float) -> float:
+    """Quantile with linear interpolation; unlike ``Tensor.quantile`` for any number of values."""
+    ordered = values.sort().values
+    position = fraction * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return torch.lerp(ordered[low], ordered[high], position - low).item()
 
 
 def start_counting(model: nn.Module) -> None:
@@ -161,8 +249,10 @@ def weight_bits(model: nn.Module) -> float:
 
 
 def activation_bits(name: str, fp4_fraction: float) -> float:
-    """Bits per activation value; only the mixed stream needs flags."""
-    return {"fp8": FP8_BITS, "nvfp4": FP4_BITS}.get(name, stream_bits(fp4_fraction))
+    """Bits per activation value; only a stream whose blocks are mixed needs flags."""
+    if name in ("fp8", "nvfp4", "uniform"):
+        return FP4_BITS * fp4_fraction + FP8_BITS * (1 - fp4_fraction)
+    return stream_bits(fp4_fraction)
 
 
 def _compression(model: nn.Module, bits: float, tokens: int) -> float:
@@ -173,7 +263,7 @@ def _compression(model: nn.Module, bits: float, tokens: int) -> float:
 
 def _original_row(original: nn.Module, losses: Losses) -> _Measured:
     bits = 8.0 * stored_dtype(original).itemsize
-    return _Measured(losses, 0.0, bits, bits, _REFERENCE_BITS / bits, None)
+    return _Measured(losses, 0.0, 0.0, 1.0, bits, bits, _REFERENCE_BITS / bits, None)
 
 
 def _row(name: str, m: _Measured, measured: dict[str, _Measured]) -> Row:
@@ -186,6 +276,8 @@ def _row(name: str, m: _Measured, measured: dict[str, _Measured]) -> Row:
         perplexity=ppl,
         ci95=_interval(m.losses, original.losses),
         kl=m.kl,
+        kl_p99=m.kl_p99,
+        top1_agreement_percent=100 * m.top1_agreement,
         bits_per_weight=m.weight_bits,
         bits_per_activation=m.activation_bits,
         compression=m.compression,
@@ -213,8 +305,8 @@ def _interval(losses: Losses, original: Losses) -> tuple[float, float]:
 
 def table(rows: list[Row]) -> list[list[str]]:
     """Rows as text, by line and column, with a header first."""
-    header = ["model", "perplexity", "95% interval", "KL", "bits/w", "bits/act"]
-    header += ["compression", "FP4 act", "vs FP8", "gap rec", "KL rec"]
+    header = ["model", "perplexity", "95% interval", "KL", "KL p99", "top-1", "bits/w"]
+    header += ["bits/act", "compression", "FP4 act", "vs FP8", "gap rec", "KL rec"]
 
     def show(value: float | None, pattern: str, missing: str = "-") -> str:
         return missing if value is None else pattern.format(value)
@@ -227,6 +319,8 @@ def table(rows: list[Row]) -> list[list[str]]:
                 f"{row.perplexity:.3f}",
                 f"{row.ci95[0]:.3f} - {row.ci95[1]:.3f}",
                 f"{row.kl:.4f}",
+                f"{row.kl_p99:.3f}",
+                f"{row.top1_agreement_percent:.1f}%",
                 f"{row.bits_per_weight:.2f}",
                 f"{row.bits_per_activation:.2f}",
                 f"{row.compression:.2f}x",

@@ -20,7 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from fgmp.errors import InputError
-from fgmp.evaluation.perplexity import batches, divergence_of, next_token_log_probabilities
+from fgmp.evaluation.perplexity import (
+    batches,
+    divergence_of,
+    next_token_log_probabilities,
+    vocabulary_size,
+)
 from fgmp.export.layouts import LAYOUTS
 from fgmp.export.plan import Plan, plan, require_options
 from fgmp.export.rounding import ROUND, relative_error
@@ -268,7 +273,7 @@ def _divergence(
     Replacement(linears).put(emulated)
     model.eval()
     total = 0.0
-    for batch in batches(windows):
+    for batch in batches(windows, vocabulary_size(model)):
         reference = next_token_log_probabilities(model, batch)
         total += (
             divergence_of(next_token_log_probabilities(emulated, batch), reference).sum().item()

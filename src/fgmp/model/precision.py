@@ -83,19 +83,40 @@ def run_in(model: nn.Module, choice: str = "auto") -> nn.Module:
     """
     if hasattr(model, _ATTRIBUTE) or next(model.parameters(), None) is None:
         return model
+    if dtype_of_passes(model, choice) == stored_dtype(model):
+        return model
+    # Transformers refuses model.float() on quantized models.
+    return nn.Module.float(stored_as(model, model))
+
+
+def dtype_of_passes(model: nn.Module, choice: str, free: int | None = None) -> torch.dtype:
+    """The dtype in which passes of a model run that is in its stored dtype now.
+
+    Args:
+        model: only its parameters' shapes, dtypes and device are used.
+        choice: as for :func:`compute_dtype`. With ``auto``, a bf16 model whose fp32 copy would not
+            fit in memory stays in bf16.
+        free: bytes of free memory; None: those of this machine.
+    """
     stored = stored_dtype(model)
     dtype = compute_dtype(stored, next(model.parameters()).device, choice)
-    if dtype == stored or (choice == "auto" and stored != torch.float16 and not _fits(model)):
-        return model
-    floating = {n: t.dtype for n, t in model.state_dict().items() if t.is_floating_point()}
-    setattr(model, _ATTRIBUTE, _StoredDtypes(floating, stored))
-    return nn.Module.float(model)  # Transformers refuses model.float() on quantized models
+    free = psutil.virtual_memory().available if free is None else free
+    if dtype != stored and choice == "auto" and stored != torch.float16:
+        return dtype if _fits(model, free) else stored
+    return dtype
 
 
-def _fits(model: nn.Module) -> bool:
+def stored_as(model: nn.Module, original: nn.Module) -> nn.Module:
+    """Record that files store ``model`` in the dtypes that ``original`` has now; returns it."""
+    floating = {n: t.dtype for n, t in original.state_dict().items() if t.is_floating_point()}
+    setattr(model, _ATTRIBUTE, _StoredDtypes(floating, stored_dtype(original)))
+    return model
+
+
+def _fits(model: nn.Module, free: int) -> bool:
     """Whether an fp32 copy of a model's parameters fits in free memory, with some to spare."""
     more = sum(p.numel() * (4 - p.element_size()) for p in model.parameters())
-    return more < _USABLE * psutil.virtual_memory().available
+    return more < _USABLE * free
 
 
 def stored_dtype(model: nn.Module) -> torch.dtype:

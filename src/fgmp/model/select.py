@@ -138,8 +138,8 @@ def quantizable(
                     "stays in high precision; exclude it, or untie the two"
                 )
             chosen[name] = module
-    users = _users(model)
-    complete = {id(m.weight) for m in chosen.values() if users[id(m.weight)] <= _ids(chosen)}
+    users, modules = _users(model), _ids(chosen)
+    complete = {id(m.weight) for m in chosen.values() if users[id(m.weight)] <= modules}
     return {name: module for name, module in chosen.items() if id(module.weight) in complete}
 
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -12,7 +13,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import cached_file
 
 from fgmp.errors import InputError
-from fgmp.model.precision import require_choice, run_in
+from fgmp.model.precision import (
+    dtype_of_passes,
+    require_choice,
+    run_in,
+    stored_as,
+    stored_dtype,
+)
 from fgmp.model.store import first_line, load, pretrained
 from fgmp.pack.checkpoint import CARD, QUANT_METHOD
 from fgmp.pack.folder import CONFIG, read_json
@@ -80,6 +87,33 @@ class Source:
     def _pretrained(self) -> nn.Module:
         remote = self.trust_remote_code
         return pretrained(AutoModelForCausalLM, self.name, trust_remote_code=remote)
+
+    def skeleton(self, dtype: str = "auto", free: int | None = None) -> nn.Module:
+        """The model by its configuration alone, with arbitrary weights, in the dtype of its passes.
+
+        No file of weights is needed. Within a ``FakeTensorMode`` its tensors take no memory.
+
+        Args:
+            dtype, free: as for :func:`fgmp.model.precision.dtype_of_passes`.
+
+        Raises:
+            InputError: not a causal LM, quantized already, or not buildable.
+        """
+        if self._method is not None:
+            raise InputError(f"model {self.name}: already quantized, by {self._method!r}")
+        self._require_causal_lm()
+        model = self._built(getattr(self.config, "dtype", None) or torch.float32)
+        wide = dtype_of_passes(model, dtype, free)
+        return model if wide == stored_dtype(model) else stored_as(self._built(wide), model)
+
+    def _built(self, dtype: torch.dtype) -> nn.Module:
+        try:
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                self.config, dtype=dtype, trust_remote_code=self.trust_remote_code
+            )
+        except Exception as error:  # many types are raised, all mean that it cannot be built
+            raise InputError(f"model {self.name}: cannot be built: {first_line(error)}") from error
+        return model.eval()
 
     def tokenizer(self) -> Any:
         """Load the model's tokenizer.

@@ -232,10 +232,11 @@ def _stored(model: nn.Module) -> dict[str, tuple[Tensor, torch.dtype]]:
     """Tensors of a model by name, each with the dtype in which files store it."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = {name: t for name, t in model.state_dict().items() if name not in tied}
-    seen: set[tuple[int, torch.Size]] = set()
+    seen: set[tuple[int, int, torch.Size]] = set()
     unique = {}
     for name, tensor in state.items():
-        key = (tensor.data_ptr(), tensor.shape)
+        # Not the address, which a tensor without memory has not.
+        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape)
         if tensor.numel() and key in seen:
             continue
         seen.add(key)

@@ -315,15 +315,20 @@ def require_writable(path: Path) -> None:
         raise InputError(f"{path}: could not be written: {parent} is no writable folder") from error
 
 
+def free_space(directory: Path) -> int:
+    """Free bytes of the disk of a folder, which need not exist."""
+    target = directory.absolute()
+    existing = next(p for p in (target, *target.parents) if p.exists())
+    return shutil.disk_usage(existing).free
+
+
 def require_space(directory: Path, needed: int) -> None:
     """Check that the disk of a target folder has ``needed`` bytes free.
 
     Raises:
         InputError: it has fewer.
     """
-    target = directory.absolute()
-    existing = next(p for p in (target, *target.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(directory)
     if free < needed:
         raise InputError(
             f"{directory}: the disk is full: the checkpoint needs {needed:,} bytes, "

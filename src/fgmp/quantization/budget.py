@@ -38,7 +38,7 @@ _INCREASE_STEPS = 6
 """Bisection steps over the 3.5 bits between all FP4 and all FP8; they resolve a millionth, 0.014
 and 0.055 bits."""
 
-_SITE_BYTES = 4 + 4 + 8
+SITE_BYTES = 4 + 4 + 8
 """r, gamma and threshold (docs/format.md, section 3)."""
 
 
@@ -113,7 +113,7 @@ def require_bytes(
     if sites:
         bound = f"at least {smallest:,}"
     else:
-        possible = sum(_SITE_BYTES + linear.in_features for linear in linears.values())
+        possible = sum(SITE_BYTES + linear.in_features for linear in linears.values())
         bound = f"more than {smallest:,}, and {smallest + possible:,} is enough"
         largest += possible
     raise InputError(
@@ -143,7 +143,7 @@ def tensor_bytes(
     """
     replaced = {f"{name}.weight" for name in linears}
     total = sum(size for name, size in bytes_to_save(model).items() if name not in replaced)
-    total += sum(_SITE_BYTES + len(site.sensitivity) for site in sites.values())
+    total += sum(SITE_BYTES + len(site.sensitivity) for site in sites.values())
     shared = shared_weights(linears)
     for name, linear in linears.items():
         if name in shared:

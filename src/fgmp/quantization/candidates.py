@@ -261,8 +261,8 @@ def _uniform_baselines(
 
 
 def _uniform(task: Task, scores: Scores, name: str) -> Assignment:
-    weights, fp4 = task.weights, UNIFORM[name]
-    return uniform_assignment(weights, scores.sites, scores.linears_of, task.shared, fp4)
+    fp8 = () if UNIFORM[name] else scores.sites
+    return uniform_assignment(task.weights, scores.sites, scores.linears_of, task.shared, fp8)
 
 
 def _fp8_takes_no_more(task: Task, mixed: Assignment) -> bool:

@@ -42,9 +42,7 @@ class DurationEstimate:
         return self.calibration + self.rest
 
     def __str__(self) -> str:
-        return (
-            f"about {_spoken(self.total)}, of which calibration takes {_spoken(self.calibration)}"
-        )
+        return f"about {spoken(self.total)}, of which calibration takes {spoken(self.calibration)}"
 
 
 def estimate(task: Task, variants: int) -> DurationEstimate:
@@ -69,17 +67,31 @@ def estimate(task: Task, variants: int) -> DurationEstimate:
         with ends_after(last):
             task.loss(task.model, sample)
 
-    sequences, recipe = len(task.samples), task.recipe
     both = scale * _seconds(task, backward, differentiable=True)
     one = scale * _seconds(task, forward, differentiable=False)
+    return predict(task, variants, one, both)
+
+
+def predict(task: Task, variants: int, forward: float, both: float) -> DurationEstimate:
+    """Predict the duration of a run from that of its passes.
+
+    Args:
+        task: what will run; no weight is read.
+        variants: number of variants that are packed.
+        forward: seconds of a pass of one sequence through all quantized layers.
+        both: seconds of a forward and a backward pass of one sequence.
+    """
+    sequences, recipe = len(task.samples), task.recipe
     passes = _SCORING_PASSES + recipe.tune * _TUNING_PASSES
     if recipe.compensate:
         passes += _COMPENSATION_PASSES + variants * _VARIANT_PASSES
-    parameters = sum(weight.numel() for weight in task.weights.values())
+    holders = (linear for name, linear in task.linears.items() if name not in task.shared)
+    parameters = sum(linear.weight.numel() for linear in holders)
     checks = 2 * (variants + 1) * len(task.held_out)
     return DurationEstimate(
         calibration=sequences * both,
-        rest=(sequences * passes + checks) * one + variants * parameters * _SECONDS_PER_PARAMETER,
+        rest=(sequences * passes + checks) * forward
+        + variants * parameters * _SECONDS_PER_PARAMETER,
     )
 
 
@@ -97,7 +109,8 @@ def _seconds(task: Task, run: Callable[[], None], *, differentiable: bool) -> fl
     return min(times)
 
 
-def _spoken(seconds: float) -> str:
+def spoken(seconds: float) -> str:
+    """A duration in words, such as ``83 min``."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     minutes = seconds / 60

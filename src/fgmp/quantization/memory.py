@@ -124,6 +124,8 @@ def estimate(
     compensation: int = 0,
     tuned: bool = False,
     vocabulary: int = 0,
+    held: int | None = None,
+    saved: int | None = None,
 ) -> MemoryEstimate:
     """Predict the peak of quantizing a model.
 
@@ -141,6 +143,8 @@ def estimate(
         compensation: bytes of moments and factors.
         tuned: whether the rest of the model is tuned.
         vocabulary: size of the vocabulary of a causal language model, else 0.
+        held: bytes that the process will hold before the run; None: those that it holds now.
+        saved: bytes of :func:`saved_bytes`; None: they are measured.
     """
     shared = shared_weights(linears)
     holders = {name: linear for name, linear in linears.items() if name not in shared}
@@ -149,7 +153,7 @@ def estimate(
     largest = max(linear.weight.numel() for linear in linears.values())
     # Measure saved tensors first: its passes load libraries and fill caches, which stay allocated
     # and must be part of ``held``.
-    working = _working_set(model, linears, sample, loss)
+    working = saved_bytes(model, linears, sample, loss) if saved is None else saved
     scores = (variants + _RANKING * ranked) * _SCORE_BYTES
     weights = {id(linear.weight) for linear in linears.values()}
     rest = [p for p in model.parameters() if id(p) not in weights]
@@ -159,7 +163,7 @@ def estimate(
     if fisher == "exact":
         working += 2 * _FISHER_BYTES * largest
     return MemoryEstimate(
-        held=held_bytes(device),
+        held=held_bytes(device) if held is None else held,
         fisher=fisher_bytes(holders, fisher),
         packed=int((packed_bytes_per_parameter + scores) * parameters)
         + HISTOGRAM_BYTES * len(linears),
@@ -253,16 +257,19 @@ def fisher_bytes(linears: dict[str, nn.Linear], fisher: str) -> int:
     return _FISHER_BYTES * sum(sum(linear.weight.shape) for linear in linears.values())
 
 
-def _working_set(model: nn.Module, linears: dict[str, nn.Linear], sample: Any, loss: Loss) -> int:
-    """Bytes that autograd saves for the backward pass of one calibration sequence."""
+def saved_bytes(model: nn.Module, linears: dict[str, nn.Linear], sample: Any, loss: Loss) -> int:
+    """Bytes that autograd saves for the backward pass of one calibration sequence.
+
+    Measured on a short prefix and scaled up. The tensors may be fake.
+    """
     short, ratio = sample, 1.0
     if isinstance(sample, Tensor) and sample.ndim == 1 and len(sample) > _PROBE_TOKENS:
         short, ratio = sample[:_PROBE_TOKENS], len(sample) / _PROBE_TOKENS
-    saved: dict[int, torch.UntypedStorage] = {}  # holds references, so addresses stay unique
+    saved: dict[int, torch.UntypedStorage] = {}  # holds references, so identities stay unique
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage
+        saved[storage._cdata] = storage
         return tensor
 
     # As in calibration, parameters are frozen; only inputs of linears require gradients.
@@ -272,7 +279,7 @@ def _working_set(model: nn.Module, linears: dict[str, nn.Linear], sample: Any, l
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor))
         total, _ = loss(model, short)
         for parameter in model.parameters():
-            saved.pop(parameter.untyped_storage().data_ptr(), None)
+            saved.pop(parameter.untyped_storage()._cdata, None)
         size = sum(storage.nbytes() for storage in saved.values())
         saved.clear()
         if total.requires_grad:

@@ -157,11 +157,13 @@ def prepare(
             f"{recipe.tune} and a custom loss"
         )
     samples, held_out = _split(samples, held_out, recipe)
-    linears = _select(model, recipe)
+    linears = select(model, recipe)
+    for name, linear in linears.items():
+        check_finite(f"{name}.weight", linear.weight)
     require_possible(recipe, model, linears)
     task = Task(model, linears, samples, held_out, loss, recipe, methods, progress, report, resume)
     needed = _require_memory(task)
-    duration = estimate_duration(task, _variants(recipe))
+    duration = estimate_duration(task, variants(recipe))
     report(f"the run will take {duration}")
     return Prepared(task, matrices(model), needed, duration)
 
@@ -298,8 +300,12 @@ def _split(
     return samples[:-count], samples[-count:]
 
 
-def _select(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
-    """Linearize the model and select the linears to quantize; weights must be finite."""
+def select(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
+    """Linearize the model, in place, and return the linears to quantize, by name.
+
+    Raises:
+        InputError: the model is quantized already, or has no linear to quantize.
+    """
     linearize(model)
     if mixed_linears(model):
         raise InputError(f"{type(model).__name__} is already quantized; pass the unquantized model")
@@ -311,12 +317,10 @@ def _select(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
             f"no linear layer to quantize: include {list(recipe.include)} and exclude "
             f"{list(recipe.exclude)} select none of {type(model).__name__}'s linears{hint}"
         )
-    for name, linear in linears.items():
-        check_finite(f"{name}.weight", linear.weight)
     return linears
 
 
-def _variants(recipe: Recipe) -> int:
+def variants(recipe: Recipe) -> int:
     """Number of variants of the weights (with and without scale search) that are packed."""
     return 2 if recipe.clip == "auto" else 1
 
@@ -324,34 +328,54 @@ def _variants(recipe: Recipe) -> int:
 def _packed_bytes_per_parameter(recipe: Recipe) -> float:
     """Bytes per weight of all packed models held at once: every variant, and all-NVFP4."""
     fp8_fraction = 1.0 if recipe.budget else 1 - recipe.fp4
-    return (FP4_BITS + _variants(recipe) * (FP4_BITS + E2M1.bits * fp8_fraction)) / 8
+    return (FP4_BITS + variants(recipe) * (FP4_BITS + E2M1.bits * fp8_fraction)) / 8
 
 
 def _require_memory(task: Task) -> MemoryEstimate:
     """Predict the peak, report it, and refuse a run that does not fit."""
     device = next(task.model.parameters()).device
-    compensation = 0
-    if task.recipe.compensate:
-        compensation = bytes_needed(
-            task.model, task.linears, task.samples, task.loss, _variants(task.recipe)
-        )
-    needed = memory.estimate(
-        task.model,
-        task.linears,
-        task.samples[0],
-        task.fisher_loss,
-        _packed_bytes_per_parameter(task.recipe),
-        variants=_variants(task.recipe),
-        ranked=task.recipe.budget is not None,
-        fisher=task.recipe.fisher,
-        compensation=compensation,
-        tuned=bool(task.recipe.tune),
-        vocabulary=_vocabulary(task),
-    )
+    needed = predict_memory(task)
     memory.require(needed, device)
     task.report(f"peak memory will be about {needed.peak / 1e9:.2f} GB")
     memory.reset_peak(device)
     return needed
+
+
+def predict_memory(
+    task: Task,
+    held: int | None = None,
+    saved: int | None = None,
+    compensation: int | None = None,
+) -> MemoryEstimate:
+    """Predict the peak of a run; what is None is measured on the first sample.
+
+    Args:
+        task: what will run; if nothing is measured, no weight is read.
+        held, saved: as for :func:`fgmp.quantization.memory.estimate`.
+        compensation: bytes of :func:`fgmp.quantization.sequential.bytes_needed`.
+    """
+    recipe = task.recipe
+    if not recipe.compensate:
+        compensation = 0
+    elif compensation is None:
+        compensation = bytes_needed(
+            task.model, task.linears, task.samples, task.loss, variants(recipe)
+        )
+    return memory.estimate(
+        task.model,
+        task.linears,
+        task.samples[0],
+        task.fisher_loss,
+        _packed_bytes_per_parameter(recipe),
+        variants=variants(recipe),
+        ranked=recipe.budget is not None,
+        fisher=recipe.fisher,
+        compensation=compensation,
+        tuned=bool(recipe.tune),
+        vocabulary=_vocabulary(task),
+        held=held,
+        saved=saved,
+    )
 
 
 def _vocabulary(task: Task) -> int:

@@ -38,7 +38,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,18 @@ def _list_entries(model: nn.Module, name: str) -> Iterator[str]:
             yield ".".join(parts[: depth + 1])
 
 
-@torch.no_grad()
+class OutputBytes(NamedTuple):
+    """Bytes of outputs on one sample, of which compensation stores those of all samples.
+
+    Attributes:
+        blocks: of one block per module list, the largest.
+        linears: of all linears of a block, the largest.
+    """
+
+    blocks: int
+    linears: int
+
+
 def bytes_needed(
     model: nn.Module,
     linears: dict[str, nn.Linear],
@@ -145,6 +156,21 @@ def bytes_needed(
 
     Assumes that all samples are as large as the first.
     """
+    outputs = output_bytes(model, linears, samples[0], loss)
+    return stage_bytes(model, linears, variants) + stored_bytes(outputs, len(samples), variants)
+
+
+def stored_bytes(outputs: OutputBytes, samples: int, variants: int) -> int:
+    """Bytes of the outputs that compensation stores, of the original and of all variants."""
+    per_variant = min(samples * outputs.linears, _CACHED_BYTES)
+    return (1 + variants) * samples * outputs.blocks + variants * per_variant
+
+
+@torch.no_grad()
+def output_bytes(
+    model: nn.Module, linears: dict[str, nn.Linear], sample: Any, loss: Loss
+) -> OutputBytes:
+    """Sizes of outputs on one sample; its tensors may be fake."""
     outputs: dict[str, int] = {}  # bytes of a block's output on one sample, by block
     of_linears: dict[str, int] = {}  # bytes of its linears' outputs on one sample, by block
 
@@ -161,13 +187,11 @@ def bytes_needed(
             for name, counted_as in names.items():
                 hook = partial(measure, sizes, counted_as)
                 stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
-        loss(model, samples[0])
+        loss(model, sample)
     lists: dict[str, int] = {}
     for block, size in outputs.items():
         lists[_parent(block)] = max(lists.get(_parent(block), 0), size)
-    per_variant = min(len(samples) * max(of_linears.values(), default=0), _CACHED_BYTES)
-    stored = (1 + variants) * len(samples) * sum(lists.values()) + variants * per_variant
-    return stage_bytes(model, linears, variants) + stored
+    return OutputBytes(sum(lists.values()), max(of_linears.values(), default=0))
 
 
 def _blocks(model: nn.Module, linears: Iterable[str]) -> dict[str, str]:
