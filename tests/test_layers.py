@@ -54,6 +54,7 @@ ONLY_IN = {
     "yaml": {"recipe", "evaluation"},
     "datasets": {"documents"},
     "lm_eval": {"evaluation"},
+    "peft": {"model"},
     "safetensors": {"storage", "pack", "model"},
     "huggingface_hub": {"pack", "serving"},
     "psutil": {"pack", "model", "quantization", "serving", "app"},
