@@ -6,8 +6,8 @@
 
 The default is TinyLlama's shape, 1.1 billion parameters, with random weights; the models are
 written to DIR, or to a temporary folder. Servers run one at a time. A turn starts each of them
-once, in random order; there are N turns. Each server answers R requests per client, at every number of
-concurrent clients: P random tokens in, T tokens out, streamed over HTTP. A first request per
+once, in random order; there are N turns. Each server answers R requests per client, at every number
+of concurrent clients: P random tokens in, T tokens out, streamed over HTTP. A first request per
 server warms up and does not count.
 
 ``tokens_per_second`` counts generated tokens of all clients, ``first_token_seconds`` is from the

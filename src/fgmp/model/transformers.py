@@ -24,7 +24,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fgmp.errors import CheckpointError, InputError
 from fgmp.model.convert import install_from
-from fgmp.model.store import save
 from fgmp.pack.checkpoint import QUANT_METHOD, CheckpointConfig, read_config
 from fgmp.pack.folder import CONFIG, weight_files
 from fgmp.pack.reader import Reader
@@ -151,6 +150,9 @@ def save_pretrained(
             raise InputError(f"save_pretrained: {name} is not supported for fgmp checkpoints")
     if not is_main_process:
         return
+    # Not at the top: importing it imports Transformers, which imports this module.
+    from fgmp.model.store import save
+
     save(model, save_directory, max_shard_size=max_shard_size)
     if push_to_hub:
         ignored = ("save_original_format", "save_peft_format")
