@@ -83,7 +83,6 @@ TESTED_AS: dict[str, str] = {
     "fgmp.pack.checksums": "pack/test_checkpoint.py: seen through the files that it protects",
     "fgmp.pack.folder": "test_cases.py: through every reader of a folder",
     "fgmp.pack.reader": "pack/test_checkpoint.py: reads what the writer wrote",
-    "fgmp.serving.methods": "serving/test_vllm.py: what vLLM calls, in vLLM",
     "fgmp.progress": "app/test_cli.py: bars are seen on a terminal",
     **dict.fromkeys(
         (f"fgmp.hardware.{name}" for name in ("array", "image", "run", "simulate")),

@@ -26,10 +26,10 @@ from .cases import Place, Run
 
 @pytest.fixture
 def task(tmp_path: Path) -> Path:
-    """Task file of eight documents, two of which are too long for the model's context."""
+    """Task file of 32 documents, two of which are too long for the model's context."""
     data, path = tmp_path / "documents.jsonl", tmp_path / "task.yaml"
     long = [{"query": "x" * 70, "choices": [" a", " b"], "gold": 0}] * 2
-    short = [{"query": f"{i}:", "choices": [" a", " b"], "gold": i % 2} for i in range(6)]
+    short = [{"query": f"{i}:", "choices": [" a", " b"], "gold": i % 2} for i in range(30)]
     data.write_text("".join(json.dumps(document) + "\n" for document in [*long, *short]))
     fields = {
         "task": "letters",
@@ -56,10 +56,10 @@ def test_eval(run: Run, place: Place, task: Path) -> None:
         "task": "letters",
         "metric": "acc",
         "filter": "none",
-        "documents": 8,
+        "documents": 32,
         "higher_is_better": True,
     }
-    assert stderr == pytest.approx((value * (1 - value) / 7) ** 0.5)
+    assert stderr == pytest.approx((value * (1 - value) / 31) ** 0.5)
     assert "4 prompts of tasks are longer than the model's context of 64 tokens" in done.words
 
 
@@ -74,29 +74,30 @@ def test_eval_of_a_text_and_a_task(run: Run, place: Place, task: Path) -> None:
 
 
 def test_compare(run: Run, place: Place, task: Path) -> None:
-    command = ("compare", place.model, place.checkpoint, "--task-file", task, "--limit", "6")
+    command = ("compare", place.model, place.checkpoint, "--task-file", task, "--limit", "30")
     facts = run(*command, "--json").json
-    assert facts.keys() == {"tasks", "limit"} and facts["limit"] == 6
+    assert facts.keys() == {"tasks", "limit"} and facts["limit"] == 30
     (letters,) = facts["tasks"]
     models = letters.pop("models")
     assert letters == {
         "task": "letters",
         "metric": "acc",
         "filter": "none",
-        "documents": 6,
+        "documents": 30,
         "higher_is_better": True,
     }
     assert list(models) == ["original", "fp8", "nvfp4", "fgmp"]
     assert models["original"].pop("difference") is None
     original = models.pop("original")
     for name, folder in (("fgmp", place.checkpoint), ("original", place.model)):
-        alone = run("eval", folder, "--task-file", task, "--limit", "6", "--json").json["tasks"][0]
+        alone = run("eval", folder, "--task-file", task, "--limit", "30", "--json").json["tasks"][0]
         expected = models.get(name, original)
         assert (expected["value"], expected["stderr"]) == (alone["value"], alone["stderr"])
     for values in models.values():
         change = values["difference"]["value"]
         assert change == pytest.approx(values["value"] - original["value"])
         assert values["difference"]["stderr"] >= 0
+    assert any(values["difference"]["value"] for values in models.values())
 
 
 def test_compare_of_a_text_and_a_task(run: Run, place: Place, task: Path) -> None:
