@@ -32,7 +32,7 @@ COPIED = {
 """Files of the repository by the page that shows them."""
 
 CONTENTS = {
-    "Using it": ["choosing", "report", "serving", "export", "questions"],
+    "Using it": ["choosing", "report", "tasks", "serving", "export", "questions"],
     "How it works": ["method", "extending", "architecture"],
     "Results": ["results", "accuracy", "ablations", "measurements", "reliability", "families"],
     "Specifications": ["numerics", "format", "kernels", "hardware", "energy"],

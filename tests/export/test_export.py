@@ -17,6 +17,7 @@ from fgmp.evaluation.perplexity import divergence_of, next_token_log_probabiliti
 from fgmp.export.export import RECORD, export
 from fgmp.formats.spec import THRESHOLD_ALL_FP4, THRESHOLD_ALL_FP8
 from fgmp.model.linear import MixedLinear, mixed_linears, sites
+from fgmp.pack import checkpoint
 
 POLICIES = {"fp4": Recipe(policy="nvfp4", clip="off"), "fp8": Recipe(policy="fp8", clip="off")}
 
@@ -218,6 +219,28 @@ def test_refusals_leave_nothing_behind(folders: dict[str, Path], tmp_path: Path)
     with pytest.raises(CheckpointError, match="CRC-32"):
         export(damaged, out, "dense")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
+def test_an_export_that_ends_early_leaves_nothing_behind(
+    error: BaseException,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The tensors are written last, when everything else is there."""
+    seen: list[str] = []
+
+    def save_file(tensors: Any, path: Path, metadata: Any) -> None:
+        seen.extend(p.name for p in path.parent.iterdir())
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises((InputError, KeyboardInterrupt)):
+        export(folders["fp4"], tmp_path / "out", "modelopt")
+    assert {"config.json", RECORD} <= set(seen)
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_files_are_copied(folders: dict[str, Path], tmp_path: Path) -> None:

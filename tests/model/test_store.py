@@ -224,17 +224,25 @@ def test_a_used_folder_is_refused(tokens: Tensor, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "used"]
 
 
-def test_save_pretrained_is_refused(
-    tokens: Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_packed_linears_must_be_where_the_configuration_says(
+    tokens: Tensor, tmp_path: Path
 ) -> None:
-    """It would write no checksums, so what it wrote would not load."""
-    fgmp.save(quantized("llama", tokens), tmp_path / "out")
-    for model in (fgmp.load(tmp_path / "out"), quantized("llama", tokens)):
-        caplog.clear()
-        with pytest.raises(ValueError, match="quantized with fgmp and is not serializable"):
-            model.save_pretrained(tmp_path / "theirs")
-        assert "saved by fgmp.save(model, directory)" in caplog.text
-        assert not list(tmp_path.glob("theirs/*.safetensors"))
+    model = quantized("llama", tokens)
+    layer = model.model.layers[0].self_attn
+    layer.q_proj = nn.Sequential(layer.q_proj)
+    with pytest.raises(InputError, match=r"q_proj: must be a packed linear .*, got Sequential"):
+        fgmp.save(model, tmp_path / "out")
+    del layer.q_proj
+    with pytest.raises(InputError, match=r"q_proj: must be a packed linear .*, got NoneType"):
+        fgmp.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_offloaded_tensors_are_not_saved(tokens: Tensor, tmp_path: Path) -> None:
+    model = quantized("llama", tokens)
+    model.model.norm.to("meta")
+    with pytest.raises(InputError, match=r"tensor model\.norm\.weight is offloaded"):
+        fgmp.save(model, tmp_path / "out")
 
 
 def test_an_unquantized_model_is_refused(tmp_path: Path) -> None:

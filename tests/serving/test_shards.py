@@ -40,14 +40,19 @@ MODES = ["fp4", "mixed", "fp8"]
 @pytest.mark.parametrize(("k", "ranks"), [(96, 2), (96, 3), (64, 4), (44, 1)])
 def test_columns_of_all_ranks_add_up(mode: str, k: int, ranks: int) -> None:
     weight = a_weight(7, k, mode)
-    x = torch.randint(-4, 5, (3, k)).to(torch.bfloat16)  # sums of few such products are exact
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-4, 5, (3, k), generator=g).to(
+        torch.bfloat16
+    )  # sums of few such products are exact
     share = k // ranks
     sliced = [columns(weight, r * share, (r + 1) * share) for r in range(ranks)]
     for rank, part in enumerate(sliced):
         columns_of_all = unpack_units(weight)[:, rank * share : (rank + 1) * share]
         assert torch.equal(unpack_units(part), columns_of_all) and part.mode == mode
     total = sum(product(x[:, r * share : (r + 1) * share], part) for r, part in enumerate(sliced))
-    assert torch.allclose(total, product(x, weight), rtol=1e-6, atol=0)
+    expected = product(x, weight)
+    # Each share is rounded once when it is scaled; a sum may be far smaller than its shares.
+    assert (total - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 def test_the_last_columns_may_be_a_part_of_a_block() -> None:

@@ -21,9 +21,10 @@ from fgmp.app.reporter import terminal_reporter
 from fgmp.errors import FGMPError, InputError
 
 if TYPE_CHECKING:
-    from fgmp.app.records import Comparison, Quickstart
+    from fgmp.app.records import CompareSummary, EvalSummary, Quickstart
     from fgmp.evaluation.compare import Row
     from fgmp.evaluation.inspect import Inspection
+    from fgmp.evaluation.tasks import TaskChoice
     from fgmp.recipe import Recipe
 
 
@@ -72,7 +73,29 @@ def _use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-Text = Annotated[str, typer.Option("--data", help="Evaluation text: file, JSON lines or dataset.")]
+Text = Annotated[
+    str | None, typer.Option("--data", help="Evaluation text: file, JSON lines or dataset.")
+]
+TaskNames = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks",
+        help="Tasks of lm-evaluation-harness, with commas between them, such as piqa,arc_easy. "
+        "Needs the extra `eval`, and the hub for their data.",
+    ),
+]
+TaskFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--task-file",
+        help="A task as a YAML file in the harness's format, such as one with a local data set. "
+        "May be repeated. Its templates are code: use files that you trust.",
+    ),
+]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Documents per task, the first ones. [default: all]")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Documents per forward pass of a task.")]
 SeqLen = Annotated[
     int | None,
     typer.Option(help="Tokens per window. [default: the model's context, at most 2048]"),
@@ -327,7 +350,11 @@ def _recipe(file: Path | None, options: dict[str, Any]) -> "Recipe":
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_DIR", help="Any causal LM.")],
-    data: Text,
+    data: Text = None,
+    tasks: TaskNames = None,
+    task_file: TaskFiles = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 8,
     seq_len: SeqLen = None,
     kv_cache: KvCache = None,
     bos: Bos = None,
@@ -336,25 +363,36 @@ def evaluate(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Perplexity of a model on TEXT.
+    """Perplexity of a model on TEXT, and scores on tasks with their standard errors.
 
-    Windows do not overlap; the mean is over all predicted tokens. With --kv-cache every token
-    attends to packed keys and values.
+    Windows of TEXT do not overlap; the mean is over all predicted tokens. With --kv-cache every
+    token attends to packed keys and values.
     """
-    from fgmp.app.commands import evaluate_model
+    from fgmp.app import commands
 
-    reporter, trust = terminal_reporter(), trust_remote_code
-    evaluation = evaluate_model(
-        model, data, seq_len, reporter, kv_cache, bos, trust_remote_code=trust, dtype=dtype
+    summary = commands.evaluate(
+        model,
+        data,
+        seq_len,
+        terminal_reporter(),
+        kv_cache,
+        bos,
+        tasks=_task_choice(tasks, task_file, limit, batch_size),
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
     )
-    show(evaluation, as_json, lambda result: print_lines(result.lines()))
+    show(summary, as_json, _print_evaluation)
 
 
 @app.command()
 def compare(
     model: Annotated[str, typer.Argument(help="The original model.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Its fgmp checkpoint.")],
-    data: Text,
+    data: Text = None,
+    tasks: TaskNames = None,
+    task_file: TaskFiles = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 8,
     seq_len: SeqLen = None,
     bos: CompareBos = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -362,19 +400,27 @@ def compare(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Original, all-FP8, all-NVFP4, the uniform twin and FGMP side by side on TEXT.
+    """Original, all-FP8, all-NVFP4, the uniform twin and FGMP side by side on TEXT and on tasks.
 
     The gap is all-NVFP4 minus all-FP8, in perplexity and in KL from the original; "recovered" is
     the percentage of it that FGMP closes. The uniform twin has one format per layer and no more
-    bytes. Models are loaded one after the other.
+    bytes. Scores on tasks have their difference from the original, with the standard error by
+    paired documents. Models are loaded one after the other.
     """
-    from fgmp.app.commands import compare_models
+    from fgmp.app import commands
 
-    reporter, trust = terminal_reporter(), trust_remote_code
-    comparison = compare_models(
-        model, directory, data, seq_len, reporter, bos, trust_remote_code=trust, dtype=dtype
+    summary = commands.compare(
+        model,
+        directory,
+        data,
+        seq_len,
+        terminal_reporter(),
+        bos,
+        tasks=_task_choice(tasks, task_file, limit, batch_size),
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
     )
-    show(comparison, as_json, _print_comparison)
+    show(summary, as_json, _print_comparison)
 
 
 @app.command()
@@ -563,9 +609,46 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _print_comparison(comparison: "Comparison") -> None:
-    _print_rows(comparison.rows)
-    print_lines(comparison.lines())
+def _task_choice(
+    names: str | None, files: list[Path] | None, limit: int | None, batch_size: int
+) -> "TaskChoice | None":
+    """Options of tasks as one record; None if no task is named."""
+    if names is None and not files:
+        return None
+    from fgmp.evaluation.tasks import TaskChoice
+
+    split = [name.strip() for name in (names or "").split(",")]
+    return TaskChoice([name for name in split if name], files or [], limit, batch_size)
+
+
+def _print_evaluation(summary: "EvalSummary") -> None:
+    from fgmp.app.records import score_table
+
+    if summary.text is not None:
+        print_lines(summary.text.lines())
+    if summary.tasks is not None:
+        _print_table(score_table(summary.tasks), names=2)
+
+
+def _print_comparison(summary: "CompareSummary") -> None:
+    from fgmp.app.records import task_table
+
+    if summary.text is not None:
+        _print_rows(summary.text.rows)
+        print_lines(summary.text.lines())
+    if summary.tasks is not None:
+        _print_table(task_table(summary.tasks), names=3)
+
+
+def _print_table(table: list[list[str]], names: int) -> None:
+    """Print lines with a header; the first ``names`` columns are names, the others numbers."""
+    header, *lines = table
+    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, title in enumerate(header):
+        shown.add_column(title, justify="right" if i >= names else "left")
+    for line in lines:
+        shown.add_row(*map(printable, line))
+    Console().print(shown)
 
 
 def _print_rows(rows: "list[Row]") -> None:

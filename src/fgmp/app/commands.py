@@ -20,14 +20,19 @@ from transformers import TextStreamer
 from fgmp.app.provenance import provenance
 from fgmp.app.records import (
     CacheUse,
+    CompareSummary,
     Comparison,
     Coverage,
+    EvalSummary,
     Evaluation,
     ExportSummary,
     Generation,
     Online,
     Plan,
     QuantizeSummary,
+    TaskComparison,
+    TaskRow,
+    TaskScores,
 )
 from fgmp.assign.frontier import Fractions
 from fgmp.data import (
@@ -47,6 +52,8 @@ from fgmp.errors import CheckpointError, FGMPError, InputError
 from fgmp.evaluation import compare as comparison
 from fgmp.evaluation.perplexity import batches, next_token_log_probabilities, vocabulary_size
 from fgmp.evaluation.perplexity import evaluate as evaluate_windows
+from fgmp.evaluation.tasks import Score, TaskChoice, Tasks, cut_prompts, difference, load_tasks
+from fgmp.evaluation.tasks import score as score_tasks
 from fgmp.export.export import export
 from fgmp.export.plan import require_options
 from fgmp.model.cache import PackedCache, packed_cache, require_kind
@@ -351,6 +358,51 @@ def _summary(model: nn.Module, output: Path, seconds: float) -> QuantizeSummary:
     )
 
 
+def evaluate(
+    name: str,
+    data: str | None,
+    seq_len: int | None = None,
+    reporter: Reporter = SILENT,
+    kv_cache: str | None = None,
+    bos: bool | None = None,
+    *,
+    tasks: TaskChoice | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+) -> EvalSummary:
+    """Evaluate a model or checkpoint by name on a text, on tasks, or on one after the other.
+
+    Arguments as :func:`evaluate_model`.
+    """
+    if data is None and tasks is None:
+        raise InputError("eval needs --data TEXT, --tasks NAMES or --task-file FILE")
+    if data is None and kv_cache:
+        raise InputError("--kv-cache is for --data: tasks run without a packed KV cache")
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype}
+    loaded = None if tasks is None else load_tasks(tasks, trust_remote_code=trust_remote_code)
+    text = None
+    if data is not None:
+        text = evaluate_model(name, data, seq_len, reporter, kv_cache, bos, **options)
+    if loaded is None:
+        return EvalSummary(text, None)
+    source = _source(name, trust_remote_code, dtype, reporter)
+    scores = _scores(source.load(), source.tokenizer(), loaded, reporter, bos)
+    return EvalSummary(text, TaskScores(scores, loaded.choice.limit))
+
+
+def _scores(
+    model: nn.Module, tokenizer: Any, tasks: Tasks, reporter: Reporter, bos: bool | None
+) -> list[Score]:
+    """Scores of one model; warns of prompts that do not fit its context."""
+    scores = score_tasks(model, tokenizer, tasks, bos)
+    if cut := cut_prompts(model, tokenizer, tasks):
+        reporter.message(
+            f"warning: {cut:,} prompts of tasks are longer than the model's context of "
+            f"{context_length(model):,} tokens and were cut at their beginning"
+        )
+    return scores
+
+
 def evaluate_model(
     name: str,
     data: str,
@@ -443,10 +495,7 @@ def comparison_inputs(
     dtype: str = "auto",
 ) -> ComparisonInputs:
     """Load all of a comparison but the original; arguments as of :func:`compare_models`."""
-    checkpoint.read_config(directory)
-    source = _source(model_name, trust_remote_code, dtype, reporter)
-    if source.is_packed:
-        raise InputError(f"model {model_name}: the original must not be quantized")
+    source = _original(model_name, directory, trust_remote_code, dtype, reporter)
     packed = Source(str(directory), dtype=dtype)
     documents = read_documents(data)
     tokenizer = source.tokenizer()
@@ -456,6 +505,84 @@ def comparison_inputs(
     windows = evaluation_windows(data, tokenizer, length, documents, bos=bos_id is not None)
     require_valid_token_ids(f"text {data}", windows, mixed)
     return ComparisonInputs(source, packed, mixed, tokenizer, windows, bos=bos_id is not None)
+
+
+def compare(
+    model_name: str,
+    directory: Path,
+    data: str | None,
+    seq_len: int | None = None,
+    reporter: Reporter = SILENT,
+    bos: bool | None = None,
+    *,
+    tasks: TaskChoice | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+) -> CompareSummary:
+    """Compare the original, baselines and a checkpoint on a text, on tasks, or on both in turn.
+
+    Arguments as :func:`compare_models`.
+    """
+    if data is None and tasks is None:
+        raise InputError("compare needs --data TEXT, --tasks NAMES or --task-file FILE")
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype}
+    loaded = None if tasks is None else load_tasks(tasks, trust_remote_code=trust_remote_code)
+    text = scores = None
+    if data is not None:
+        text = compare_models(model_name, directory, data, seq_len, reporter, bos, **options)
+    if loaded is not None:
+        scores = _compare_tasks(model_name, directory, loaded, reporter, bos, **options)
+    return CompareSummary(text, scores)
+
+
+def _compare_tasks(
+    model_name: str,
+    directory: Path,
+    tasks: Tasks,
+    reporter: Reporter,
+    bos: bool | None,
+    *,
+    trust_remote_code: bool,
+    dtype: str,
+) -> TaskComparison:
+    source = _original(model_name, directory, trust_remote_code, dtype, reporter)
+    packed = Source(str(directory), dtype=dtype)
+    tokenizer, template = source.tokenizer(), Template.of(packed.load())
+    loaders: dict[str, Callable[[], nn.Module]] = {
+        "original": source.load,
+        "fp8": lambda: uniform(source.load(), template, "fp8"),
+        "nvfp4": lambda: uniform(source.load(), template, "nvfp4"),
+        "fgmp": packed.load,
+    }
+    scores = {}
+    for name, load in loaders.items():  # one after the other, so that one is in memory
+        reporter.message(f"tasks: {name}")
+        scores[name] = _scores(load(), tokenizer, tasks, reporter, bos)
+    rows = []
+    for first, *others in zip(*scores.values(), strict=True):
+        differences = [difference(score, first) for score in others]
+        rows.append(
+            TaskRow(
+                dict(zip(scores, (first, *others), strict=True)),
+                dict(zip(list(scores)[1:], differences, strict=True)),
+            )
+        )
+    return TaskComparison(rows, tasks.choice.limit)
+
+
+def _original(
+    name: str, directory: Path, trust_remote_code: bool, dtype: str, reporter: Reporter
+) -> Source:
+    """The unquantized model of this name, beside a checkpoint.
+
+    Raises:
+        InputError: the folder is no checkpoint, or the model is one.
+    """
+    checkpoint.read_config(directory)
+    source = _source(name, trust_remote_code, dtype, reporter)
+    if source.is_packed:
+        raise InputError(f"model {name}: the original must not be quantized")
+    return source
 
 
 def compare_models(

@@ -12,6 +12,7 @@ from typing import Any
 from fgmp.assign.frontier import Fractions
 from fgmp.evaluation.compare import Row
 from fgmp.evaluation.inspect import Inspection
+from fgmp.evaluation.tasks import Difference, Score
 from fgmp.export.export import Export
 from fgmp.quantization.duration import spoken
 from fgmp.quantization.plan import Prediction
@@ -279,7 +280,7 @@ class Online:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of ``fgmp eval``.
+    """Result of ``fgmp eval`` on a text.
 
     Attributes:
         perplexity, nll: exp of the mean loss, and the mean loss in nats per token.
@@ -321,7 +322,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Result of ``fgmp compare``.
+    """Result of ``fgmp compare`` on a text.
 
     Attributes:
         rows: one per model.
@@ -355,6 +356,133 @@ class Comparison:
 
 def _bos_line(bos: bool) -> Lines:
     return {"windows": "each starts with the beginning-of-sequence token"} if bos else {}
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Scores of one model on tasks.
+
+    Attributes:
+        scores: one per task and metric.
+        limit: largest number of documents per task; None: all.
+    """
+
+    scores: list[Score]
+    limit: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"tasks": [score.to_dict() for score in self.scores], "limit": self.limit}
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One metric of one task, of all models.
+
+    Attributes:
+        scores: by model, ``original`` first.
+        differences: from the original, by each other model.
+    """
+
+    scores: dict[str, Score]
+    differences: dict[str, Difference]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        common = {
+            key: getattr(self.scores["original"], key)
+            for key in ("task", "metric", "filter", "documents", "higher_is_better")
+        }
+        models = {
+            name: {
+                "value": score.value,
+                "stderr": score.stderr,
+                "difference": asdict(self.differences[name]) if name in self.differences else None,
+            }
+            for name, score in self.scores.items()
+        }
+        return {**common, "models": models}
+
+
+@dataclass(frozen=True)
+class TaskComparison:
+    """Scores of several models on tasks.
+
+    Attributes:
+        rows: one per task and metric.
+        limit: largest number of documents per task; None: all.
+    """
+
+    rows: list[TaskRow]
+    limit: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"tasks": [row.to_dict() for row in self.rows], "limit": self.limit}
+
+
+@dataclass(frozen=True)
+class EvalSummary:
+    """Result of ``fgmp eval``: on a text, on tasks, or on both."""
+
+    text: Evaluation | None
+    tasks: TaskScores | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types: the keys of the parts that there are."""
+        return _merged(self.text, self.tasks)
+
+
+@dataclass(frozen=True)
+class CompareSummary:
+    """Result of ``fgmp compare``: on a text, on tasks, or on both."""
+
+    text: Comparison | None
+    tasks: TaskComparison | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types: the keys of the parts that there are."""
+        return _merged(self.text, self.tasks)
+
+
+def _merged(*parts: Evaluation | Comparison | TaskScores | TaskComparison | None) -> dict[str, Any]:
+    return {key: v for part in parts if part is not None for key, v in part.to_dict().items()}
+
+
+def score_table(result: TaskScores) -> list[list[str]]:
+    """Scores as text, by line and column, with a header first."""
+    lines = [["task", "metric", "documents", "score", "standard error"]]
+    for score in result.scores:
+        values = [f"{score.value:.4f}", _error(score.stderr)]
+        lines.append([score.task, _metric(score), f"{score.documents:,}", *values])
+    return lines
+
+
+def task_table(result: TaskComparison) -> list[list[str]]:
+    """Scores of several models as text, by line and column, with a header first.
+
+    Differences are from the original, with the standard error by paired documents.
+    """
+    lines = [["task", "metric", "model", "score", "standard error", "difference", "paired error"]]
+    for row in result.rows:
+        for name, score in row.scores.items():
+            difference = row.differences.get(name)
+            values = [f"{score.value:.4f}", _error(score.stderr)]
+            values += (
+                ["-", "-"]
+                if difference is None
+                else [f"{difference.value:+.4f}", _error(difference.stderr)]
+            )
+            lines.append([score.task, _metric(score), name, *values])
+    return lines
+
+
+def _metric(score: Score) -> str:
+    return score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
+
+
+def _error(stderr: float | None) -> str:
+    return "-" if stderr is None else f"{stderr:.4f}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Gradients through packed linears, used by calibration and tuning.
+"""Gradients through packed linears, used by calibration, tuning and adapters.
 
 The gradient of a packed linear is that of its dequantized weight. The activation quantizer counts
 as the identity (straight-through). Packed weights are constants and get no gradient.
@@ -36,13 +36,18 @@ class _StraightThrough(torch.autograd.Function):
 def differentiable(linears: Iterable[MixedLinear]) -> Iterator[None]:
     """Within this context, packed linears pass gradients to their inputs and biases."""
     linears = list(linears)
-    for linear in linears:
-        linear.forward = partial(_apply, linear)  # type: ignore[method-assign]
+    differentiate(linears)
     try:
         yield
     finally:
         for linear in linears:
             del linear.forward
+
+
+def differentiate(linears: Iterable[MixedLinear]) -> None:
+    """Make packed linears pass gradients to their inputs and biases from now on."""
+    for linear in linears:
+        linear.forward = partial(_apply, linear)  # type: ignore[method-assign]
 
 
 def _apply(linear: MixedLinear, x: Tensor) -> Tensor:

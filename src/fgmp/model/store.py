@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fgmp.errors import CheckpointError, FGMPError, InputError
 from fgmp.model.convert import install_from
+from fgmp.model.linear import MixedLinear
 from fgmp.model.precision import require_choice, run_in, stored_dtype, stored_dtypes
 from fgmp.pack import checkpoint
 from fgmp.pack.checkpoint import CARD, QUANT_METHOD, RUN, SCORES, CheckpointConfig
@@ -42,7 +43,7 @@ def save(
     model: nn.Module,
     directory: str | Path,
     tokenizer: Any = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
     extra_files: Iterable[Path] = (),
     card: str | None = None,
 ) -> None:
@@ -58,7 +59,8 @@ def save(
         card: text of the model card, if there shall be one.
 
     Raises:
-        InputError: not a quantized model, a target in use, or a full disk.
+        InputError: not a quantized model, one with offloaded tensors, a target in use, or a full
+            disk.
     """
     config: dict[str, Any] = {}
     if isinstance(model, PreTrainedModel):
@@ -68,6 +70,10 @@ def save(
             "dtype": str(stored_dtype(model)).removeprefix("torch."),
         }
     config["quantization_config"] = config_of(model).to_dict()
+    _require_whole(model)
+    absent = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if absent:
+        raise InputError(f"tensor {absent[0]} is offloaded: load the model in memory to save it")
 
     def write_extra(folder: Path) -> None:
         generation: Any = getattr(model, "generation_config", None)
@@ -85,6 +91,22 @@ def save(
             (folder / CARD).write_text(card, encoding="utf-8")
 
     checkpoint.write(Path(directory), tensors_to_save(model), config, write_extra, max_shard_size)
+
+
+def _require_whole(model: nn.Module) -> None:
+    """Check that a model's packed linears are where its configuration says.
+
+    Raises:
+        InputError: names the first that is not, as where an adapter was put around it.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in config_of(model).linears:
+        module = modules.get(name)
+        if not isinstance(module, MixedLinear):
+            raise InputError(
+                f"{name}: must be a packed linear to be saved, got {type(module).__name__}; PEFT "
+                "saves adapters"
+            )
 
 
 def load(directory: str | Path, model: nn.Module | None = None, dtype: str = "stored") -> nn.Module:

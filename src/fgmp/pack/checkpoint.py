@@ -199,7 +199,7 @@ def write(
     tensors: dict[str, Tensor],
     config: dict[str, Any],
     write_extra: Callable[[Path], None] = lambda folder: None,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Write a checkpoint folder; it appears complete or not at all.
 
@@ -337,7 +337,7 @@ def require_space(directory: Path, needed: int) -> None:
 
 
 def _write_files(
-    folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], max_shard_size: str
+    folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], max_shard_size: int | str
 ) -> None:
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
     split = split_torch_state_dict_into_shards(
