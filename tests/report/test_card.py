@@ -125,6 +125,7 @@ def test_results_replace_what_stands_between_the_markers(tmp_path: Path) -> None
         "# My own card\n",
         f"{START} no end",
         f"{END}\n{START}",
+        f"{END}\n{START}\n{END}",
         f"{START}\n{START}\n{END}",
         f"{START}\n{END}\n{END}",
         f"{START}\n{END}\n{START}\n{END}",
