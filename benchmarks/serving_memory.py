@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 import psutil
+from interleaved import machine
 
 KV_CACHE_BYTES = 64 << 20
 
@@ -39,11 +40,11 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     files = Path(args.checkpoint).glob("*.safetensors")
-    facts = {"file_bytes": sum(file.stat().st_size for file in files)}
+    facts = {**machine(), "file_bytes": sum(file.stat().st_size for file in files)}
     tiny = worker_bytes(args.tiny)
     facts["served_bytes"] = worker_bytes(args.checkpoint) - tiny
     if args.json:
-        print(json.dumps(facts))
+        print(json.dumps(facts, indent=1))
         return
     file, served = facts["file_bytes"], facts["served_bytes"]
     print(

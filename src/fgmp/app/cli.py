@@ -377,7 +377,7 @@ def evaluate(
         terminal_reporter(),
         kv_cache,
         bos,
-        tasks=_task_choice(tasks, task_file, limit, batch_size),
+        tasks=_task_choice(data, tasks, task_file, limit, batch_size),
         trust_remote_code=trust_remote_code,
         dtype=dtype,
     )
@@ -416,7 +416,7 @@ def compare(
         seq_len,
         terminal_reporter(),
         bos,
-        tasks=_task_choice(tasks, task_file, limit, batch_size),
+        tasks=_task_choice(data, tasks, task_file, limit, batch_size),
         trust_remote_code=trust_remote_code,
         dtype=dtype,
     )
@@ -610,10 +610,16 @@ def _write(text: str) -> None:
 
 
 def _task_choice(
-    names: str | None, files: list[Path] | None, limit: int | None, batch_size: int
+    data: str | None,
+    names: str | None,
+    files: list[Path] | None,
+    limit: int | None,
+    batch_size: int,
 ) -> "TaskChoice | None":
-    """Options of tasks as one record; None if no task is named."""
+    """Options of tasks as one record; None if there is a text and no task is named."""
     if names is None and not files:
+        if data is None:
+            raise typer.BadParameter("give --data TEXT, --tasks NAMES or --task-file FILE")
         return None
     from fgmp.evaluation.tasks import TaskChoice
 

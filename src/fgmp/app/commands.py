@@ -374,8 +374,6 @@ def evaluate(
 
     Arguments as :func:`evaluate_model`.
     """
-    if data is None and tasks is None:
-        raise InputError("eval needs --data TEXT, --tasks NAMES or --task-file FILE")
     if data is None and kv_cache:
         raise InputError("--kv-cache is for --data: tasks run without a packed KV cache")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype}
@@ -523,8 +521,6 @@ def compare(
 
     Arguments as :func:`compare_models`.
     """
-    if data is None and tasks is None:
-        raise InputError("compare needs --data TEXT, --tasks NAMES or --task-file FILE")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype}
     loaded = None if tasks is None else load_tasks(tasks, trust_remote_code=trust_remote_code)
     text = scores = None
