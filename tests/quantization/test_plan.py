@@ -53,7 +53,10 @@ def test_weights_are_held_beside_the_process() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("options", [{}, {"fp4": 0.2}, {"policy": "fp8"}, {"policy": "nvfp4"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"policy": p} for p in ("random", "fp8", "nvfp4")] + [{"policy": "random", "fp4": 0.2}],
+)
 def test_bytes_are_those_of_the_checkpoint(
     family: str, options: dict[str, object], tokens: Tensor
 ) -> None:
@@ -61,10 +64,10 @@ def test_bytes_are_those_of_the_checkpoint(
     model = quantize(make_model(family), tokens, recipe)
     result = config_of(model).result
     plan = planned(family, recipe)
-    # The plan gives every linear a site of its own.
-    assert result["tensor_bytes"] <= plan.checkpoint_bytes < 1.03 * result["tensor_bytes"]
-    # A weight whose blocks all got FP8, as small ones may, has neither scale bytes nor counters.
-    assert plan.bits_per_weight == pytest.approx(result["bits_per_weight"], rel=0.04)
+    # The plan gives every linear a site of its own; a random share of FP8 is off by a few blocks.
+    assert 0.999 * result["tensor_bytes"] < plan.checkpoint_bytes < 1.03 * result["tensor_bytes"]
+    # At random, each weight gets about the same share of FP8 blocks.
+    assert plan.bits_per_weight == pytest.approx(result["bits_per_weight"], rel=0.01)
 
 
 def test_budgets() -> None:
@@ -91,6 +94,9 @@ def test_time_is_operations_at_the_measured_speed(monkeypatch: pytest.MonkeyPatc
     # There and back, and the head of 64 by 128 too.
     assert profile.both == 2 * (2 * weights + 2 * 64 * 128)
     assert duration.calibration == pytest.approx(4 * 32 * profile.both * 1e-9)
+    # Scoring 1.1 passes of 4 sequences, 4 checks of one, and a microsecond per weight.
+    passes = (4 * 1.1 + 4) * 32 * profile.forward * 1e-9
+    assert duration.rest == pytest.approx(passes + weights * 1e-6)
 
 
 def test_sequences_are_capped_at_the_context() -> None:

@@ -163,8 +163,8 @@ def _run(
             logits = expected = reference.record(model, batch)
         else:
             logits, expected = logits_of(model, batch), reference.logits(index)
-        for window in zip(logits, expected, batch, strict=True):
-            tokens.append(_predictions(*window))
+        tokens += [_predictions(*w) for w in zip(logits, expected, batch, strict=True)]
+        del logits, expected  # before the next batch's are computed
         advance()
     return _Tokens.joined(tokens)
 
