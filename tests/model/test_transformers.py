@@ -119,7 +119,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_save_pretrained_writes_the_checkpoint_that_was_loaded(
     folder: Path, tmp_path: Path
 ) -> None:
-    """Whoever loaded it, and after copies and pickles; without the record of the run."""
+    """Whoever loaded it, and after copies and pickles; without records of the run and scores."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(tmp_path / "first")
     inspect_checkpoint(tmp_path / "first")  # every checksum, every rule
@@ -128,7 +128,7 @@ def test_save_pretrained_writes_the_checkpoint_that_was_loaded(
     assert first.keys() == loaded.keys()
     assert all(torch.equal(first[name], tensor) for name, tensor in loaded.items())
     expected = contents(tmp_path / "first")
-    assert expected.keys() == contents(folder).keys() - {"fgmp_run.json"}
+    assert expected.keys() == contents(folder).keys() - {"fgmp_run.json", "fgmp_scores.json"}
 
     fgmp.load(tmp_path / "first").save_pretrained(tmp_path / "again")
     pickle.loads(pickle.dumps(model)).save_pretrained(tmp_path / "pickled")
