@@ -47,12 +47,12 @@ class _Plan(Structure):
 
 def load(folder: Path) -> ctypes.CDLL:
     """The library in a build of ggml, with the types of the functions that are called."""
-    found = {path.name: path for path in folder.rglob("libggml*.so")}
-    missing = {"libggml-base.so", "libggml-cpu.so"} - set(found)
+    libraries = {path.name: path for path in folder.rglob("libggml*.so")}
+    missing = {"libggml-base.so", "libggml-cpu.so"} - set(libraries)
     if missing:
         raise SystemExit(f"{folder}: no {' and no '.join(sorted(missing))}; see --help")
-    base = ctypes.CDLL(str(found["libggml-base.so"]), mode=ctypes.RTLD_GLOBAL)
-    cpu = ctypes.CDLL(str(found["libggml-cpu.so"]))
+    base = ctypes.CDLL(str(libraries["libggml-base.so"]), mode=ctypes.RTLD_GLOBAL)
+    cpu = ctypes.CDLL(str(libraries["libggml-cpu.so"]))
     for library, name, result, arguments in (
         (base, "ggml_init", c_void_p, [_InitParams]),
         (base, "ggml_new_tensor_2d", c_void_p, [c_void_p, c_int, c_int64, c_int64]),

@@ -125,18 +125,18 @@ def part_files(model: Packaged) -> Iterator[Path]:
         InputError: a package is not installed, in this version, or lacks the file.
     """
     for part in model.parts:
-        wanted = f"{part.package}=={part.version}"
+        requirement = f"{part.package}=={part.version}"
         try:
             package = distribution(part.package)
         except PackageNotFoundError as error:
             raise InputError(
-                f"{wanted} is not installed: pip install --no-deps {wanted}"
+                f"{requirement} is not installed: pip install --no-deps {requirement}"
             ) from error
         if package.version != part.version:
-            raise InputError(f"{wanted} is needed, version {package.version} is installed")
+            raise InputError(f"{requirement} is needed, version {package.version} is installed")
         path = Path(str(package.locate_file(part.path)))
         if not path.is_file():
-            raise InputError(f"{wanted}: has no file {part.path}")
+            raise InputError(f"{requirement}: has no file {part.path}")
         yield path
 
 

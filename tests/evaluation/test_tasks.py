@@ -95,7 +95,7 @@ def right_answers(model: nn.Module) -> list[float]:
 def test_scores_are_those_counted_by_hand(
     model: nn.Module, packed: nn.Module, write: Write
 ) -> None:
-    """Of both models, one after the other on the same tasks; and of their difference."""
+    """Scores of two models on the same tasks, one after the other, and their difference."""
     tasks = load_tasks(TaskChoice(files=[write()], batch_size=5))
     scores = []
     for each in (model, packed):

@@ -490,7 +490,7 @@ def test_a_large_matrix_is_drawn_fast(browser: Browser, report: Path) -> None:
 
 
 def test_a_map_of_squares(browser: Browser, page: Checkpoint, tmp_path: Path) -> None:
-    """Of a very large model the shares of squares are stored, and of the window each format."""
+    """A very large model is stored as shares of squares, and its window block by block."""
     packed = large_weight(70, 1600)
     facts, blocks = linear_facts("layers.0.a", packed), block_map(packed.is_fp8(), 7)
     matrix = Matrix(facts, "0", "a", packed.t.item(), blocks, window(packed, WINDOW))

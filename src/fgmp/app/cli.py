@@ -212,6 +212,7 @@ Tune = Annotated[
 
 @app.command()
 def quantize(
+    context: typer.Context,
     model: Model,
     output: Output,
     fp4: Fp4 = None,
@@ -241,27 +242,13 @@ def quantize(
     every block, and packs. After an interruption (Ctrl-C) the same command resumes where it
     stopped.
     """
-    options = {
-        "fp4": fp4,
-        "fp4_activations": fp4_activations,
-        "bits": bits,
-        "max_bytes": max_bytes,
-        "max_increase": max_increase,
-        "max_energy": max_energy,
-        "samples": samples,
-        "seq_len": seq_len,
-        "seed": seed,
-        "policy": policy,
-        "clip": clip,
-        "tune": tune,
-    }
     from fgmp.app.commands import quantize_to
     from fgmp.app.provenance import command_line
 
     summary = quantize_to(
         model,
         output,
-        _recipe(recipe, options),
+        _recipe(recipe, context),
         calib,
         terminal_reporter(),
         calibration,
@@ -275,6 +262,7 @@ def quantize(
 
 @app.command()
 def plan(
+    context: typer.Context,
     model: Model,
     output: Annotated[
         Path | None,
@@ -310,25 +298,11 @@ def plan(
     options with which the run fits: factored Fisher information, one scale search, no tuning, fewer
     and shorter sequences, and no compensation, tried in this order.
     """
-    options = {
-        "fp4": fp4,
-        "fp4_activations": fp4_activations,
-        "bits": bits,
-        "max_bytes": max_bytes,
-        "max_increase": max_increase,
-        "max_energy": max_energy,
-        "samples": samples,
-        "seq_len": seq_len,
-        "seed": seed,
-        "policy": policy,
-        "clip": clip,
-        "tune": tune,
-    }
     from fgmp.app.commands import plan_run
 
     result = plan_run(
         model,
-        _recipe(recipe, options),
+        _recipe(recipe, context),
         memory,
         time,
         output,
@@ -339,11 +313,14 @@ def plan(
     show(result, as_json, lambda plan: print_lines(plan.lines()))
 
 
-def _recipe(file: Path | None, options: dict[str, Any]) -> "Recipe":
-    """The recipe of a file, or the default one, with the options that were given."""
+def _recipe(file: Path | None, context: typer.Context) -> "Recipe":
+    """The recipe of a file, or the default one, with the options of the command line."""
+    from dataclasses import fields
+
     from fgmp.recipe import Recipe
 
     recipe = Recipe.from_yaml(file) if file else Recipe()
+    options = {field.name: context.params.get(field.name) for field in fields(Recipe)}
     return recipe.with_options({k: v for k, v in options.items() if v is not None})
 
 
